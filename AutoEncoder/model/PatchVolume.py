@@ -1,0 +1,396 @@
+"""The Patch-Volume autoencoder and its two training stages (Wang et al., IEEE TMI 2025, section III-A).
+
+Three spaces, named in every method:
+    volume      (B, C, D, H, W), intensities in [-1, 1];
+    raw latent  (B, E, d, h, w) = pre_vq_conv(encoder(patch)), stitched; (d, h, w) = (D, H, W)/f, f the compression;
+    codes       (B, d, h, w), int64 indices of the nearest codebook vectors.
+
+Stage 1 trains on patches, each decoded alone. Stage 2 freezes encoder and codebook, stitches the latents of all patches
+of a whole volume and trains the decoder to decode them in one pass: that is what removes the seams.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import BaseFinetuning
+from torch import Tensor, nn
+
+from AutoEncoder.model.codebook import Codebook
+from AutoEncoder.model.discriminator import (
+    DISCRIMINATOR_LOSSES,
+    NLayerDiscriminator3D,
+    feature_matching_loss,
+    generator_loss,
+)
+from AutoEncoder.model.networks import Decoder, Encoder
+from AutoEncoder.model.perceptual import build_perceptual
+from AutoEncoder.patches import (
+    crop_to,
+    pad_to_multiple,
+    patch_batches,
+    stitch_patches,
+    tile_slices,
+)
+
+# Keys that official configurations and checkpoints do not have, with the values that reproduce the official release.
+DEFAULTS = {
+    "model": {
+        "adam_betas": [0.5, 0.9],
+        "lr_schedule": "constant",
+        "gradient_clip": 0.0,
+        "codebook_decay": 0.99,
+        "codebook_init_step": 0,
+        "perceptual_weights": None,
+    }
+}
+
+
+class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
+    """Autoencoder that encodes patches and decodes volumes.
+
+    Args:
+        cfg: OmegaConf configuration with the tables `model` and `dataset` (config/base_cfg.yaml has every key).
+
+    Raises:
+        ValueError: an option has a value that the networks cannot have.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__()
+        cfg = OmegaConf.merge(DEFAULTS, OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
+        self.save_hyperparameters({"cfg": cfg})
+        self.cfg = cfg
+        model, image_channels = cfg.model, cfg.dataset.image_channels
+        if model.stage not in (1, 2):
+            raise ValueError(f"model.stage is {model.stage!r}, expected 1 or 2")
+        if model.disc_loss_type not in DISCRIMINATOR_LOSSES:
+            raise ValueError(
+                f"model.disc_loss_type is {model.disc_loss_type!r}, expected one of {', '.join(DISCRIMINATOR_LOSSES)}"
+            )
+        self.stage: int = model.stage
+        self.downsample_factor = int(model.downsample[0])
+        self.patch_size = int(cfg.dataset.patch_size)
+        self.embedding_dim = int(model.embedding_dim)
+        if self.patch_size % self.downsample_factor:
+            raise ValueError(
+                f"dataset.patch_size {self.patch_size} does not divide by the compression {self.downsample_factor}"
+            )
+        networks = dict(
+            image_channels=image_channels,
+            embedding_dim=self.embedding_dim,
+            norm_type=model.norm_type,
+            num_groups=model.num_groups,
+        )
+        self.encoder = Encoder(model.n_hiddens, model.downsample, **networks)
+        self.decoder = Decoder(model.n_hiddens, model.downsample, **networks)
+        self.pre_vq_conv = nn.Conv3d(self.embedding_dim, self.embedding_dim, kernel_size=1)
+        self.post_vq_conv = nn.Conv3d(self.embedding_dim, self.embedding_dim, kernel_size=1)
+        self.codebook = Codebook(
+            model.n_codes,
+            self.embedding_dim,
+            no_random_restart=model.no_random_restart,
+            restart_thres=model.restart_thres,
+            decay=model.codebook_decay,
+        )
+        self.volume_discriminator = NLayerDiscriminator3D(image_channels, model.disc_channels, model.disc_layers)
+        # Held in a list so that it is no sub-module: its weights stay out of state dict, optimisers and checkpoints.
+        self._perceptual: list[nn.Module] = []
+        self.automatic_optimization = False
+        self.train(self.training)
+
+    # --- modes and checkpoints ---------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> "patchvolumeAE":
+        """Training mode, except that in stage 2 the frozen parts stay in eval: no codebook update, no restart."""
+        super().train(mode)
+        if self.stage == 2:
+            for part in self.frozen_in_stage_2():
+                part.eval()
+        return self
+
+    def frozen_in_stage_2(self) -> list[nn.Module]:
+        """What stage 2 does not train: encoder, pre_vq_conv and codebook, i.e. all that latents depend on."""
+        return [self.encoder, self.pre_vq_conv, self.codebook]
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch; the perceptual network that official checkpoints carry is passed over."""
+        own = {name: value for name, value in state_dict.items() if not name.startswith("perceptual_loss.")}
+        return super().load_state_dict(own, strict=strict, assign=assign)
+
+    def setup(self, stage: str) -> None:
+        """Lightning hook before training or validating: builds the perceptual network, if its weight is positive."""
+        if stage in ("fit", "validate") and self.cfg.model.perceptual_weight > 0 and not self._perceptual:
+            self._perceptual.append(build_perceptual(self.cfg.model.perceptual_3d, self.cfg.model.perceptual_weights))
+
+    # --- encoding and decoding ---------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, include_embeddings: bool = False, quantize: bool = True):
+        """Encode `x` (B, C, D, H, W) in one pass, as a patch is.
+
+        Returns:
+            The raw latent (B, E, d, h, w) with `quantize=False`; otherwise the codes (B, d, h, w), or with
+            `include_embeddings` the pair of quantised latent (B, E, d, h, w) and codes.
+        """
+        latent = self.pre_vq_conv(self.encoder(x))
+        if not quantize:
+            return latent
+        quantised = self.codebook(latent)
+        if include_embeddings:
+            return quantised["embeddings"], quantised["encodings"]
+        return quantised["encodings"]
+
+    def patch_encode(self, x: Tensor, quantize: bool = False, patch_size: int | None = None) -> Tensor:
+        """Volume -> stitched raw latent (or codes with `quantize`), all patches of the volume as one batch.
+
+        Args:
+            x: (B, C, D, H, W). What does not divide into patches is padded with background at the far ends, and the
+                latent is that of the padded volume: cut the decoded volume back to (D, H, W).
+            quantize: return code indices (B, d, h, w) instead of the raw latent (B, E, d, h, w).
+            patch_size: edge of a patch in voxels; None: the one of the configuration (64).
+
+        Raises:
+            ValueError: `patch_size` does not divide by the compression.
+        """
+        return self.patch_encode_sliding(x, quantize, patch_size, sliding_window=None)
+
+    def patch_encode_sliding(
+        self, x: Tensor, quantize: bool = False, patch_size: int | None = None, sliding_window: int | None = 64
+    ) -> Tensor:
+        """`patch_encode` in bounded memory: at most `sliding_window`·B patches at a time (None: all)."""
+        patch_size = patch_size or self.patch_size
+        if patch_size % self.downsample_factor:
+            raise ValueError(f"patch_size {patch_size} does not divide by the compression {self.downsample_factor}")
+        x = pad_to_multiple(x, patch_size)
+        grid = [extent // patch_size for extent in x.shape[-3:]]
+        window = sliding_window or math.prod(grid)
+        latents = [self.encode(patches, quantize=False) for patches in patch_batches(x, patch_size, window)]
+        latent = stitch_patches(torch.cat(latents), grid)  # (B, E, d, h, w)
+        return self.codebook(latent)["encodings"] if quantize else latent
+
+    def decode(self, latent: Tensor, quantize: bool = True) -> Tensor:
+        """Latent -> volume (B, C, f·d, f·h, f·w), decoded as one volume.
+
+        Args:
+            latent: raw latent (B, E, d, h, w), snapped to its nearest codes; with `quantize=False` the codes
+                (B, d, h, w) themselves.
+        """
+        vectors = self.codebook(latent)["embeddings"] if quantize else self.codebook.lookup(latent)
+        return self.decoder(self.post_vq_conv(vectors))
+
+    def decode_sliding(
+        self,
+        latent: Tensor,
+        quantize: bool = False,
+        patch_size: int = 256,
+        sliding_window: int = 1,
+        compress_ratio: int | None = None,
+    ) -> Tensor:
+        """`decode` tile by tile without overlap, in bounded memory; tiles meet in visible seams.
+
+        Args:
+            latent: as in `decode`, by default codes.
+            patch_size: edge of a tile in voxels.
+            sliding_window: tiles decoded at a time (those of equal size).
+            compress_ratio: voxels per latent cell and axis; None: the model's own.
+
+        Raises:
+            ValueError: another `compress_ratio` than the model's, or tiles that do not divide by it.
+        """
+        ratio = self.downsample_factor
+        if compress_ratio not in (None, ratio):
+            raise ValueError(f"compress_ratio is {compress_ratio}, but this autoencoder compresses {ratio} times")
+        if patch_size % ratio:
+            raise ValueError(f"patch_size {patch_size} does not divide by the compression {ratio}")
+        grid = latent.shape[-3:]
+        volume = None
+        tiles = list(tile_slices(grid, patch_size // ratio))
+        by_shape: dict[tuple[int, ...], list[tuple[slice, ...]]] = {}
+        for tile in tiles:
+            by_shape.setdefault(tuple(axis.stop - axis.start for axis in tile), []).append(tile)
+        for group in by_shape.values():
+            for start in range(0, len(group), sliding_window):
+                chosen = group[start : start + sliding_window]
+                decoded = self.decode(torch.cat([latent[(..., *tile)] for tile in chosen]), quantize)
+                if volume is None:
+                    size = [extent * ratio for extent in grid]
+                    volume = decoded.new_empty(latent.shape[0], decoded.shape[1], *size)
+                for tile, piece in zip(chosen, decoded.split(latent.shape[0]), strict=True):
+                    voxels = tuple(slice(axis.start * ratio, axis.stop * ratio) for axis in tile)
+                    volume[(..., *voxels)] = piece
+        return volume
+
+    # --- forward passes ----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Whole volumes: encode patch by patch, quantise, stitch, decode in one pass (stage 2, all validation).
+
+        (B, C, D, H, W) -> reconstruction of the same shape and the codebook's mapping for the stitched latent.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 1):
+            latent = self.patch_encode(x)  # (B, E, d, h, w)
+            quantised = self._quantise(latent)
+        volume = self.decoder(self.post_vq_conv(quantised["embeddings"]))
+        return crop_to(volume, x.shape[-3:]), quantised
+
+    def forward_patches(self, patches: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Patches (B, C, p, p, p), each encoded and decoded alone (stage-1 training); returns as `forward`."""
+        quantised = self._quantise(self.encode(patches, quantize=False))
+        return self.decoder(self.post_vq_conv(quantised["embeddings"])), quantised
+
+    def _quantise(self, latent: Tensor) -> dict[str, Tensor]:
+        """The codebook's mapping, or the latent as it is while the codebook's start is put off."""
+        if self.codebook.initialised or (self.training and self.global_step >= self.cfg.model.codebook_init_step):
+            return self.codebook(latent)
+        zero = latent.new_zeros(())
+        return {"embeddings": latent, "commitment_loss": zero, "perplexity": zero}
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Reconstruction of whole volumes in eval mode, whatever the present modes, which are left as they were."""
+        with evaluation_mode(self):
+            return self(x)[0]
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self):
+        """Two Adam optimisers of equal learning rate: generator (stage 2: decoder only) and discriminator."""
+        parts = [self.decoder, self.post_vq_conv]
+        if self.stage == 1:
+            parts += [self.encoder, self.pre_vq_conv]
+        options = dict(lr=self.cfg.model.lr, betas=tuple(self.cfg.model.adam_betas))
+        generator = torch.optim.Adam(chain.from_iterable(part.parameters() for part in parts), **options)
+        return [generator, torch.optim.Adam(self.volume_discriminator.parameters(), **options)]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One optimiser step: generator and discriminator take turns once the discriminator has started.
+
+        Every batch is one optimiser step, so the turn is the parity of `global_step`: that of the batch number counted
+        over the whole run, also where epochs have an odd number of batches.
+        """
+        generator, discriminator = self.optimizers()
+        if self.global_step < self.cfg.model.discriminator_iter_start or self.global_step % 2 == 0:
+            with requires_grad(self.volume_discriminator, False):
+                loss = self._generator_loss(batch["data"])
+                self._optimise(generator, loss)
+        else:
+            self._optimise(discriminator, self._discriminator_loss(batch["data"]))
+
+    def _generator_loss(self, x: Tensor) -> Tensor:
+        weights = self.cfg.model
+        x_hat, quantised = self.forward_patches(x) if self.stage == 1 else self(x)
+        recon_loss, perceptual_loss = self._reconstruction_losses(x_hat, x)
+        adversarial_loss = feature_loss = x_hat.new_zeros(())
+        if self.global_step > weights.discriminator_iter_start and weights.volume_gan_weight > 0:
+            logits_fake, features_fake = self.volume_discriminator(x_hat)
+            with torch.no_grad():
+                _, features_real = self.volume_discriminator(x)
+            adversarial_loss = weights.volume_gan_weight * generator_loss(logits_fake)
+            feature_loss = weights.gan_feat_weight * feature_matching_loss(features_fake, features_real)
+        self._log(
+            "train",
+            recon_loss=recon_loss,
+            perceptual_loss=perceptual_loss,
+            aeloss=adversarial_loss,
+            gan_feat_loss=feature_loss,
+            commitment_loss=quantised["commitment_loss"],
+            perplexity=quantised["perplexity"],
+        )
+        loss = recon_loss + perceptual_loss + adversarial_loss + feature_loss
+        return loss + quantised["commitment_loss"] if self.stage == 1 else loss
+
+    def _discriminator_loss(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x_hat, _ = self.forward_patches(x) if self.stage == 1 else self(x)
+        logits_real, _ = self.volume_discriminator(x)
+        logits_fake, _ = self.volume_discriminator(x_hat)
+        volume_loss = DISCRIMINATOR_LOSSES[self.cfg.model.disc_loss_type](logits_real, logits_fake)
+        loss = self.cfg.model.volume_gan_weight * volume_loss
+        self._log(
+            "train",
+            discloss=loss,
+            d_volume_loss=volume_loss,
+            logits_volume_real=logits_real.mean(),
+            logits_volume_fake=logits_fake.mean(),
+        )
+        return loss
+
+    def _reconstruction_losses(self, x_hat: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted L1 and weighted perceptual loss, two scalars."""
+        recon_loss = self.cfg.model.l1_weight * F.l1_loss(x_hat, x)
+        if not self._perceptual:
+            return recon_loss, x.new_zeros(())
+        return recon_loss, self.cfg.model.perceptual_weight * self._perceptual[0].to(x.device)(x_hat, x)
+
+    def _optimise(self, optimizer, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.global_step}")
+        for group in optimizer.param_groups:
+            group["lr"] = self.cfg.model.lr * self._lr_factor()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        if self.cfg.model.gradient_clip > 0:
+            self.clip_gradients(optimizer, self.cfg.model.gradient_clip, "norm")
+        optimizer.step()
+
+    def _lr_factor(self) -> float:
+        """Share of the learning rate at this step: 1, or half a cosine down to 0 at `max_steps`."""
+        if self.cfg.model.lr_schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, self.global_step / self.cfg.model.max_steps)))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Reconstruction of whole volumes; the three best checkpoints are chosen by val/recon_loss."""
+        x_hat, quantised = self(batch["data"])
+        recon_loss, perceptual_loss = self._reconstruction_losses(x_hat, batch["data"])
+        self._log(
+            "val",
+            batch_size=len(x_hat),
+            recon_loss=recon_loss,
+            perceptual_loss=perceptual_loss,
+            perplexity=quantised["perplexity"],
+            commitment_loss=quantised["commitment_loss"],
+        )
+
+    def _log(self, prefix: str, batch_size: int | None = None, **values: Tensor) -> None:
+        scalars = {f"{prefix}/{name}": value.detach() for name, value in values.items()}
+        self.log_dict(scalars, batch_size=batch_size, sync_dist=prefix == "val")
+
+
+class AE_finetuning(BaseFinetuning):  # noqa: N801 - the public name
+    """Stage 2: no gradients for encoder, pre_vq_conv and codebook; `patchvolumeAE.train` keeps them in eval."""
+
+    def freeze_before_training(self, pl_module: patchvolumeAE) -> None:
+        self.freeze(pl_module.frozen_in_stage_2(), train_bn=False)
+
+    def finetune_function(self, pl_module: patchvolumeAE, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing is unfrozen later."""
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every sub-module has the very mode that it had before."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def requires_grad(module: nn.Module, value: bool) -> Iterator[None]:
+    """The module's parameters have `requires_grad == value` inside, and what they had before afterwards."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(value)
+    try:
+        yield
+    finally:
+        for parameter, had in before:
+            parameter.requires_grad_(had)

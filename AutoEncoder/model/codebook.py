@@ -1,0 +1,152 @@
+"""The codebook: vector quantisation with moving-average updates (paper, section III-A; van den Oord et al., 2017)."""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 2**24  # distances computed at a time (tokens × codes): 64 MiB in float32
+
+
+class Codebook(nn.Module):
+    """Nearest-code quantisation; the codes follow the encoder by exponential moving averages, not by gradients.
+
+    Buffers: `embeddings` (n_codes, E) the codes, `N` (n_codes,) moving average of each code's use, `z_avg` (n_codes, E)
+    moving average of the sum of its vectors. `N` is zero everywhere exactly until the codes have been started from
+    data; that is how "initialised" survives checkpoints, official ones included.
+
+    Args:
+        n_codes: number of codes.
+        embedding_dim: E, length of a code.
+        no_random_restart: True leaves codes alone that are hardly used.
+        restart_thres: a code whose `N` (uses a batch) is below takes the value of a random encoder output.
+        decay: of the moving averages, 0.99 in the official release.
+    """
+
+    embeddings: Tensor
+    N: Tensor
+    z_avg: Tensor
+
+    def __init__(
+        self,
+        n_codes: int,
+        embedding_dim: int,
+        no_random_restart: bool = False,
+        restart_thres: float = 1.0,
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", torch.randn(n_codes, embedding_dim))
+        self.register_buffer("N", torch.zeros(n_codes))
+        self.register_buffer("z_avg", self.embeddings.clone())
+        self.n_codes = n_codes
+        self.embedding_dim = embedding_dim
+        self.no_random_restart = no_random_restart
+        self.restart_thres = restart_thres
+        self.decay = decay
+        self._known_initialised = False
+
+    @property
+    def initialised(self) -> bool:
+        """Whether the codes were ever started from data. Read from `N` until true, then remembered."""
+        if not self._known_initialised:
+            self._known_initialised = bool(self.N.any())
+        return self._known_initialised
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known_initialised = False
+
+    def forward(self, z: Tensor) -> dict[str, Tensor]:
+        """Quantise `z` and, in training mode, update the codes.
+
+        Args:
+            z: encoder outputs, (B, E, D, H, W).
+
+        Returns:
+            `embeddings`: quantised z with the straight-through gradient, (B, E, D, H, W), in the type of z;
+            `encodings`: code indices, int64, (B, D, H, W);
+            `commitment_loss`: 0.25·mean((z − sg[e])²), a scalar;
+            `perplexity`: exp(−Σ p·ln(p + 1e-7)) of this batch's code frequencies, a scalar.
+
+        Raises:
+            ValueError: z has another number of channels than the codes.
+        """
+        if z.ndim != 5 or z.shape[1] != self.embedding_dim:
+            raise ValueError(f"the codebook quantises (B, {self.embedding_dim}, D, H, W), got {tuple(z.shape)}")
+        with torch.autocast(z.device.type, enabled=False):
+            z32 = z.float()
+            vectors = rearrange(z32.detach(), "b e d h w -> (b d h w) e")
+            if self.training and not self.initialised:
+                self._start_from(vectors)
+
+            codes = self.nearest(vectors)  # (tokens,)
+            encodings = rearrange(codes, "(b d h w) -> b d h w", b=z.shape[0], d=z.shape[2], h=z.shape[3])
+            quantised = self.lookup(encodings)  # (B, E, D, H, W)
+            commitment_loss = 0.25 * F.mse_loss(z32, quantised)
+            counts = torch.bincount(codes, minlength=self.n_codes).float()  # (n_codes,)
+            frequencies = counts / counts.sum()
+            perplexity = torch.exp(-(frequencies * torch.log(frequencies + 1e-7)).sum())
+
+            if self.training:
+                self._update(vectors, codes, counts)
+        return {
+            "embeddings": z + (quantised.to(z.dtype) - z).detach(),
+            "encodings": encodings,
+            "commitment_loss": commitment_loss,
+            "perplexity": perplexity,
+        }
+
+    def lookup(self, encodings: Tensor) -> Tensor:
+        """Code indices (B, D, H, W) -> their vectors (B, E, D, H, W)."""
+        return rearrange(F.embedding(encodings, self.embeddings), "b d h w e -> b e d h w")
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Index of the nearest code in Euclidean distance, (tokens, E) -> (tokens,), in chunks of bounded memory."""
+        squared_norms = self.embeddings.square().sum(dim=1)  # (n_codes,)
+        nearest = [
+            # |z − e|² without |z|², which does not change the order
+            torch.addmm(squared_norms, chunk, self.embeddings.t(), alpha=-2).argmin(dim=1)
+            for chunk in vectors.split(max(1, CHUNK_ELEMENTS // self.n_codes))
+        ]
+        return torch.cat(nearest)
+
+    @torch.no_grad()
+    def _start_from(self, vectors: Tensor) -> None:
+        start = self._random_vectors(vectors)
+        self.embeddings.copy_(start)
+        self.z_avg.copy_(start)
+        self.N.fill_(1.0)
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, codes: Tensor, counts: Tensor) -> None:
+        """One step of the moving averages, summed over all ranks, and the restart of codes that are hardly used."""
+        sums = torch.zeros_like(self.z_avg).index_add_(0, codes, vectors)  # (n_codes, E)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.N.lerp_(counts, 1 - self.decay)
+        self.z_avg.lerp_(sums, 1 - self.decay)
+        total = self.N.sum()
+        weights = (self.N + 1e-7) / (total + self.n_codes * 1e-7) * total
+        self.embeddings.copy_(self.z_avg / weights.unsqueeze(1))
+        if not self.no_random_restart:
+            unused = (self.N < self.restart_thres).unsqueeze(1)
+            self.embeddings.copy_(torch.where(unused, self._random_vectors(vectors), self.embeddings))
+
+    def _random_vectors(self, vectors: Tensor) -> Tensor:
+        """Encoder outputs of this batch at random, (n_codes, E), the same on all ranks (those of rank 0).
+
+        A batch with fewer vectors than codes is repeated with a little noise, so that no two codes are equal.
+        """
+        if len(vectors) < self.n_codes:
+            repeats = -(-self.n_codes // len(vectors))
+            vectors = vectors.repeat(repeats, 1)
+            vectors = vectors + torch.randn_like(vectors) * (0.01 / math.sqrt(self.embedding_dim))
+        chosen = vectors[torch.randperm(len(vectors), device=vectors.device)[: self.n_codes]].contiguous()
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(chosen, src=0)
+        return chosen
