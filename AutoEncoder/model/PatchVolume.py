@@ -77,10 +77,6 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         self.downsample_factor = int(model.downsample[0])
         self.patch_size = int(cfg.dataset.patch_size)
         self.embedding_dim = int(model.embedding_dim)
-        if self.patch_size % self.downsample_factor:
-            raise ValueError(
-                f"dataset.patch_size {self.patch_size} does not divide by the compression {self.downsample_factor}"
-            )
         networks = dict(
             image_channels=image_channels,
             embedding_dim=self.embedding_dim,
@@ -89,6 +85,10 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         )
         self.encoder = Encoder(model.n_hiddens, model.downsample, **networks)
         self.decoder = Decoder(model.n_hiddens, model.downsample, **networks)
+        if self.patch_size % self.downsample_factor:
+            raise ValueError(
+                f"dataset.patch_size {self.patch_size} does not divide by the compression {self.downsample_factor}"
+            )
         self.pre_vq_conv = nn.Conv3d(self.embedding_dim, self.embedding_dim, kernel_size=1)
         self.post_vq_conv = nn.Conv3d(self.embedding_dim, self.embedding_dim, kernel_size=1)
         self.codebook = Codebook(
@@ -271,10 +271,13 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         """One optimiser step: generator and discriminator take turns once the discriminator has started.
 
         Every batch is one optimiser step, so the turn is the parity of `global_step`: that of the batch number counted
-        over the whole run, also where epochs have an odd number of batches.
+        over the whole run, also where epochs have an odd number of batches. With `volume_gan_weight` 0 there is no
+        discriminator to train and every step is the generator's.
         """
         generator, discriminator = self.optimizers()
-        if self.global_step < self.cfg.model.discriminator_iter_start or self.global_step % 2 == 0:
+        weights = self.cfg.model
+        adversarial = weights.volume_gan_weight > 0 and self.global_step >= weights.discriminator_iter_start
+        if not adversarial or self.global_step % 2 == 0:
             with requires_grad(self.volume_discriminator, False):
                 loss = self._generator_loss(batch["data"])
                 self._optimise(generator, loss)
