@@ -1,0 +1,362 @@
+"""BiFlowNet, the denoiser: an intra-patch flow for local detail and an inter-patch flow for global structure.
+
+Wang et al., "3D MedDiffusion: A 3D Medical Latent Diffusion Model for Controllable and High-quality Medical Image
+Generation", IEEE TMI 2025 (arXiv 2412.13059), section III-B.
+
+Letters: B batch, C latent channels, d h w latent grid (z, x, y); N = n0·n1·n2 sub-volumes of s0 × s1 × s2 voxels,
+T tokens of a sub-volume, p patch_size; K width of the condition; M width of the U-Net's first level; L levels, the
+first F of which keep that width and take part in both flows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ddpm.blocks import (
+    DiTBlock,
+    FinalLayer,
+    PatchEmbed_Voxel,
+    ResnetBlock,
+    SinusoidalEmbedding,
+    downsample,
+    residual_attention,
+    sincos_position_embedding,
+    upsample,
+)
+from ddpm.diffusion import GaussianDiffusion
+
+__all__ = ["BiFlowNet", "GaussianDiffusion", "PatchEmbed_Voxel"]
+
+
+class BiFlowNet(nn.Module):
+    """Noise prediction for normalised latents, conditioned on timestep, class and resolution.
+
+    The intra-patch flow cuts the latent into sub-volumes and runs transformer blocks within each; the feature maps that
+    its blocks give are added to the levels of full width of the inter-patch flow, a 3D U-Net over the whole latent.
+
+    Args:
+        dim: base width; tokens have it, and U-Net level i has dim·dim_mults[i] channels.
+        learn_sigma: predict twice the channels (noise and a variance, which GaussianDiffusion does not use).
+        cond_classes: number of classes; None: no class condition.
+        dim_mults: widths of the U-Net's levels, in dim.
+        sub_volume_size: latent voxels of a sub-volume (z, x, y).
+        patch_size: latent voxels per edge of a token, 1 for 8x latents, 2 for 4x.
+        channels: latent channels, C.
+        attn_heads: heads of 32 channels of the U-Net's attention.
+        init_dim: width of the first convolution, M; None: dim.
+        init_kernel_size: its kernel, odd.
+        use_sparse_linear_attn: which levels have attention, one flag each, mirrored on the way up.
+        resnet_groups: groups of the U-Net's group norms.
+        DiT_num_heads: heads of the intra-patch flow's attention.
+        mlp_ratio: hidden width of its MLPs, in dim.
+        vq_size: latent grid size for which ``res`` is 1; callers divide by it.
+        res_condition: whether ``forward`` takes ``res``.
+        num_mid_DiT: transformer blocks between the input and output blocks of the intra-patch flow.
+        null_label: one more class, id cond_classes, for samples without a label (classifier-free guidance).
+
+    Raises:
+        ValueError: arguments that do not fit together, all of them in one message.
+    """
+
+    def __init__(
+        self,
+        dim,
+        learn_sigma=False,
+        cond_classes=None,
+        dim_mults=(1, 1, 2, 4, 8),
+        sub_volume_size=(8, 8, 8),
+        patch_size=2,
+        channels=3,
+        attn_heads=8,
+        init_dim=None,
+        init_kernel_size=3,
+        use_sparse_linear_attn=(0, 0, 0, 1, 1),
+        resnet_groups=24,
+        DiT_num_heads=8,
+        mlp_ratio=4,
+        vq_size=64,
+        res_condition=True,
+        num_mid_DiT=1,
+        null_label=False,
+    ):
+        super().__init__()
+        init_dim = dim if init_dim is None else init_dim
+        widths = [init_dim, *(dim * mult for mult in dim_mults)]
+        _check_arguments(
+            dim=dim,
+            widths=widths,
+            attention=use_sparse_linear_attn,
+            sub_volume_size=sub_volume_size,
+            patch_size=patch_size,
+            init_kernel_size=init_kernel_size,
+            resnet_groups=resnet_groups,
+            num_heads=DiT_num_heads,
+            needs_classes=null_label and cond_classes is None,
+        )
+        self.channels = channels
+        self.out_channels = 2 * channels if learn_sigma else channels
+        self.cond_classes = cond_classes
+        self.null_label = cond_classes if null_label else None
+        self.res_condition = res_condition
+        self.vq_size = vq_size
+        self.patch_size = patch_size
+        self.sub_volume_size = tuple(sub_volume_size)
+        self.num_flow_levels = count_flow_levels(widths)  # F
+        self.down_factor = 2 ** (len(dim_mults) - self.num_flow_levels)  # levels F-1 … L-2 halve the grid
+
+        # The order of the parameters is that of the published checkpoints.
+        cond_dim = 8 * dim if res_condition else 4 * dim
+        num_tokens = math.prod(size // patch_size for size in sub_volume_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim), requires_grad=False)
+        self.init_conv = nn.Conv3d(channels, init_dim, init_kernel_size, padding=init_kernel_size // 2)
+        self._build_conditions(dim)
+        self._build_intra_patch_flow(dim, init_dim, cond_dim, DiT_num_heads, mlp_ratio, num_mid_DiT)
+        self._build_inter_patch_flow(widths, cond_dim, use_sparse_linear_attn, attn_heads, resnet_groups)
+        self.final_conv = nn.Sequential(
+            ResnetBlock(2 * init_dim, dim, resnet_groups), nn.Conv3d(dim, self.out_channels, kernel_size=1)
+        )
+        self.initialize_weights()
+
+    def _build_conditions(self, dim: int) -> None:
+        self.time_mlp = nn.Sequential(
+            SinusoidalEmbedding(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim)
+        )
+        if self.cond_classes is not None:
+            num_ids = self.cond_classes + (self.null_label is not None)
+            self.cond_emb = nn.Embedding(num_ids, 4 * dim)
+        if self.res_condition:
+            self.res_mlp = nn.Sequential(nn.Linear(3, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
+
+    def _build_intra_patch_flow(self, dim, init_dim, cond_dim, num_heads, mlp_ratio, num_mid) -> None:
+        """F stages of a transformer block and a final layer, num_mid blocks, F stages whose blocks take a skip."""
+
+        def dit_block(skip: bool) -> DiTBlock:
+            return DiTBlock(dim, num_heads, cond_dim, mlp_ratio, skip)
+
+        def stage(skip: bool) -> nn.ModuleList:
+            return nn.ModuleList([dit_block(skip), FinalLayer(dim, self.patch_size, init_dim, cond_dim)])
+
+        self.x_embedder = PatchEmbed_Voxel(self.sub_volume_size, self.patch_size, self.channels, dim)
+        self.IntraPatchFlow_input = nn.ModuleList(stage(skip=False) for _ in range(self.num_flow_levels))
+        self.IntraPatchFlow_mid = nn.ModuleList(dit_block(skip=False) for _ in range(num_mid))
+        self.IntraPatchFlow_output = nn.ModuleList(stage(skip=True) for _ in range(self.num_flow_levels))
+
+    def _build_inter_patch_flow(self, widths, cond_dim, attention_flags, attn_heads, resnet_groups) -> None:
+        """A U-Net whose way up mirrors the way down; level i goes from widths[i] to widths[i + 1]."""
+        num_levels, num_flow = len(widths) - 1, self.num_flow_levels
+
+        def resnet(in_channels: int, out_channels: int) -> ResnetBlock:
+            return ResnetBlock(in_channels, out_channels, resnet_groups, cond_dim)
+
+        def attention(channels: int, level: int) -> nn.Module:
+            return residual_attention(channels, attn_heads) if attention_flags[level] else nn.Identity()
+
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for level in range(num_levels):
+            below, width = widths[level], widths[level + 1]
+            parts = [resnet(below, width), attention(width, level), resnet(width, width), attention(width, level)]
+            halves = num_flow - 1 <= level < num_levels - 1
+            self.downs.append(nn.ModuleList([*parts, downsample(width) if halves else nn.Identity()]))
+        for level in reversed(range(num_levels)):
+            below, width = widths[level], widths[level + 1]
+            parts = [resnet(2 * width, width), attention(width, level)]
+            parts += [resnet(2 * width, below), attention(below, level)]
+            self.ups.append(nn.ModuleList([*parts, upsample(below) if level >= num_flow else nn.Identity()]))
+
+        self.mid_block1 = resnet(widths[-1], widths[-1])
+        self.mid_spatial_attn = residual_attention(widths[-1], attn_heads)
+        self.mid_block2 = resnet(widths[-1], widths[-1])
+
+    def initialize_weights(self) -> None:
+        """Fresh weights. Convolutions, norms and the class embedding keep PyTorch's defaults."""
+        # Every Linear layer, so that activations keep their variance through layers of different widths.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+        # The token embedding is a Linear layer written as a convolution: its fan-in is the whole cube.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+
+        # Positions are not learned.
+        grid = self.x_embedder.grid_size
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_position_embedding(self.pos_embed.shape[-1], grid)[None])
+
+        # adaLN-Zero: with gates of zero each transformer block starts as the identity, from where depth trains best.
+        for module in self.modules():
+            if isinstance(module, DiTBlock | FinalLayer):
+                nn.init.zeros_(module.adaLN_modulation[-1].weight)
+                nn.init.zeros_(module.adaLN_modulation[-1].bias)
+
+        # The intra-patch flow adds nothing to the U-Net at first, and comes in as far as it helps.
+        for module in self.modules():
+            if isinstance(module, FinalLayer):
+                nn.init.zeros_(module.linear.weight)
+                nn.init.zeros_(module.linear.bias)
+
+    def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None, res: Tensor | None = None) -> Tensor:
+        """Predicted noise, (B, C, d, h, w), twice the channels with learn_sigma.
+
+        Args:
+            x: noisy normalised latents (B, C, d, h, w).
+            time: timesteps (B,).
+            y: class ids (B,), exactly when the model has classes; ``check_class_ids`` checks their values.
+            res: latent grid size divided by vq_size, (3,) or (B, 3), exactly when the model has res_condition.
+
+        Raises:
+            ValueError: wrong shapes, or a condition missing or superfluous.
+        """
+        self._check_inputs(x, time, y, res)
+        condition = self.embed_conditions(time, y, res)  # (B, K)
+        features = self.intra_patch_flow(x, condition)  # 2F × (B, M, d, h, w)
+        return self.inter_patch_flow(x, condition, features)  # (B, C, d, h, w)
+
+    def embed_conditions(self, time: Tensor, y: Tensor | None, res: Tensor | None) -> Tensor:
+        """Timestep, class and resolution as one vector per sample, (B, K)."""
+        condition = self.time_mlp(time)  # (B, 4·dim)
+        if y is not None:
+            condition = condition + self.cond_emb(y)  # (B, 4·dim)
+        if res is not None:
+            resolution = self.res_mlp(res.to(condition.dtype))  # (4·dim) or (B, 4·dim)
+            condition = torch.cat([condition, resolution.expand_as(condition)], dim=-1)  # (B, 8·dim)
+        return condition
+
+    def intra_patch_flow(self, x: Tensor, condition: Tensor) -> list[Tensor]:
+        """2F feature maps (B, M, d, h, w), those of the input blocks before those of the output blocks."""
+        grid = tuple(size // sub for size, sub in zip(x.shape[2:], self.sub_volume_size, strict=True))
+        axes = dict(zip(("n0", "n1", "n2"), grid, strict=True))
+        x = rearrange(x, "b c (n0 s0) (n1 s1) (n2 s2) -> (b n0 n1 n2) c s0 s1 s2", **axes)
+        x = self.x_embedder(x) + self.pos_embed  # (B·N, T, dim)
+        x = rearrange(x, "(b n) t c -> b n t c", n=math.prod(grid))
+
+        features, skips = [], []
+        for block, final_layer in self.IntraPatchFlow_input:
+            x = block(x, condition)  # (B, N, T, dim)
+            skips.append(x)
+            features.append(self._to_feature_map(final_layer(x, condition), grid))  # (B, M, d, h, w)
+        for block in self.IntraPatchFlow_mid:
+            x = block(x, condition)  # (B, N, T, dim)
+        for block, final_layer in self.IntraPatchFlow_output:
+            x = block(x, condition, skips.pop())  # (B, N, T, dim)
+            features.append(self._to_feature_map(final_layer(x, condition), grid))  # (B, M, d, h, w)
+        return features
+
+    def _to_feature_map(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Tokens (B, N, T, p³·M) back to their places in the latent grid, (B, M, d, h, w)."""
+        p = self.patch_size
+        axes = dict(zip(("n0", "n1", "n2", "t0", "t1", "t2"), (*grid, *self.x_embedder.grid_size), strict=True))
+        pattern = "b (n0 n1 n2) (t0 t1 t2) (p0 p1 p2 c) -> b c (n0 t0 p0) (n1 t1 p1) (n2 t2 p2)"
+        return rearrange(tokens, pattern, p0=p, p1=p, p2=p, **axes)
+
+    def inter_patch_flow(self, x: Tensor, condition: Tensor, features: list[Tensor]) -> Tensor:
+        """The U-Net, (B, C, d, h, w) to the same; first and last F levels take the feature maps in order."""
+        features = iter(features)
+        x = self.init_conv(x)  # (B, M, d, h, w)
+        first, skips = x, []
+
+        for level, (block1, attention1, block2, attention2, shrink) in enumerate(self.downs):
+            if level < self.num_flow_levels:
+                x = x + next(features)  # (B, M, d, h, w)
+            x = attention1(block1(x, condition))  # (B, width, …)
+            skips.append(x)
+            x = attention2(block2(x, condition))  # (B, width, …)
+            skips.append(x)
+            x = shrink(x)  # (B, width, … / 2)
+
+        x = self.mid_block1(x, condition)  # (B, width, …)
+        x = self.mid_spatial_attn(x)  # (B, width, …)
+        x = self.mid_block2(x, condition)  # (B, width, …)
+
+        for level, (block1, attention1, block2, attention2, grow) in enumerate(self.ups):
+            if level >= len(self.ups) - self.num_flow_levels:
+                x = x + next(features)  # (B, M, d, h, w)
+            x = torch.cat([x, skips.pop()], dim=1)  # (B, 2·width, …)
+            x = attention1(block1(x, condition))  # (B, width, …)
+            x = torch.cat([x, skips.pop()], dim=1)  # (B, 2·width, …)
+            x = attention2(block2(x, condition))  # (B, width of the level above, …)
+            x = grow(x)  # (B, width of the level above, … · 2)
+
+        x = torch.cat([x, first], dim=1)  # (B, 2·M, d, h, w)
+        return self.final_conv(x)  # (B, C, d, h, w)
+
+    def check_class_ids(self, y: Tensor) -> None:
+        """Raise ValueError for class ids that the model does not have.
+
+        Not part of ``forward``: it reads values, which makes a GPU wait and breaks a compiled graph. Samplers call it
+        once; a training loop calls it while the ids are still on the CPU.
+        """
+        num_ids = 0 if self.cond_classes is None else self.cond_emb.num_embeddings
+        if y.numel() and num_ids and not 0 <= int(y.min()) <= int(y.max()) < num_ids:
+            null = "" if self.null_label is None else f" ({self.null_label}: no class)"
+            raise ValueError(f"class ids {sorted(set(y.tolist()))}: this model knows 0 to {num_ids - 1}{null}.")
+
+    def _check_inputs(self, x: Tensor, time: Tensor, y: Tensor | None, res: Tensor | None) -> None:
+        if x.ndim != 5 or x.shape[1] != self.channels:
+            raise ValueError(f"latents have shape {tuple(x.shape)}: expected (B, {self.channels}, d, h, w).")
+        multiple = tuple(math.lcm(size, self.down_factor) for size in self.sub_volume_size)
+        if any(size % factor for size, factor in zip(x.shape[2:], multiple, strict=True)):
+            raise ValueError(
+                f"latent grid {tuple(x.shape[2:])} has to be divisible by {multiple} (sub-volumes of "
+                f"{self.sub_volume_size}, U-Net down-sampling {self.down_factor}): choose another volume size."
+            )
+        batch = x.shape[0]
+        if tuple(time.shape) != (batch,):
+            raise ValueError(f"time has shape {tuple(time.shape)}: expected ({batch},), one timestep per sample.")
+        if (y is None) != (self.cond_classes is None):
+            wanted = "needs class ids y" if y is None else "has no classes, leave y out"
+            raise ValueError(f"cond_classes is {self.cond_classes}: this model {wanted}.")
+        if y is not None and tuple(y.shape) != (batch,):
+            raise ValueError(f"y has shape {tuple(y.shape)}: expected ({batch},), one class id per sample.")
+        if (res is None) == self.res_condition:
+            wanted = "needs res, the latent grid size / vq_size" if res is None else "does not take res, leave it out"
+            raise ValueError(f"res_condition is {self.res_condition}: this model {wanted}.")
+        if res is not None and tuple(res.shape) not in ((3,), (batch, 3)):
+            raise ValueError(f"res has shape {tuple(res.shape)}: expected (3,) or ({batch}, 3).")
+
+
+def count_flow_levels(widths: list[int]) -> int:
+    """F: how many U-Net levels keep the width of the first convolution. widths: that one, then one per level."""
+    num_flow = 0
+    while num_flow + 1 < len(widths) and widths[num_flow + 1] == widths[0]:
+        num_flow += 1
+    return num_flow
+
+
+def _check_arguments(
+    dim, widths, attention, sub_volume_size, patch_size, init_kernel_size, resnet_groups, num_heads, needs_classes
+) -> None:
+    """Report all constructor arguments that do not fit together at once."""
+    levels = widths[1:]
+    faults = [
+        (dim < 12 or dim % 6, f"dim {dim} has to be a multiple of 6, at least 12 (sines and cosines on three axes)"),
+        (dim % num_heads, f"dim {dim} has to be divisible by DiT_num_heads {num_heads}"),
+        (
+            any(width % resnet_groups for width in (dim, *widths)),
+            f"the U-Net's widths {sorted({dim, *widths})} have to be divisible by resnet_groups {resnet_groups}",
+        ),
+        (
+            count_flow_levels(widths) == 0,
+            f"the first U-Net level ({levels[:1]}) has to be as wide as init_dim {widths[0]}: the two flows meet there",
+        ),
+        (
+            len(attention) != len(levels),
+            f"use_sparse_linear_attn has {len(attention)} flags for {len(levels)} levels of dim_mults",
+        ),
+        (len(sub_volume_size) != 3, f"sub_volume_size {tuple(sub_volume_size)} needs three sizes"),
+        (
+            any(size % patch_size for size in sub_volume_size),
+            f"sub_volume_size {tuple(sub_volume_size)} has to be divisible by patch_size {patch_size}",
+        ),
+        (init_kernel_size % 2 == 0, f"init_kernel_size {init_kernel_size} has to be odd"),
+        (needs_classes, "null_label needs cond_classes"),
+    ]
+    messages = [message for is_wrong, message in faults if is_wrong]
+    if messages:
+        raise ValueError(f"BiFlowNet: {'; '.join(messages)}.")

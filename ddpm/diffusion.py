@@ -1,0 +1,240 @@
+"""The diffusion process on normalised latents: what is trained (``p_losses``) and how it is sampled (``sample``)."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm import samplers
+from ddpm.schedule import NoiseSchedule, cosine_betas, noise_schedule
+
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+class GaussianDiffusion(nn.Module):
+    """Denoising diffusion with a cosine schedule and noise prediction (Wang et al., IEEE TMI 2025, section III-B).
+
+    Holds the schedule as float32 buffers and no parameters. The denoiser is an argument of each method that needs one:
+    ``denoise_fn(x, t, y=..., res=...)``, noise like x; y and res are passed only when they are given.
+
+    Args:
+        channels: channels of the latents, C.
+        timesteps: T, number of noise levels.
+        loss_type: 'l1' or 'l2', the norm of the noise error.
+        use_dynamic_thres: keep predicted x_0 in range by each sample's own percentile rather than by clipping.
+        dynamic_thres_percentile: that percentile, as a fraction in (0, 1].
+
+    Shapes: x, noise (B, C, d, h, w); t (B,) int64 in [0, T); y (B,) class ids; res (3,) or (B, 3).
+    """
+
+    def __init__(self, channels, timesteps=1000, loss_type="l1", use_dynamic_thres=False, dynamic_thres_percentile=0.9):
+        super().__init__()
+        if channels < 1 or timesteps < 1:
+            raise ValueError(f"channels ({channels}) and timesteps ({timesteps}) have to be at least 1.")
+        if loss_type not in LOSSES:
+            raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSSES)}.")
+        if not 0 < dynamic_thres_percentile <= 1:
+            raise ValueError(f"dynamic_thres_percentile is {dynamic_thres_percentile}: it has to lie in (0, 1].")
+        self.channels = channels
+        self.num_timesteps = timesteps
+        self.loss_type = loss_type
+        self.use_dynamic_thres = use_dynamic_thres
+        self.dynamic_thres_percentile = dynamic_thres_percentile
+        for name, table in noise_schedule(cosine_betas(timesteps))._asdict().items():
+            self.register_buffer(name, table)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The buffers as the schedule that samplers work on."""
+        return NoiseSchedule(*(getattr(self, name) for name in NoiseSchedule._fields))
+
+    # ------------------------------------------------------------------------------------------------------- formulas
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Noisy x_t of clean x_start; noise None: drawn."""
+        return self.schedule.q_sample(x_start, t, torch.randn_like(x_start) if noise is None else noise)
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The x_0 that this noise implies, unclipped."""
+        return self.schedule.predict_start_from_noise(x_t, t, noise)
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of x_{t-1} given x_t and x_0; the latter two (B, 1, 1, 1, 1)."""
+        return self.schedule.q_posterior(x_start, x_t, t)
+
+    def limit_start(self, x_start: Tensor) -> Tensor:
+        """Keep a predicted x_0 within [-1, 1], the range of normalised latents."""
+        if self.use_dynamic_thres:
+            return samplers.dynamic_threshold(x_start, self.dynamic_thres_percentile)
+        return samplers.clip_start(x_start)
+
+    def _limit(self, clip_denoised: bool) -> samplers.Limit:
+        return self.limit_start if clip_denoised else (lambda x_start: x_start)
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None) -> Tensor:
+        """Mean error (``loss_type``) of the noise predicted from x_t, a scalar; noise None: drawn."""
+        self._check_latent(x_start, "x_start")
+        if y is not None and y.device.type == "cpu":  # on a GPU the check would wait for the device at every step
+            check_class_ids(denoise_fn, y)
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_noisy = self.q_sample(x_start, t, noise)
+        prediction = predict_noise(denoise_fn, x_noisy, t, y, res)
+        return LOSSES[self.loss_type](prediction, noise)
+
+    # -------------------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def p_mean_variance(self, denoise_fn, x, t, y=None, res=None, cond_scale=1.0, clip_denoised=True):
+        """Mean, variance and log-variance of the model's x_{t-1} given x_t."""
+        noise = conditioned(denoise_fn, x, y, res, cond_scale)(x, t)
+        x_start = self._limit(clip_denoised)(self.predict_start_from_noise(x, t, noise))
+        return self.q_posterior(x_start, x, t)
+
+    @torch.no_grad()
+    def p_sample(
+        self, denoise_fn, x, t, y=None, res=None, cond_scale=1.0, clip_denoised=True, generator=None
+    ) -> Tensor:
+        """One ancestral step, from timesteps t (B,) to t - 1."""
+        noise = conditioned(denoise_fn, x, y, res, cond_scale)(x, t)
+        return samplers.ancestral_step(x, t, noise, self.schedule, self._limit(clip_denoised), generator)
+
+    @torch.no_grad()
+    def p_sample_ddim(
+        self, denoise_fn, x, t, t_next, y=None, res=None, cond_scale=1.0, eta=0.0, clip_denoised=True, generator=None
+    ) -> Tensor:
+        """One DDIM step, from timesteps t (B,) to t_next (B,); t_next = -1 is clean data."""
+        noise = conditioned(denoise_fn, x, y, res, cond_scale)(x, t)
+        return samplers.ddim_step(x, t, t_next, noise, self.schedule, self._limit(clip_denoised), eta, generator)
+
+    @torch.no_grad()
+    def p_sample_loop(self, denoise_fn, z, y=None, res=None, cond_scale=1.0, generator=None, progress=None) -> Tensor:
+        """All T ancestral steps from noise z; the same as ``sample`` with strategy 'ddpm'."""
+        return self.sample(denoise_fn, z, y, res, cond_scale, "ddpm", generator=generator, progress=progress)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoise_fn,
+        z: Tensor,
+        y: Tensor | None = None,
+        res: Tensor | None = None,
+        cond_scale: float = 1.0,
+        strategy: str = "ddpm",
+        eta: float = 0.0,
+        ddim_steps: int = 100,
+        generator: torch.Generator | None = None,
+        progress: samplers.Progress | None = None,
+    ) -> Tensor:
+        """Normalised latents like z (B, C, d, h, w) from standard normal noise z.
+
+        Args:
+            cond_scale: guidance scale s, eps_null + s (eps_y - eps_null) (Ho & Salimans 2021); 1 is no guidance. Other
+                values need a denoiser with a null label (``BiFlowNet(..., null_label=True)``).
+            strategy: name of a sampler, see ``ddpm/samplers.py``.
+            eta: share of the posterior's standard deviation that DDIM adds as noise in each step, 0 to 1.
+            ddim_steps: number of DDIM steps, 1 to T.
+            generator: source of the samplers' noise; None is the global one.
+            progress: called as progress(steps done, steps in all) after each step.
+
+        Raises:
+            ValueError: unknown strategy, ddim_steps or eta out of range, wrong shape of z, class ids that the denoiser
+                does not know, guidance without a null label.
+        """
+        self._check_latent(z, "z")
+        sampler = samplers.get_sampler(strategy)
+        if eta != 0 and "eta" not in sampler.options:
+            warnings.warn(f"eta has no effect with the sampling strategy {strategy!r}.", stacklevel=2)
+        given = {"ddim_steps": ddim_steps, "eta": eta}
+        options = {argument: given[option] for option, argument in sampler.options.items()}
+        denoise = conditioned(denoise_fn, z, y, res, cond_scale)
+        return sampler.run(
+            denoise, z, self.schedule, limit=self.limit_start, generator=generator, progress=progress, **options
+        )
+
+    @torch.no_grad()
+    def interpolate(
+        self, denoise_fn, x1, x2, y=None, res=None, t=None, lam=0.5, cond_scale=1.0, generator=None, progress=None
+    ) -> Tensor:
+        """Latents between x1 and x2 (B, C, d, h, w), lam in [0, 1] of the way (Ho et al. 2020, section 4.4).
+
+        Both are noised to timestep t (an int; None: T - 1) with the same noise, mixed, and denoised by ancestral
+        sampling. The higher t, the more the model decides.
+        """
+        self._check_latent(x1, "x1")
+        if x1.shape != x2.shape:
+            raise ValueError(f"x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} need the same shape to be interpolated.")
+        start = self.num_timesteps - 1 if t is None else int(t)
+        if not 0 <= start < self.num_timesteps:
+            raise ValueError(f"t is {start}: it has to lie between 0 and {self.num_timesteps - 1}.")
+        times = torch.full((len(x1),), start, device=x1.device, dtype=torch.long)
+        # Two independent noises would partly cancel in the mix, and leave less noise than timestep t has.
+        mixed = self.q_sample(torch.lerp(x1, x2, lam), times, samplers.noise_like(x1, generator))
+        denoise = conditioned(denoise_fn, x1, y, res, cond_scale)
+        return samplers.ancestral(denoise, mixed, self.schedule, self.limit_start, generator, progress, start=start)
+
+    def _check_latent(self, x: Tensor, name: str) -> None:
+        if x.ndim != 5 or x.shape[1] != self.channels:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (B, {self.channels}, d, h, w).")
+
+
+# -------------------------------------------------------------------------------------------------------- the denoiser
+
+
+def predict_noise(denoise_fn, x: Tensor, t: Tensor, y: Tensor | None, res: Tensor | None) -> Tensor:
+    """Call a denoiser with those conditions that are given, so that plain functions of (x, t) are denoisers too."""
+    conditions = {name: value for name, value in (("y", y), ("res", res)) if value is not None}
+    noise = denoise_fn(x, t, **conditions)
+    if noise.shape != x.shape:
+        raise ValueError(
+            f"the denoiser returned {tuple(noise.shape)} for latents {tuple(x.shape)}: it has to predict noise of the "
+            "same shape (a BiFlowNet with learn_sigma=True predicts twice the channels: build it without)."
+        )
+    return noise.to(x.dtype)  # half precision under autocast; steps and losses are computed in full
+
+
+def conditioned(denoise_fn, x: Tensor, y: Tensor | None, res: Tensor | None, cond_scale: float) -> samplers.Denoise:
+    """The denoiser as a function of (x, t), with the conditions of the batch x and the guidance inside."""
+    if y is not None:
+        check_class_ids(denoise_fn, y)
+    if cond_scale == 1:
+        return partial(predict_noise, denoise_fn, y=y, res=res)
+    null_label = _attribute(denoise_fn, "null_label")
+    if y is None or null_label is None:
+        reason = "no class ids y were given" if y is None else "the denoiser was trained without a null label"
+        raise ValueError(
+            f"cond_scale is {cond_scale}, but {reason}: guidance needs both. Use cond_scale=1, or a model trained with "
+            "label dropout (BiFlowNet(..., null_label=True))."
+        )
+    return _guided(denoise_fn, y, res if res is None else res.expand(len(x), 3), cond_scale, null_label)
+
+
+def _guided(denoise_fn, y: Tensor, res: Tensor | None, cond_scale: float, null_label: int) -> samplers.Denoise:
+    y_both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
+    res_both = None if res is None else torch.cat([res, res])  # (2B, 3)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        # One pass over both halves instead of two passes: the same work with fewer launches.
+        noise = predict_noise(denoise_fn, torch.cat([x, x]), torch.cat([t, t]), y_both, res_both)  # (2B, C, d, h, w)
+        noise_class, noise_null = noise.chunk(2)  # (B, C, d, h, w) each
+        return torch.lerp(noise_null, noise_class, cond_scale)
+
+    return denoise
+
+
+def check_class_ids(denoise_fn, y: Tensor) -> None:
+    """Let the denoiser check class ids where it can (``BiFlowNet.check_class_ids``): a wrong id is opaque on a GPU."""
+    check = _attribute(denoise_fn, "check_class_ids")
+    if check is not None:
+        check(y)
+
+
+def _attribute(denoise_fn, name: str):
+    """An attribute of the denoiser, also through a DistributedDataParallel wrapper; None where there is none."""
+    inner = getattr(denoise_fn, "module", denoise_fn)
+    return getattr(denoise_fn, name, getattr(inner, name, None))

@@ -1,0 +1,176 @@
+"""Samplers: pure functions from noise to data, given a noise schedule and a function that predicts noise.
+
+    sampler(denoise, z, schedule, limit=..., generator=..., progress=..., [its own options]) -> x_0, like z
+
+``denoise(x, t)`` predicts the noise in x (B, ...) at timesteps t (B,); conditions and guidance are inside it. A new
+sampler is a new function here and one entry in ``SAMPLERS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm.schedule import NoiseSchedule, per_sample
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Limit = Callable[[Tensor], Tensor]  # keeps a predicted x_0 in the range of the data
+Progress = Callable[[int, int], None]  # called after each step with (steps done, steps in all)
+
+
+def clip_start(x_start: Tensor) -> Tensor:
+    """Clip a predicted x_0 to the range of normalised latents, [-1, 1]."""
+    return x_start.clamp(-1, 1)
+
+
+def dynamic_threshold(x_start: Tensor, percentile: float) -> Tensor:
+    """Clip each sample to the percentile of its own |x_0|, at least 1, and scale it back to [-1, 1].
+
+    Saharia et al., "Imagen", NeurIPS 2022, section 2.3: strong guidance otherwise saturates most values at the clip.
+    """
+    bound = torch.quantile(x_start.flatten(1).abs().float(), percentile, dim=1).clamp(min=1)  # (B,)
+    bound = per_sample(bound, x_start)  # (B, 1, ..., 1)
+    return x_start.clamp(-bound, bound) / bound
+
+
+def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise like x; drawn on the generator's device, so that a seed gives one result on any device."""
+    if generator is None:
+        return torch.randn_like(x)
+    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
+
+
+# ---------------------------------------------------------------------------------------------------- ancestral (DDPM)
+
+
+def ancestral_step(
+    x: Tensor, t: Tensor, noise_prediction: Tensor, schedule: NoiseSchedule, limit: Limit, generator=None
+) -> Tensor:
+    """x_{t-1} of x_t: a draw from the posterior given the predicted x_0 (Ho et al. 2020, algorithm 2).
+
+    At t = 0 it is the posterior's mean.
+    """
+    x_start = limit(schedule.predict_start_from_noise(x, t, noise_prediction))
+    mean, _, log_variance = schedule.q_posterior(x_start, x, t)
+    noise = noise_like(x, generator)  # drawn at t = 0 too: one draw a step, whatever the step
+    return mean + per_sample(t > 0, x) * (0.5 * log_variance).exp() * noise
+
+
+def ancestral(
+    denoise: Denoise,
+    z: Tensor,
+    schedule: NoiseSchedule,
+    limit: Limit = clip_start,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    start: int | None = None,
+) -> Tensor:
+    """Ancestral sampling: every timestep from ``start`` (None: T - 1) down to 0, one draw of noise each.
+
+    ``z`` is x at timestep ``start``; for None it is pure noise.
+    """
+    num_steps = schedule.timesteps if start is None else start + 1
+    x = z
+    for done, timestep in enumerate(reversed(range(num_steps)), start=1):
+        t = torch.full((len(x),), timestep, device=x.device, dtype=torch.long)
+        x = ancestral_step(x, t, denoise(x, t), schedule, limit, generator)
+        if progress is not None:
+            progress(done, num_steps)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------- DDIM
+
+
+def ddim_timesteps(timesteps: int, steps: int) -> list[int]:
+    """``steps`` distinct timesteps, falling from T - 1, evenly ("trailing") spaced.
+
+    Trailing spacing starts at pure noise, which is what ``z`` is (Lin et al., "Common Diffusion Noise Schedules and
+    Sample Steps are Flawed", WACV 2024, section 3.3).
+    """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(
+            f"ddim_steps is {steps}: it has to lie between 1 and the {timesteps} timesteps of the schedule."
+        )
+    return [(2 * timesteps * left + steps) // (2 * steps) - 1 for left in range(steps, 0, -1)]
+
+
+def ddim_step(
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    noise_prediction: Tensor,
+    schedule: NoiseSchedule,
+    limit: Limit = clip_start,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """x at timesteps t_next (B,) from x at t (B,), t_next < t; t_next = -1 is clean data, where abar = 1.
+
+    Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, eq. 12 and 16:
+    sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) noise direction + sigma noise.
+    """
+    log_abar = schedule.log_alphas_cumprod()
+    now, following = log_abar[t + 1], log_abar[t_next + 1]  # float64, (B,)
+    noise_variance, noise_variance_next = -torch.expm1(now), -torch.expm1(following)  # 1 - abar
+    sigma_squared = eta**2 * noise_variance_next / noise_variance * -torch.expm1(now - following)
+
+    x_start = limit(schedule.predict_start_from_noise(x, t, noise_prediction))
+    # The direction has to belong to the x_0 in use: with the unclipped one x would miss the noise level of t_next.
+    direction = (x - per_sample((now / 2).exp(), x) * x_start) / per_sample(noise_variance.sqrt(), x)
+    x_next = per_sample((following / 2).exp(), x) * x_start
+    x_next = x_next + per_sample((noise_variance_next - sigma_squared).clamp(min=0).sqrt(), x) * direction
+    if eta > 0:
+        x_next = x_next + per_sample(sigma_squared.sqrt(), x) * noise_like(x, generator)
+    return x_next
+
+
+def ddim(
+    denoise: Denoise,
+    z: Tensor,
+    schedule: NoiseSchedule,
+    limit: Limit = clip_start,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    steps: int = 100,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM sampling from noise z in ``steps`` steps; eta 0 is deterministic, eta 1 has the posterior's variance."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: it has to lie between 0 (deterministic) and 1 (the posterior's variance).")
+    timesteps = ddim_timesteps(schedule.timesteps, steps)
+    x = z
+    for done, (timestep, following) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), start=1):
+        t = torch.full((len(x),), timestep, device=x.device, dtype=torch.long)
+        t_next = torch.full_like(t, following)
+        x = ddim_step(x, t, t_next, denoise(x, t), schedule, limit, eta, generator)
+        if progress is not None:
+            progress(done, steps)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------------------- registry
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler and which of the public sampling options it takes, under its own argument names."""
+
+    run: Callable[..., Tensor]
+    options: dict[str, str]  # option of GaussianDiffusion.sample -> argument of run
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(ancestral, {}),
+    "ddim": Sampler(ddim, {"ddim_steps": "steps", "eta": "eta"}),
+}
+
+
+def get_sampler(strategy: str) -> Sampler:
+    """The sampler of this name; ValueError that lists the names otherwise."""
+    if strategy not in SAMPLERS:
+        raise ValueError(f"sampling strategy {strategy!r} is unknown: choose one of {', '.join(sorted(SAMPLERS))}.")
+    return SAMPLERS[strategy]
