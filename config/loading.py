@@ -1,0 +1,264 @@
+"""Loads a YAML configuration with Hydra's compose API, checks it against a schema and saves it.
+
+A file may start from others through Hydra's defaults list; names in that list are looked up beside the file and then
+in this folder, so `defaults: [base_cfg, _self_]` works for a file anywhere. Every mistake is a one-line `UserError`.
+"""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from config.errors import UserError
+from config.validation import validate
+
+CONFIG_FOLDER = Path(__file__).resolve().parent
+# Published configs carry these keys; they never had an effect.
+IGNORED_KEYS = ("i3d_feat",)
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(
+    schema: type,
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> DictConfig:
+    """Composes a config file, applies overrides and returns the checked, resolved result.
+
+    Args:
+        schema: dataclass of `config/schema.py`.
+        path: YAML file; None starts from the schema's defaults.
+        overrides: `key=value` in Hydra's grammar, e.g. `model.lr=1e-4`; they win over the file.
+        values: plain values by flat key (from command-line flags); they win over the overrides.
+
+    Returns:
+        A plain DictConfig with every key of the schema. It is closed (an unknown attribute is an error) and holds no
+        schema types, so a checkpoint that stores it stays readable without this package.
+
+    Raises:
+        UserError: in one line, all unknown keys, wrong types and values out of range that were found in one source.
+    """
+    cfg = OmegaConf.structured(schema)
+    if path is not None:
+        _merge(cfg, _compose(Path(path)), str(path))
+    for override in overrides:
+        dotted, value = _parse_override(schema, override)
+        _merge(cfg, _nested(dotted, value), f"override {override!r}")
+    for name, value in (values or {}).items():
+        _merge(cfg, _nested(name, value), f"option {name}")
+    try:
+        plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path or 'config'}: {_first_line(error)}") from error
+    if unset := sorted(OmegaConf.missing_keys(plain)):
+        raise UserError(f"{path or 'config'}: {', '.join(unset)} must be set, found ???")
+    validate(plain, schema)
+    OmegaConf.set_struct(plain, True)
+    return plain
+
+
+def save_config(cfg: DictConfig, folder: str | Path) -> Path:
+    """Writes the resolved config as `config.yaml` into a folder (made if needed) and returns its path."""
+    target = Path(folder) / "config.yaml"
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: the config cannot be saved ({error.strerror}); choose another folder") from error
+    return target
+
+
+def require(cfg: DictConfig, *keys: str) -> None:
+    """Checks that keys without a useful default were given; raises one UserError that names all that were not."""
+    missing = [name for name in keys if OmegaConf.select(cfg, name) in (None, "")]
+    if not missing:
+        return
+    hints = [f"{name} (--{name.replace('_', '-')} VALUE)" if "." not in name else name for name in missing]
+    raise UserError(
+        f"required but not set: {', '.join(hints)}; set it in the config file or add {missing[0]}=VALUE to the command"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- composing
+
+
+def _compose(path: Path) -> dict[str, Any]:
+    """The file with its defaults list worked in, as plain containers with interpolations still unresolved."""
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
+        raise UserError(f"{path}: no such config file; config/ has {shipped}")
+    if path.suffix != ".yaml":
+        raise UserError(f"{path}: a config file must be named *.yaml")
+    GlobalHydra.instance().clear()  # an earlier compose of this process must not leak into this one
+    folder = path.parent.resolve()  # of the link, if the file is one
+    searchpath = f"hydra.searchpath=[{_quoted(f'file://{CONFIG_FOLDER}')}]"
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+            composed = compose(config_name=path.stem, overrides=[searchpath])
+        return OmegaConf.to_container(composed, resolve=False)
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a config: {_one_line(error)}") from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _quoted(text: str) -> str:
+    """Text as a quoted string of Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _parse_override(schema: type, text: str) -> tuple[str, Any]:
+    """Splits `key=value` into the dotted key and its value.
+
+    A value that the schema knows as text is taken as it stands where Hydra's grammar has no reading for it:
+    checkpoint names such as `epoch=3-step=500.ckpt` need no quotes.
+    """
+    problem = f"override {text!r}: expected key=value, e.g. model.lr=1e-4"
+    match = re.fullmatch(r"(?:\+{0,2})([\w.]+)=(.*)", text, flags=re.DOTALL)
+    if match is None:
+        raise UserError(problem)
+    dotted, raw = match.groups()
+    is_text = str in _alternatives(dict(_leaves(schema)).get(dotted))
+    try:
+        override = OverridesParser.create().parse_override(text)
+        if override.is_sweep_override():
+            if is_text:
+                return dotted, raw
+            raise UserError(f"{problem}; several values at once are not supported, and a list is written [1,2]")
+        return dotted, override.value()
+    except HydraException as error:
+        if is_text:
+            return dotted, raw
+        raise UserError(f"{problem}; {_first_line(error)}") from error
+
+
+# --------------------------------------------------------------------------------------------------- merging
+
+
+def _merge(cfg: DictConfig, given: Mapping[str, Any], source: str) -> None:
+    """Writes `given` into the typed config and raises one UserError with all keys that do not fit."""
+    problems = list(_merge_section(cfg, OmegaConf.get_type(cfg), given, "", OmegaConf.get_type(cfg)))
+    if problems:
+        raise UserError(f"{source}: {'; '.join(problems)}")
+
+
+def _merge_section(
+    cfg: DictConfig, section: type, given: Mapping[str, Any], prefix: str, schema: type
+) -> Iterator[str]:
+    hints = get_type_hints(section)
+    for name, value in given.items():
+        dotted = f"{prefix}{name}"
+        if name in IGNORED_KEYS:
+            logger.warning("%s is accepted for old configs and has no effect", dotted)
+        elif name not in hints:
+            yield f"unknown key {dotted}{_closest(dotted, schema)}"
+        elif is_dataclass(hints[name]):
+            if isinstance(value, Mapping):
+                yield from _merge_section(cfg[name], hints[name], value, f"{dotted}.", schema)
+            else:
+                yield f"{dotted} must be a section with keys, got {_shown(value)}"
+        elif (rows := _rows(hints[name], value)) is not None:
+            cfg[name] = rows
+            for index, (row, given_row) in enumerate(zip(rows, value, strict=True)):
+                row_type = OmegaConf.get_type(row)
+                yield from _merge_section(cfg[name][index], row_type, given_row, f"{dotted}[{index}].", row_type)
+        else:
+            try:
+                cfg[name] = _whole_numbers(value, hints[name])
+            except (OmegaConfBaseException, TypeError, ValueError):
+                yield f"{dotted} must be {_describe(hints[name])}, got {_shown(value)}"
+
+
+def _rows(hint: Any, value: Any) -> list[Any] | None:
+    """One section with defaults per entry of `value`, if the key holds a list of sections; else None."""
+    row_type = next(iter(get_args(hint)), None)
+    is_table = get_origin(hint) is list and is_dataclass(row_type)
+    if not is_table or not isinstance(value, list) or not all(isinstance(row, Mapping) for row in value):
+        return None
+    return [OmegaConf.structured(row_type) for _ in value]
+
+
+def _whole_numbers(value: Any, hint: Any) -> Any:
+    """1e6 (a float in YAML, text on the command line) as 1000000 where a whole number is asked for."""
+    if isinstance(value, (list, tuple)):
+        inner = next((get_args(kind)[0] for kind in _alternatives(hint) if get_origin(kind) is list), None)
+        return [_whole_numbers(item, inner) for item in value]
+    if int in _alternatives(hint) and isinstance(value, (float, str)):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() else value
+    return value
+
+
+def _closest(dotted: str, schema: type) -> str:
+    """', did you mean X?' with the most similar key of the schema, or nothing where none is similar."""
+    known = [*get_type_hints(schema), *(name for name, _ in _leaves(schema))]
+    by_last = {name.rsplit(".", 1)[-1]: name for name in known}
+    found = [by_last[name] for name in difflib.get_close_matches(dotted.rsplit(".", 1)[-1], by_last, n=1)]
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every key of the schema that holds a value."""
+    for name, hint in get_type_hints(schema).items():
+        if is_dataclass(hint):
+            yield from _leaves(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of `X | None`, or the type itself."""
+    return get_args(hint) if NoneType in get_args(hint) else (hint,)
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    parts = []
+    for kind in _alternatives(hint):
+        if get_origin(kind) is list:
+            parts.append(f"a list, each item {_describe(get_args(kind)[0])}")
+        else:
+            parts.append(names.get(kind, f"a section with the keys {', '.join(get_type_hints(kind))}"))
+    return " or ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    for name in reversed(dotted.split(".")):
+        value = {name: value}
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,219 @@
+"""Typed schema of every configuration: each key with its type, default and meaning.
+
+The loader (`config/loading.py`) checks YAML files, overrides and flags against these classes, and `--help` prints
+their texts. Autoencoder keys are the published ones (`model.*`, `dataset.*`); the diffusion and generation keys are
+the published flags with underscores.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, meaning: str) -> Any:
+    """Dataclass field with a default (lists are copied) and the text that `--help` shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"meaning": meaning})
+    return field(default=default, metadata={"meaning": meaning})
+
+
+# ---------------------------------------------------------------------------------------------- autoencoder
+
+
+@dataclass
+class AutoencoderModelConfig:
+    """Patch-Volume autoencoder: architecture, losses, optimisation and run."""
+
+    # Architecture
+    embedding_dim: int = key(8, "channels of a latent (E)")
+    n_codes: int = key(8192, "vectors in the codebook")
+    n_hiddens: int = key(48, "width of the first encoder level; it doubles with each downsampling but the last")
+    downsample: list[int] = key([8, 8, 8], "compression per axis (z, x, y): three equal powers of two")
+    norm_type: str = key("group", "normalisation layers: group | batch (synchronised over processes)")
+    num_groups: int = key(24, "groups of each GroupNorm; must divide n_hiddens")
+    # Codebook
+    no_random_restart: bool = key(False, "true: codes that fall out of use are never restarted")
+    restart_thres: float = key(1.0, "codes whose running count falls below this restart from encoder outputs")
+    codebook_decay: float = key(0.99, "decay of the codebook's running averages, per training batch")
+    codebook_init_step: int = key(0, "optimiser step at which the codebook starts from data; no quantisation before")
+    # Losses
+    disc_channels: int = key(32, "width of the discriminator's first stage")
+    disc_layers: int = key(3, "strided stages of the discriminator")
+    disc_loss_type: str = key("hinge", "discriminator loss: hinge | vanilla")
+    discriminator_iter_start: int = key(20000, "optimiser step at which the adversarial terms start")
+    volume_gan_weight: float = key(2.0, "weight of the adversarial term; 0 = no discriminator")
+    gan_feat_weight: float = key(4.0, "weight of the discriminator's feature matching")
+    l1_weight: float = key(4.0, "weight of the L1 reconstruction error")
+    perceptual_weight: float = key(2.0, "weight of the perceptual loss; 0 = its network is never built")
+    perceptual_3d: bool = key(False, "true: 3D MedicalNet features; false: 2D LPIPS on slices of the three axes")
+    perceptual_weights: str | None = key(
+        None, "folder with the perceptual network's weight files; null = its usual place"
+    )
+    # Optimisation
+    stage: int = key(1, "1: patches, whole model; 2: whole volumes, decoder and post_vq_conv only")
+    batch_size: int = key(24, "patches (stage 1) or volumes (stage 2) per process and step")
+    lr: float = key(3e-4, "learning rate of both Adam optimisers")
+    adam_betas: list[float] = key([0.5, 0.9], "Adam betas of both optimisers")
+    lr_schedule: str = key("constant", "constant | cosine (to 0 over max_steps)")
+    gradient_clip: float = key(0.0, "largest gradient norm; 0 = no clipping")
+    max_steps: int = key(1_000_000, "optimiser steps after which training ends; -1 = no limit")
+    max_epochs: int = key(10_000, "epochs after which training ends; -1 = no limit")
+    # Run
+    seed: int = key(1234, "seed of weights, data order, crops and augmentation")
+    num_workers: int = key(8, "data loading processes; 0 = load in the main process")
+    gpus: int = key(1, "devices of one node; on CPU the number of processes")
+    accelerator: str = key("auto", "auto | cpu | gpu; auto = a GPU where there is one")
+    precision: str = key("32", "32 | bf16 | 16 (mixed precision)")
+    default_root_dir: str | None = key(None, "folder that gets logs, checkpoints and the resolved config; required")
+    resume_from_checkpoint: str | None = key(
+        None, "checkpoint: stage 1 continues it, null = a new run; stage 2 starts from it, required"
+    )
+    checkpoint_every: int = key(3000, "optimiser steps between checkpoints")
+    val_every: int | None = key(None, "optimiser steps between validations; null = once an epoch")
+    log_every: int = key(50, "optimiser steps between logged losses")
+    log_volume_every: int = key(1500, "batches between logged volumes (and at powers of two before); 0 = none")
+
+
+@dataclass
+class AutoencoderDataConfig:
+    """Training data of the autoencoder."""
+
+    root_dir: str | None = key(None, "JSON file: name -> folder or list of folders with *.nii.gz; required")
+    image_channels: int = key(1, "channels of a volume")
+    imgtype: str = key("CT", "modality, for the record only")
+    patch_size: int = key(64, "edge of a patch in voxels; a multiple of model.downsample")
+    intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity of the files")
+    val_fraction: float = key(0.1, "share of the files held out for validation")
+    split_seed: int = key(0, "seed of the split into training and validation files")
+    background_keep: float = key(0.0, "probability of keeping a patch that is nearly all background")
+    augmentation: bool = key(True, "random flips and quarter turns of training data")
+
+
+@dataclass
+class AutoencoderConfig:
+    """Both training stages of the Patch-Volume autoencoder."""
+
+    model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig)
+    dataset: AutoencoderDataConfig = field(default_factory=AutoencoderDataConfig)
+
+
+@dataclass
+class LatentConfig:
+    """Encoding of a data set into latents (train/generate_training_latent.py)."""
+
+    data_path: str | None = key(None, "JSON file: class id -> folder; latents go to FOLDER_latents beside it; required")
+    AE_ckpt: str | None = key(None, "autoencoder checkpoint; required")
+    batch_size: int = key(4, "volumes of equal size encoded together")
+    num_workers: int = key(8, "data loading processes; 0 = load in the main process")
+    sliding_window: int = key(64, "patches per volume encoded at a time")
+    intensity_range: list[float] | None = key(
+        None, "lowest and highest intensity of the files; null = as recorded in the checkpoint, else -1 1"
+    )
+    device: str = key("auto", "auto | cpu | cuda; auto = a GPU where there is one")
+
+
+# ------------------------------------------------------------------------------------------------ diffusion
+
+
+@dataclass
+class BiFlowNetConfig:
+    """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
+
+    # Files
+    data_path: str | None = key(None, "JSON file: class id -> folder of latents; required")
+    AE_ckpt: str | None = key(None, "autoencoder checkpoint; required")
+    results_dir: str = key("results", "folder that gets the run folders NNN-BiFlowNet")
+    run_name: str | None = key(
+        None, "run folder inside results_dir; null = continue the same config or start a new one"
+    )
+    ckpt: str | None = key(None, "BiFlowNet checkpoint to continue exactly; null = the run folder's newest, if any")
+    # Model
+    model: str = key("BiFlowNet", "name of the model, part of the run folder's name")
+    volume_channels: int = key(8, "channels of a latent; the autoencoder's embedding_dim")
+    model_dim: int = key(72, "width of the first level; a multiple of 6 and of resnet_groups")
+    dim_mults: list[int] = key([1, 1, 2, 4, 8], "width of each level as a multiple of model_dim")
+    use_attn: list[int] = key([0, 0, 0, 1, 1], "1 for each level with attention")
+    patch_size: int = key(1, "edge of a token in latent voxels (8x: 1, 4x: 2)")
+    num_dit: int = key(1, "DiT blocks in the middle of the intra-patch flow")
+    vq_size: int = key(64, "latent grid size that the resolution condition counts as 1")
+    num_classes: int = key(7, "number of classes; ids are 0 ... num_classes - 1")
+    resnet_groups: int = key(24, "groups of each GroupNorm")
+    dit_num_heads: int = key(8, "attention heads of a DiT block")
+    attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each")
+    # Diffusion
+    timesteps: int = key(1000, "diffusion steps")
+    loss_type: str = key("l1", "l1 | l2")
+    label_dropout: float = key(0.0, "share of labels replaced by a null label, for guidance; 0 = no null label")
+    # Optimisation
+    epochs: int = key(1000, "epochs after which training ends")
+    max_steps: int | None = key(None, "optimiser steps after which training ends; null = epochs alone decide")
+    batch_size: int = key(16, "latents per process and step")
+    lr: float = key(1e-4, "learning rate of Adam")
+    adam_betas: list[float] = key([0.9, 0.999], "Adam betas")
+    lr_schedule: str = key("constant", "constant | cosine (to 0 over the whole training)")
+    lr_warmup: int = key(0, "optimiser steps over which the learning rate rises linearly from 0")
+    grad_clip: float = key(0.0, "largest gradient norm; 0 = no clipping")
+    enable_amp: bool = key(False, "mixed precision")
+    amp_dtype: str = key("fp16", "type of mixed precision: fp16 (with a gradient scaler) | bf16")
+    ema_decay: float = key(0.995, "decay of the averaged weights")
+    ema_every: int = key(10, "optimiser steps between updates of the averaged weights")
+    ema_start: int = key(2000, "optimiser step before which the averaged weights are a plain copy")
+    # Run
+    resolution: list[int] = key([32, 32, 32], "latent grid (z, x, y); multiples of 8")
+    global_seed: int = key(0, "seed of weights, data order, noise and timesteps")
+    num_workers: int = key(8, "data loading processes; 0 = load in the main process")
+    device: str = key("auto", "auto | cpu | cuda; auto = a GPU where there is one")
+    log_every: int = key(50, "optimiser steps between logged losses")
+    ckpt_every: int = key(500, "optimiser steps between checkpoints")
+    keep_checkpoints: int = key(6, "newest checkpoints kept; 0 = all")
+    preview: bool = key(True, "sample one volume per checkpoint into samples/")
+    preview_steps: int = key(10, "DDIM steps of a preview")
+
+
+@dataclass
+class GenerationClass:
+    """One row of the class table: what a class id stands for and in which sizes it is generated."""
+
+    id: int = key(0, "class id")
+    name: str = key("", "name, the start of the file names")
+    grids: list[list[int]] = key([], "latent grids (z, x, y), one volume each")
+    spacings_mm: list[list[float]] = key([], "voxel spacing (x, y, z) in mm, one per grid")
+
+
+@dataclass
+class GenerationConfig:
+    """Class-conditional generation (evaluation/class_conditional_generation.py and _4x.py)."""
+
+    # Files
+    AE_ckpt: str | None = key(None, "autoencoder checkpoint; required")
+    model_ckpt: str | None = key(None, "BiFlowNet checkpoint; required")
+    output_dir: str | None = key(None, "folder that gets seed_S/NAME_XxYxZ.nii.gz; required")
+    # Model, as it was trained
+    volume_channels: int = key(8, "channels of a latent; the autoencoder's embedding_dim")
+    model_dim: int = key(72, "width of the first level; a multiple of 6 and of resnet_groups")
+    dim_mults: list[int] = key([1, 1, 2, 4, 8], "width of each level as a multiple of model_dim")
+    use_attn: list[int] = key([0, 0, 0, 1, 1], "1 for each level with attention")
+    patch_size: int = key(1, "edge of a token in latent voxels (8x: 1, 4x: 2)")
+    num_dit: int = key(1, "DiT blocks in the middle of the intra-patch flow")
+    vq_size: int = key(64, "latent grid size that the resolution condition counts as 1")
+    num_classes: int = key(7, "number of classes; ids are 0 ... num_classes - 1")
+    resnet_groups: int = key(24, "groups of each GroupNorm")
+    dit_num_heads: int = key(8, "attention heads of a DiT block")
+    attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each")
+    timesteps: int = key(1000, "diffusion steps of the training")
+    loss_type: str = key("l1", "l1 | l2; has no effect on sampling")
+    # Sampling
+    sampling_strategy: str = key("ddpm", "ddpm (all timesteps) | ddim")
+    ddim_steps: int = key(100, "DDIM steps; at most timesteps")
+    eta: float = key(0.0, "DDIM noise: 0 = deterministic, 1 = as much as ddpm")
+    guidance_scale: float = key(
+        1.0, "classifier-free guidance; 1 = off, others need a model trained with label_dropout"
+    )
+    seed: int = key(0, "seed of the noise")
+    num_samples: int = key(1, "volumes per class and grid")
+    batch_size: int = key(1, "latents sampled together")
+    device: str = key("auto", "auto | cpu | cuda; auto = a GPU where there is one")
+    # Decoding
+    downsample: int = key(8, "compression of the autoencoder: 8 | 4")
+    max_single_pass: int = key(32, "latents up to this many voxels cubed are decoded in one pass, larger ones in tiles")
+    tile: int = key(256, "edge of a decoded tile in image voxels")
+    classes: list[GenerationClass] = key([], "what to generate: id, name, grids and spacings of each class")
