@@ -1,0 +1,143 @@
+"""Data of the latent diffusion model at one resolution: latents with their class, or the volumes to make them from."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from config.errors import UserError
+from dataset.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
+from dataset.sampling import SampleKey
+from dataset.volume_io import (
+    MODEL_RANGE,
+    check_intensity_range,
+    read_header,
+    read_latent,
+    read_latent_header,
+    read_model_volume,
+)
+
+RECORD_NAME = "latents.json"  # in each folder of latents: which autoencoder made them
+RESOLUTION_UNIT = 64  # the model is told resolution / 64
+
+
+class Singleres_dataset(Dataset):
+    """Latents of all classes, or with `generate_latents` the volumes that latents are made from.
+
+    Arguments:
+        root_dir: JSON, class id "0", "1", ... -> folder or list of folders. For latents they are the folders of the
+            latents (`X_latents`), for `generate_latents` those of the volumes (`X`).
+        resolution: latent grid (z, x, y) that every latent must have.
+        generate_latents: see Items.
+        intensity_range: lowest and highest intensity of volume files.
+
+    Items:
+        latents: (latent (C, d, h, w) float32, class id int64, resolution / 64 (3,) float32).
+        generate_latents: (volume (1, D, H, W) float32 in [-1, 1], path str).
+
+    Attributes: `files`, `labels` and `shapes`, one entry per item; shapes are (C, d, h, w) of latents or (D, H, W) of
+    volumes. With generate_latents also `latent_paths`, where each latent belongs.
+
+    Raises:
+        UserError: a JSON or folder that does not fit, latents of several sizes, of another size than `resolution` or of
+            several channel counts, volumes in place of latents, unreadable files. Headers are checked at once.
+    """
+
+    def __init__(
+        self,
+        root_dir: str | Path,
+        resolution: Sequence[int] = (32, 32, 32),
+        generate_latents: bool = False,
+        *,
+        intensity_range: Sequence[float] = MODEL_RANGE,
+    ):
+        self.root_dir = Path(root_dir)
+        self.resolution = tuple(int(extent) for extent in resolution)
+        if len(self.resolution) != 3 or min(self.resolution) < 1:
+            raise UserError(f"resolution {list(resolution)}: three positive numbers are needed, the latent grid z x y")
+        self.generate_latents = generate_latents
+        self.intensity_range = check_intensity_range(intensity_range)
+        self.folders = read_class_folders(root_dir)
+        entries = [
+            (path, class_id, folder)
+            for class_id, folders in self.folders.items()
+            for folder in folders
+            for path in list_volumes(folder)
+        ]
+        self.files = [path for path, _, _ in entries]
+        self.labels = [class_id for _, class_id, _ in entries]
+        if generate_latents:
+            self.latent_paths = [latent_path(path, folder) for path, _, folder in entries]
+            self.shapes = [read_header(path).tensor_shape for path in self.files]
+        else:
+            self.shapes = [read_latent_header(path).latent_shape for path in self.files]
+            self._check_shapes()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the latents."""
+        return self.shapes[0][0]
+
+    def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, ...] | tuple[torch.Tensor, str]:
+        index = key[1] if isinstance(key, tuple) else key  # the epoch changes nothing here
+        path = self.files[index]
+        if self.generate_latents:
+            return read_model_volume(path, self.intensity_range).data, str(path)
+        resolution = torch.tensor(self.resolution, dtype=torch.float32) / RESOLUTION_UNIT
+        return read_latent(path), torch.tensor(self.labels[index]), resolution
+
+    def latent_records(self) -> dict[Path, dict[str, Any] | None]:
+        """For each folder the record of the autoencoder that made its latents, None where there is none."""
+        return {folder: read_latent_record(folder) for folders in self.folders.values() for folder in folders}
+
+    def _check_shapes(self) -> None:
+        first, channels = self.files[0], self.shapes[0][0]
+        for path, (found_channels, *grid) in zip(self.files, self.shapes, strict=True):
+            if tuple(grid) != self.resolution:
+                raise UserError(self._size_message(path, found_channels, grid))
+            if found_channels != channels:
+                raise UserError(
+                    f"{path}: {found_channels} channels, but {first} has {channels}: all latents must come from one "
+                    "autoencoder, make them again with train/generate_training_latent.py"
+                )
+
+    def _size_message(self, path: Path, channels: int, grid: Sequence[int]) -> str:
+        if channels == 1:
+            return (
+                f"{path}: a volume of size {_size(grid)}, not a latent: name the folder that "
+                f"train/generate_training_latent.py wrote, {path.parent.name}{LATENT_SUFFIX}, in {self.root_dir}"
+            )
+        sizes = sorted({shape[1:] for shape in self.shapes})
+        if len(sizes) > 1:
+            return (
+                f"{path}: a latent of size {_size(grid)}, but one size is needed, {_size(self.resolution)}: "
+                f"{self.root_dir} has latents of {', '.join(map(_size, sizes))}: train on classes of one size"
+            )
+        return (
+            f"{path}: a latent of size {_size(grid)}, but {_size(self.resolution)} is needed: "
+            f"give --resolution {' '.join(map(str, grid))}"
+        )
+
+
+def read_latent_record(folder: str | Path) -> dict[str, Any] | None:
+    """The parsed `latents.json` of a folder, or None. UserError if it is no JSON object."""
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): make the latents again") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: a JSON object is needed, found a {type(record).__name__}: make the latents again")
+    return record
+
+
+def _size(extents: Sequence[int]) -> str:
+    return "x".join(map(str, extents))

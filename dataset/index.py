@@ -1,0 +1,139 @@
+"""Which files a data set consists of: the dataset JSONs, their folders, the split and the names of latents."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+
+VOLUME_SUFFIX = ".nii.gz"
+LATENT_SUFFIX = "_latents"
+
+
+def read_dataset_json(path: str | Path) -> dict[str, list[Path]]:
+    """The files of a JSON `{name: folder or [folder, ...]}`: for every name all `*.nii.gz` below, sorted.
+
+    A relative folder is looked for beside the JSON, then in the working directory. UserError: a missing JSON, folder or
+    file, or a JSON of another form.
+    """
+    return {name: _list_all(folders) for name, folders in read_dataset_folders(path).items()}
+
+
+def read_class_json(path: str | Path) -> dict[int, list[Path]]:
+    """As `read_dataset_json` for a JSON whose names are class ids 0, 1, ... (the class labels of BiFlowNet)."""
+    return {class_id: _list_all(folders) for class_id, folders in read_class_folders(path).items()}
+
+
+def read_dataset_folders(path: str | Path) -> dict[str, list[Path]]:
+    """The folders of a dataset JSON, each of which exists."""
+    path = Path(path)
+    entries = _read_json_object(path)
+    if not entries:
+        raise UserError(f'{path}: names no folder: write {{"name": "folder"}}')
+    return {name: _resolve_folders(path, name, value) for name, value in entries.items()}
+
+
+def read_class_folders(path: str | Path) -> dict[int, list[Path]]:
+    """The folders of a dataset JSON whose names are class ids, in the order of the ids."""
+    folders = read_dataset_folders(path)
+    for name in folders:
+        if not (name.isascii() and name.isdigit() and name == str(int(name))):
+            raise UserError(f'{path}: key "{name}" is not a class id: keys are the integers 0, 1, ... as "0", "1"')
+    return {int(name): folders[name] for name in sorted(folders, key=int)}
+
+
+def list_volumes(folder: str | Path) -> list[Path]:
+    """All `*.nii.gz` below a folder, links followed, hidden files left out, sorted. UserError if there are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files, seen = [], set()
+    for parent, children, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        # A link back to a folder above would be walked for ever.
+        children[:] = [name for name in children if os.path.realpath(Path(parent) / name) not in seen]
+        files += [Path(parent) / name for name in names if name.endswith(VOLUME_SUFFIX) and not name.startswith(".")]
+    if not files:
+        raise UserError(f"{folder}: the folder has no *{VOLUME_SUFFIX} file")
+    return sorted(files)
+
+
+def split_files(files: Sequence[Path], fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """Splits one class's files into training and validation files; the same for every rank, run and machine.
+
+    fraction: share for validation, 0 <= fraction < 1; 0 leaves validation empty. Otherwise a class of two or more files
+    gives at least one file to each side, and a class of one file keeps it for training.
+    The choice depends on the seed and the files' names below their common folder, not on where that folder lies.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"dataset.val_fraction is {fraction}: a share from 0 to less than 1 is needed")
+    files = sorted(files)
+    count = min(len(files) - 1, max(1, round(fraction * len(files)))) if fraction > 0 and files else 0
+    if count <= 0:
+        return files, []
+    common = Path(os.path.commonpath([file.parent for file in files]))
+    validation = set(sorted(files, key=lambda file: _shuffle_key(file.relative_to(common), seed))[:count])
+    return [file for file in files if file not in validation], [file for file in files if file in validation]
+
+
+def latent_folder(folder: str | Path) -> Path:
+    """The folder of the latents of a class folder: `X_latents` beside `X`."""
+    folder = Path(os.path.normpath(folder))
+    return folder.with_name(folder.name + LATENT_SUFFIX)
+
+
+def latent_path(volume: str | Path, folder: str | Path) -> Path:
+    """The file of the latent of `volume`, a file below the class folder `folder`: the same name below `X_latents`.
+
+    Only the class folder itself is renamed, not other parts of the path of the same name.
+    """
+    return latent_folder(folder) / Path(os.path.normpath(volume)).relative_to(os.path.normpath(folder))
+
+
+def _shuffle_key(name: Path, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{name.as_posix()}".encode()).digest()
+
+
+def _list_all(folders: Sequence[Path]) -> list[Path]:
+    return sorted({file for folder in folders for file in list_volumes(folder)})
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: no such dataset JSON: give a file like {{"name": "folder"}}') from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a dataset JSON ({error})") from error
+    try:
+        entries = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not a JSON file (line {error.lineno}: {error.msg})") from error
+    if not isinstance(entries, dict):
+        raise UserError(f'{path}: a JSON object {{"name": "folder"}} is needed, found a {type(entries).__name__}')
+    return entries
+
+
+def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f'{path}: key "{name}" occurs twice: list its folders under one key')
+    return dict(pairs)
+
+
+def _resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values or not all(isinstance(item, str) and item for item in values):
+        raise UserError(f'{path}: "{name}" must be a folder or a list of folders, found {value!r}')
+    folders = []
+    for item in values:
+        places = list(dict.fromkeys([path.parent / Path(item).expanduser(), Path(item).expanduser()]))
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None:
+            raise UserError(f'{path}: "{name}": no such folder: {" or ".join(map(str, places))}')
+        folders.append(found)
+    return folders

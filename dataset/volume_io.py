@@ -1,0 +1,370 @@
+"""Reading and writing NIfTI files: the only place that knows axes, intensity ranges and what a sound file is.
+
+Axes: a NIfTI volume is (X, Y, Z); a tensor is (1, D, H, W) with D = Z, H = X, W = Y.
+Latents are stored without permutation: a (C, d, h, w) tensor is written as TorchIO writes it, that is as a NIfTI vector
+image (d, h, w, 1, C).
+"""
+
+import gzip
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from config.errors import UserError
+
+MODEL_RANGE = (-1.0, 1.0)
+BACKGROUND = MODEL_RANGE[0]
+BACKGROUND_TOLERANCE = 2e-3  # voxels up to this above the background are background too
+RANGE_TOLERANCE = 1e-3  # share of the declared range by which a voxel may lie outside it (rounding, interpolation)
+RESCALING = (
+    "if all files have this scale, add dataset.intensity_range=[{found_low:g},{found_high:g}] to the command; "
+    "otherwise rescale the file, e.g. clip it to its 0.5 and 99.5 percentiles and map these to [{low:g}, {high:g}]"
+)
+GZIP_MAGIC = b"\x1f\x8b"
+HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
+NIFTI1_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"))
+NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
+COMPRESSION_LEVEL = 1  # higher levels save about 5 % on volumes and take several times as long
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, without its voxels.
+
+    shape: the array's axes as stored, trailing axes of length 1 after the third removed, e.g. (X, Y, Z).
+    affine: voxel indices to millimetres in RAS, (4, 4) float64.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    affine: np.ndarray
+
+    @property
+    def tensor_shape(self) -> tuple[int, int, int]:
+        """(D, H, W) of a volume."""
+        x, y, z = self.shape
+        return (z, x, y)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, d, h, w) of a latent."""
+        return _latent_shape(self.shape)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """data: (1, D, H, W) float32, values as on disk; affine: (4, 4) float64."""
+
+    data: torch.Tensor
+    affine: np.ndarray
+    path: Path
+
+
+# Axes and ranges
+
+
+def nifti_to_tensor(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """(..., X, Y, Z) -> (..., Z, X, Y), that is (..., D, H, W). A view."""
+    return _move_axis(volume, -1, -3)
+
+
+def tensor_to_nifti(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """(..., D, H, W) -> (..., X, Y, Z), the inverse of `nifti_to_tensor`. A view."""
+    return _move_axis(volume, -3, -1)
+
+
+def _move_axis(array: np.ndarray | torch.Tensor, source: int, destination: int) -> np.ndarray | torch.Tensor:
+    return (torch if isinstance(array, torch.Tensor) else np).moveaxis(array, source, destination)
+
+
+def check_intensity_range(intensity_range: Sequence[float]) -> tuple[float, float]:
+    """The range as two floats. UserError unless it is two finite numbers, the lower one first."""
+    values = tuple(float(value) for value in intensity_range)
+    if len(values) != 2 or not np.all(np.isfinite(values)) or values[0] >= values[1]:
+        raise UserError(
+            f"dataset.intensity_range is {list(values)}: give the lowest and the highest intensity of the files, "
+            "lower one first, e.g. dataset.intensity_range=[-1,1]"
+        )
+    return values
+
+
+def to_model_range(data: torch.Tensor, intensity_range: Sequence[float], path: str | Path) -> torch.Tensor:
+    """Maps `intensity_range` linearly to [-1, 1].
+
+    Values that lie outside by no more than 0.1 % of the range are clamped; anything further out is a UserError that
+    names the file, because the scale of such a file is unknown.
+    """
+    low, high = check_intensity_range(intensity_range)
+    found_low, found_high = float(data.min()), float(data.max())
+    tolerance = RANGE_TOLERANCE * (high - low)
+    if found_low < low - tolerance or found_high > high + tolerance:
+        raise UserError(
+            f"{path}: intensities from {found_low:g} to {found_high:g} lie outside the declared range "
+            f"[{low:g}, {high:g}]: {RESCALING.format(found_low=found_low, found_high=found_high, low=low, high=high)}"
+        )
+    if (low, high) != MODEL_RANGE:
+        data = (data - low) * ((MODEL_RANGE[1] - MODEL_RANGE[0]) / (high - low)) + MODEL_RANGE[0]
+    return data.clamp(*MODEL_RANGE)
+
+
+def from_model_range(data: torch.Tensor, intensity_range: Sequence[float]) -> torch.Tensor:
+    """Maps [-1, 1] linearly to `intensity_range`, the inverse of `to_model_range`."""
+    low, high = check_intensity_range(intensity_range)
+    return (data - MODEL_RANGE[0]) * ((high - low) / (MODEL_RANGE[1] - MODEL_RANGE[0])) + low
+
+
+def affine_from_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
+    """(4, 4) affine of a RAS volume with the given voxel size (x, y, z) in millimetres and its origin at 0."""
+    spacing = np.asarray(spacing_mm, dtype=np.float64)
+    if spacing.shape != (3,) or not np.all(np.isfinite(spacing)) or np.any(spacing <= 0):
+        raise UserError(f"spacing {list(spacing_mm)}: three positive numbers in mm are needed, x y z")
+    return np.diag([*spacing, 1.0])
+
+
+def crop_affine(affine: np.ndarray, start: Sequence[int]) -> np.ndarray:
+    """The affine of a crop that begins at voxel `start` = (d, h, w) of the tensor; negative where it was padded."""
+    cropped = np.array(affine, dtype=np.float64)
+    d, h, w = start
+    cropped[:3, 3] += cropped[:3, :3] @ np.array([h, w, d], dtype=np.float64)
+    return cropped
+
+
+def foreground(data: torch.Tensor) -> torch.Tensor:
+    """Mask of the voxels of a volume in the model's range that are not background."""
+    return data > BACKGROUND + BACKGROUND_TOLERANCE
+
+
+# Volumes
+
+
+def read_header(path: str | Path) -> Header:
+    """The header of a three-dimensional, one-channel volume, without reading its voxels.
+
+    UserError: missing file, no NIfTI, cut off within the header, 2D, 4D, several channels, an empty axis.
+    """
+    path = Path(path)
+    header = _parse(path, _read_bytes(path, HEADER_BYTES)).header
+    return _check_volume(_describe(path, header), header)
+
+
+def read_volume(path: str | Path) -> Volume:
+    """A volume with the values it has on disk. UserError: as `read_header`, and truncated files, NaN or infinity."""
+    path = Path(path)
+    image = _parse(path, _read_bytes(path))
+    header = _check_volume(_describe(path, image.header), image.header)
+    array = _voxels(path, image).reshape(header.shape)
+    return Volume(_to_tensor(nifti_to_tensor(array))[None], header.affine, path)  # (1, D, H, W)
+
+
+def read_model_volume(path: str | Path, intensity_range: Sequence[float]) -> Volume:
+    """A volume in the model's range [-1, 1].
+
+    UserError: as `read_volume`, values outside `intensity_range`, and volumes in which there is nothing to see: all
+    background, or one value everywhere.
+    """
+    volume = read_volume(path)
+    data = to_model_range(volume.data, intensity_range, path)
+    low, high = float(data.min()), float(data.max())
+    if high - low <= BACKGROUND_TOLERANCE or high <= BACKGROUND + BACKGROUND_TOLERANCE:
+        raise UserError(f"{path}: all background (every voxel is {float(volume.data.max()):g}): remove the file")
+    return Volume(data, volume.affine, volume.path)
+
+
+def write_volume(path: str | Path, data: torch.Tensor | np.ndarray, affine: np.ndarray | torch.Tensor) -> None:
+    """Writes (D, H, W) or (1, D, H, W) as float32 NIfTI (X, Y, Z). Values are written as they are.
+
+    The file appears under its name only when it is whole. UserError if it cannot be written.
+    """
+    array = _to_array(data)
+    if array.ndim == 4 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 3:
+        raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
+    image = nib.Nifti1Image(np.ascontiguousarray(tensor_to_nifti(array)), _to_array(affine, np.float64))
+    image.header.set_xyzt_units("mm")
+    _write(path, image)
+
+
+# Latents
+
+
+def read_latent_header(path: str | Path) -> Header:
+    """The header of a latent: NIfTI (d, h, w, 1, C), (d, h, w, C) or, with one channel, (d, h, w)."""
+    path = Path(path)
+    header = _parse(path, _read_bytes(path, HEADER_BYTES)).header
+    return _check_latent(_describe(path, header), header)
+
+
+def read_latent(path: str | Path) -> torch.Tensor:
+    """A latent (C, d, h, w), float32. UserError: as `read_volume`."""
+    path = Path(path)
+    image = _parse(path, _read_bytes(path))
+    channels, *grid = _check_latent(_describe(path, image.header), image.header).latent_shape
+    array = _voxels(path, image).reshape(*grid, channels)
+    return _to_tensor(np.moveaxis(array, -1, 0))  # (C, d, h, w)
+
+
+def write_latent(path: str | Path, latent: torch.Tensor | np.ndarray) -> None:
+    """Writes a (C, d, h, w) latent in TorchIO's layout: a NIfTI vector image (d, h, w, 1, C), or (d, h, w) if C = 1.
+
+    The file appears under its name only when it is whole.
+    """
+    array = _to_array(latent)
+    if array.ndim != 4:
+        raise ValueError(f"{path}: a latent (C, d, h, w) is needed, got shape {tuple(array.shape)}")
+    array = np.moveaxis(array, 0, -1)[..., None, :]  # (d, h, w, 1, C)
+    image = nib.Nifti1Image(np.ascontiguousarray(array[..., 0, 0] if array.shape[-1] == 1 else array), np.eye(4))
+    if array.shape[-1] > 1:
+        image.header.set_intent("vector")  # tells ITK that the fifth axis is no spatial one
+    _write(path, image)
+
+
+def is_whole_volume(path: str | Path) -> bool:
+    """Whether a sound volume lies under this name, so that it need not be made again. Reads the whole file."""
+    return _is_sound(read_volume, path)
+
+
+def is_whole_latent(path: str | Path) -> bool:
+    """Whether a sound latent lies under this name, so that it need not be made again. Reads the whole file."""
+    return _is_sound(read_latent, path)
+
+
+def _is_sound(read: Any, path: str | Path) -> bool:
+    try:
+        read(path)
+    except UserError:
+        return False
+    return True
+
+
+# Checks
+
+
+def _describe(path: Path, header: nib.Nifti1Header) -> Header:
+    shape = tuple(int(n) for n in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if not shape or min(shape) < 1:
+        raise UserError(f"{path}: the image is empty (size {_size(shape)}): replace or remove the file")
+    if header.get_data_dtype().kind not in "iuf":
+        raise UserError(
+            f"{path}: voxels of type {header.get_data_dtype()} (colour or complex): one number a voxel is needed"
+        )
+    return Header(path, shape, header.get_best_affine())
+
+
+def _check_volume(found: Header, header: nib.Nifti1Header) -> Header:
+    shape = found.shape
+    if len(shape) < 3 or min(shape[:3]) == 1:
+        raise UserError(f"{found.path}: a 2D image (size {_size(shape)}): a three-dimensional volume is needed")
+    if len(shape) > 3:
+        several = "several channels" if len(shape) > 4 or header["intent_code"] != 0 else "a 4D series"
+        raise UserError(
+            f"{found.path}: {several} (size {_size(shape)}): a volume with one channel is needed, "
+            "split the file into one file for each channel or time point"
+        )
+    return found
+
+
+def _check_latent(found: Header, header: nib.Nifti1Header) -> Header:
+    shape = found.shape
+    if len(shape) < 3 or len(shape) > 5 or (len(shape) == 5 and shape[3] != 1):
+        raise UserError(
+            f"{found.path}: size {_size(shape)} is not that of a latent (d, h, w, channels): "
+            "make latents with train/generate_training_latent.py"
+        )
+    return found
+
+
+def _latent_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    return (shape[-1] if len(shape) > 3 else 1, *shape[:3])
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape) or "0"
+
+
+# Bytes
+
+
+def _read_bytes(path: Path, count: int | None = None) -> bytes:
+    """The uncompressed file, or its first `count` bytes. Reading it all also verifies the checksum."""
+    try:
+        with path.open("rb") as file:
+            compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) if compressed else file as stream:
+                return stream.read(-1 if count is None else count)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the file is truncated or damaged ({error}): copy or make it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
+    image_class = nib.Nifti2Image if content[:4] in NIFTI2_STARTS else nib.Nifti1Image
+    try:
+        return image_class.from_bytes(content)
+    except Exception as error:  # nibabel raises many types, from struct.error to ImageFileError, for a wrong header
+        reason = "truncated" if content[:4] in (*NIFTI1_STARTS, *NIFTI2_STARTS) else "not a NIfTI image"
+        raise UserError(f"{path}: {reason}: a whole .nii.gz file is needed") from error
+
+
+def _voxels(path: Path, image: nib.Nifti1Image) -> np.ndarray:
+    """The voxels as float32, scaled as the header says."""
+    try:
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite and is reported below
+            array = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: the file is truncated, its voxels are incomplete: copy or make it again") from error
+    if not np.isfinite(array.sum(dtype=np.float64)):  # NaN or infinity anywhere; needs no mask as large as the volume
+        count = array.size - np.count_nonzero(np.isfinite(array))
+        raise UserError(f"{path}: {count} NaN or infinite voxels: replace them, e.g. by the background value")
+    return array
+
+
+def _to_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def _to_array(data: torch.Tensor | np.ndarray, dtype: type = np.float32) -> np.ndarray:
+    if isinstance(data, torch.Tensor):
+        data = data.detach().cpu().to(torch.float64 if dtype == np.float64 else torch.float32).numpy()
+    return np.asarray(data, dtype=dtype)
+
+
+def _write(path: str | Path, image: nib.Nifti1Image) -> None:
+    path = Path(path)
+    if not path.name.endswith((".nii.gz", ".nii")):
+        raise UserError(f"{path}: the name of a NIfTI file ends in .nii.gz")
+    image.header["qform_code"], image.header["sform_code"] = 1, 1
+    content = image.to_bytes()
+    if path.suffix == ".gz":
+        content = gzip.compress(content, COMPRESSION_LEVEL, mtime=0)  # without the time: equal images, equal files
+    write_atomically(path, content)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes a file beside its place and renames it, so that nothing partial is ever seen under its name."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""Training and validation data of the Patch-Volume autoencoder (Wang et al., IEEE TMI 2025, section III-A)."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config.errors import UserError
+from dataset.index import read_dataset_json, split_files
+from dataset.sampling import EpochDataset, augment, centre_crop_start, random_crop_start, window
+from dataset.volume_io import (
+    BACKGROUND,
+    MODEL_RANGE,
+    check_intensity_range,
+    crop_affine,
+    foreground,
+    read_header,
+    read_model_volume,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CropRule:
+    """Volumes of more than `max_voxels` are cropped to `size` = (D, H, W); an axis shorter than that stays whole."""
+
+    max_voxels: int
+    size: tuple[int, int, int]
+
+    def crop_size(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """The size of what is kept of a volume of `shape`."""
+        if prod(shape) <= self.max_voxels:
+            return tuple(shape)
+        return tuple(min(extent, length) for extent, length in zip(shape, self.size, strict=True))
+
+
+class VQGANDataset(EpochDataset):
+    """Patches (stage 1) or volumes (stage 2, validation) of all files of a dataset JSON, for compression 8x.
+
+    Arguments:
+        root_dir: JSON, name -> folder or list of folders with `*.nii.gz`.
+        augmentation: random flips of x and y and quarter turns in their plane, of training items only.
+        split: "train" or "val". The same files on every rank and in every run: each class of two or more files has at
+            least one in "val". Where no class has two, "val" is "train", with a warning.
+        stage: 1 gives training patches, 2 training volumes.
+        patch_size: edge of a stage-1 patch in voxels.
+        intensity_range: lowest and highest intensity of the files, mapped to [-1, 1].
+        val_fraction: share of each class's files in "val"; 0 leaves it empty.
+        split_seed: seed of that choice.
+        seed: seed of crops and augmentation.
+        background_keep: probability of keeping a stage-1 patch with less than 10 % foreground; 1 keeps all but patches
+            of nothing but background, which are never given.
+
+    Items: {"data": float32 in [-1, 1]}, (1, p, p, p) in stage-1 training, otherwise (1, D, H, W) of the whole volume or
+    of a crop where `train_crop` or `val_crop` asks for it (random in training, of the middle in validation). In
+    validation also "affine" (4, 4) float32 of what is given, voxels (x, y, z) to mm, and "path" (str).
+
+    Raises:
+        UserError: at once for files that are no volumes by their headers, on access for unreadable voxels, NaN,
+            intensities outside the range, or nothing but background. The message names the file.
+    """
+
+    train_crop = CropRule(256 * 256 * 128, (192, 192, 192))
+    val_crop = CropRule(256**3, (256, 256, 256))
+
+    def __init__(
+        self,
+        root_dir: str | Path,
+        augmentation: bool = False,
+        split: str = "train",
+        stage: int = 1,
+        patch_size: int = 64,
+        *,
+        intensity_range: Sequence[float] = MODEL_RANGE,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        background_keep: float = 1.0,
+    ):
+        super().__init__(seed)
+        _check_options(split, stage, patch_size, background_keep)
+        self.training = split == "train"
+        self.patches = self.training and stage == 1
+        self.augmentation = augmentation and self.training
+        self.patch_size = patch_size
+        self.intensity_range = check_intensity_range(intensity_range)
+        self.background_keep = background_keep
+        self.files = select_files(root_dir, split, val_fraction, split_seed)
+        self.shapes = [read_header(path).tensor_shape for path in self.files]  # (D, H, W) of each file
+        if self.patches:
+            self._warn_of_small_volumes()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def item_shape(self, index: int) -> tuple[int, int, int]:
+        """(D, H, W) of an item: items of equal shape can share a batch."""
+        if self.patches:
+            return (self.patch_size,) * 3
+        return (self.train_crop if self.training else self.val_crop).crop_size(self.shapes[index])
+
+    def _item(self, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor | str]:
+        path = self.files[index]
+        volume = read_model_volume(path, self.intensity_range)
+        data, padding = pad_to(volume.data, self.patch_size) if self.patches else (volume.data, (0, 0, 0))
+        shape, size = data.shape[-3:], self.item_shape(index)
+        if not self.training:
+            start = centre_crop_start(shape, size)
+        elif tuple(shape) == size:
+            start = (0, 0, 0)
+        else:
+            keep = self.background_keep if self.patches else 1.0
+            start = random_crop_start(foreground(data)[0].numpy(), size, rng, keep)
+        data = data[(..., *window(start, size))].contiguous()  # (1, D, H, W)
+        if self.augmentation:
+            data = augment(data, rng)
+        if self.training:
+            return {"data": data}
+        origin = np.subtract(start, padding)
+        affine = torch.from_numpy(crop_affine(volume.affine, origin)).float()
+        return {"data": data, "affine": affine, "path": str(path)}
+
+    def _warn_of_small_volumes(self) -> None:
+        small = [path for path, shape in zip(self.files, self.shapes, strict=True) if min(shape) < self.patch_size]
+        if small:
+            logger.warning(
+                "%d of %d volumes are smaller than a patch of %d voxels and are padded with background, e.g. %s",
+                len(small),
+                len(self.files),
+                self.patch_size,
+                small[0],
+            )
+
+
+def select_files(root_dir: str | Path, split: str, val_fraction: float, split_seed: int) -> list[Path]:
+    """The files of one side of the split, over all names of a dataset JSON."""
+    sides = [split_files(files, val_fraction, split_seed) for files in read_dataset_json(root_dir).values()]
+    training = [path for side, _ in sides for path in side]
+    validation = [path for _, side in sides for path in side]
+    if split == "train":
+        return training
+    if val_fraction > 0 and not validation:
+        logger.warning("%s: no folder has a second file to validate on: validation uses the training files", root_dir)
+        return training
+    return validation
+
+
+def pad_to(data: torch.Tensor, size: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Pads (1, D, H, W) on both sides with background to at least `size` along each axis.
+
+    Returns the padded volume and how many voxels were added in front, (d, h, w).
+    """
+    missing = [max(size - extent, 0) for extent in data.shape[-3:]]
+    before = [amount // 2 for amount in missing]
+    widths = [width for front, amount in zip(before, missing, strict=True) for width in (front, amount - front)]
+    padding = [*widths[4:6], *widths[2:4], *widths[0:2]]  # the last axis first
+    return torch.nn.functional.pad(data, padding, value=BACKGROUND), tuple(before)
+
+
+def _check_options(split: str, stage: int, patch_size: int, background_keep: float) -> None:
+    if split not in ("train", "val"):
+        raise UserError(f'split "{split}": choose "train" or "val"')
+    if stage not in (1, 2):
+        raise UserError(f"model.stage is {stage}: choose 1 (patches) or 2 (volumes)")
+    if patch_size < 1:
+        raise UserError(f"dataset.patch_size is {patch_size}: a positive number of voxels is needed")
+    if not 0 <= background_keep <= 1:
+        raise UserError(f"dataset.background_keep is {background_keep}: a probability from 0 to 1 is needed")
