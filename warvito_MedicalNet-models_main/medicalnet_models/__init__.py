@@ -1,0 +1,1 @@
+"""MedicalNet networks and their weight files; imported by `hubconf.py`."""
