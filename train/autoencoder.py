@@ -1,0 +1,314 @@
+"""Training of the Patch-Volume autoencoder, both stages: `train(cfg, stage)` is what the two scripts call.
+
+Everything of a run lies in `model.default_root_dir`:
+    config.yaml     the resolved configuration
+    checkpoints/    last.ckpt, step-0003000.ckpt …, and best-… : the three best by val/recon_loss
+    logs/           TensorBoard
+    volumes/        input and reconstruction of the VolumeLogger
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.io import CheckpointIO
+from torch.utils.data import BatchSampler, DataLoader
+
+from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
+from config.errors import UserError
+from config.loading import require, save_config
+from dataset.sampling import EpochSampler
+from dataset.vqgan import VQGANDataset
+from dataset.vqgan_4x import VQGANDataset_4x
+from train.callbacks import RandomState, StepProgress, StopOnSignal, VolumeLogger
+from train.checkpoints import (
+    build_autoencoder,
+    load_autoencoder_weights,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from train.logger import close_logger, get_logger
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+EXPECTED_WARNINGS = (
+    "Using ModelCheckpoint with manual optimization",  # checkpoints hold the state after the step
+    ".*module\\(s\\) in eval mode at the start of training",  # stage 2's frozen parts
+    ".*does not have many workers",
+    ".*The number of training batches .* is smaller than the logging interval",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    "Checkpoint directory .* exists and is not empty",
+)
+# What may differ when a run goes on: how long and where it runs, and how often it reports.
+CHANGEABLE = (
+    "max_steps max_epochs num_workers gpus accelerator checkpoint_every val_every log_every log_volume_every "
+    "perceptual_weights default_root_dir resume_from_checkpoint"
+).split()
+
+
+def train(cfg: DictConfig, stage: int) -> dict[str, float]:
+    """Train one stage and return the last logged metrics.
+
+    Args:
+        cfg: AutoencoderConfig (config/base_cfg.yaml).
+        stage: the script's stage, which must be that of the config.
+
+    Raises:
+        UserError: a mistake in configuration or data, found before training begins, or a loss that is not finite.
+        SystemExit: 128 + the signal, after SIGTERM or Ctrl-C and a checkpoint.
+    """
+    # Check what can be checked at once
+    _check_options(cfg, stage)
+    root = Path(cfg.model.default_root_dir)
+    checkpoints = root / "checkpoints"
+    logger = get_logger(int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))))
+
+    try:
+        # Data: headers only
+        train_data, val_data = _datasets(cfg)
+        logger.info("stage %d: %d training and %d validation files", stage, len(train_data), len(val_data))
+
+        # Model; the seed makes all ranks start from the same weights
+        pl.seed_everything(cfg.model.seed, verbose=False)
+        model = build_autoencoder(cfg)
+        resume = newest_checkpoint(checkpoints) if checkpoints.is_dir() else None
+        if resume is not None:
+            _check_same_run(cfg, root)
+        elif stage == 1:
+            resume = cfg.model.resume_from_checkpoint
+        if source := resume or cfg.model.resume_from_checkpoint:
+            load_autoencoder_weights(model, source)
+        _build_perceptual(model)
+
+        # Trainer
+        with quiet_lightning():
+            trainer = _trainer(cfg, root, checkpoints, stage)
+        if trainer.is_global_zero:
+            save_config(cfg, root)
+        train_loader, val_loader = _loaders(cfg, trainer, train_data, val_data)
+
+        # Resume
+        if resume is not None:
+            step = _global_step(Path(resume))
+            if cfg.model.max_steps >= 0 and step >= cfg.model.max_steps:
+                logger.info("%s: finished at step %d; raise model.max_steps to go on", root, step)
+                return {}
+            train_loader.batch_sampler.resume(step)
+            logger.info("resuming from %s at step %d", resume, step)
+
+        # Train
+        with quiet_lightning():
+            trainer.fit(model, train_loader, val_loader, ckpt_path=resume, weights_only=True)
+        stopped_by = next(c for c in trainer.callbacks if isinstance(c, StopOnSignal)).received
+        trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
+        if stopped_by:
+            logger.info("stopped by signal %d at step %d: last.ckpt saved", stopped_by, trainer.global_step)
+            raise SystemExit(128 + stopped_by)
+        logger.info("finished at step %d: %s", trainer.global_step, checkpoints / "last.ckpt")
+        return {name: value.item() for name, value in trainer.callback_metrics.items()}
+    except FloatingPointError as error:
+        files = ", ".join(str(path) for path in train_loader.batch_sampler.files_of(trainer.global_step))
+        raise UserError(
+            f"{error} on rank {trainer.global_rank}, batch {files}: nothing was saved after the last checkpoint; "
+            "look at these files, lower model.lr or set model.gradient_clip"
+        ) from error
+    finally:
+        close_logger()
+
+
+def _check_options(cfg: DictConfig, stage: int) -> None:
+    require(cfg, "dataset.root_dir", "model.default_root_dir")
+    if cfg.model.stage != stage:
+        raise UserError(f"model.stage is {cfg.model.stage}, but this script trains stage {stage}: use the other script")
+    if stage == 2:
+        require(cfg, "model.resume_from_checkpoint")
+    source = cfg.model.resume_from_checkpoint
+    if source is not None and not Path(source).is_file():
+        raise UserError(f"model.resume_from_checkpoint: {source}: no such checkpoint file")
+    if cfg.model.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("model.accelerator is gpu, but no CUDA device was found: set model.accelerator=cpu or auto")
+    on_gpu = cfg.model.accelerator != "cpu" and torch.cuda.is_available()
+    if on_gpu and cfg.model.gpus > torch.cuda.device_count():
+        raise UserError(f"model.gpus is {cfg.model.gpus}, but this node has {torch.cuda.device_count()}")
+
+
+def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
+    dataset = VQGANDataset_4x if cfg.model.downsample[0] == 4 else VQGANDataset
+    options = dict(
+        stage=cfg.model.stage,
+        patch_size=cfg.dataset.patch_size,
+        intensity_range=cfg.dataset.intensity_range,
+        val_fraction=cfg.dataset.val_fraction,
+        split_seed=cfg.dataset.split_seed,
+        seed=cfg.model.seed,
+        background_keep=cfg.dataset.background_keep,
+    )
+    train_data = dataset(cfg.dataset.root_dir, cfg.dataset.augmentation, "train", **options)
+    shapes = {train_data.item_shape(index) for index in range(len(train_data))}
+    if len(shapes) > 1 and cfg.model.batch_size > 1:
+        found = ", ".join(" ".join(map(str, shape)) for shape in sorted(shapes)[:4])
+        raise UserError(
+            f"model.batch_size is {cfg.model.batch_size}, but the volumes have different sizes (z x y: {found}): "
+            "set model.batch_size=1"
+        )
+    return train_data, dataset(cfg.dataset.root_dir, False, "val", **options)
+
+
+def _build_perceptual(model: patchvolumeAE) -> None:
+    try:
+        model.setup("fit")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{error}; or set model.perceptual_weight=0 to train without it") from error
+
+
+def _check_same_run(cfg: DictConfig, root: Path) -> None:
+    """A run goes on only with the options that it began with; `CHANGEABLE` ones aside."""
+    if not (root / "config.yaml").is_file():
+        return
+    before = OmegaConf.load(root / "config.yaml")
+    changed = [
+        f"{table}.{key} ({before[table].get(key)} -> {value})"
+        for table in ("model", "dataset")
+        for key, value in cfg[table].items()
+        if key not in CHANGEABLE and before[table].get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{root} holds a run with other options: {', '.join(changed)}; "
+            "name another model.default_root_dir or take these back"
+        )
+
+
+def _trainer(cfg: DictConfig, root: Path, checkpoints: Path, stage: int) -> pl.Trainer:
+    # Under torchrun the number of processes is its own; otherwise Lightning starts `gpus` of them.
+    world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.model.gpus))
+    validate_by_step = cfg.model.val_every is not None
+    callbacks = [
+        ModelCheckpoint(
+            checkpoints,
+            "best-{step:07d}-{val/recon_loss:.4f}",
+            monitor="val/recon_loss",
+            save_top_k=3,
+            auto_insert_metric_name=False,
+        ),
+        ModelCheckpoint(
+            checkpoints,
+            "step-{step:07d}",
+            every_n_train_steps=cfg.model.checkpoint_every,
+            save_top_k=-1,
+            auto_insert_metric_name=False,
+        ),
+        StopOnSignal(),
+        RandomState(),
+        StepProgress(f"stage {stage}"),
+    ]
+    if cfg.model.log_volume_every > 0:
+        callbacks.append(VolumeLogger(root / "volumes", cfg.model.log_volume_every))
+    if stage == 2:
+        callbacks.append(AE_finetuning())
+    return pl.Trainer(
+        accelerator=cfg.model.accelerator,
+        devices=per_node,
+        num_nodes=world_size // per_node,
+        # generator and discriminator take turns, so every step leaves parameters without gradient
+        strategy="ddp_find_unused_parameters_true" if world_size > 1 else "auto",
+        precision=PRECISIONS[str(cfg.model.precision)],
+        max_steps=cfg.model.max_steps,
+        max_epochs=cfg.model.max_epochs,
+        val_check_interval=cfg.model.val_every,
+        check_val_every_n_epoch=None if validate_by_step else 1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=cfg.model.log_every,
+        logger=TensorBoardLogger(root, name="", version="logs"),
+        callbacks=callbacks,
+        plugins=[SafeCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+    )
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Lightning without its tips and without warnings about what is done on purpose here."""
+    lightning = logging.getLogger("pytorch_lightning")
+    level = lightning.level
+    lightning.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        lightning.setLevel(level)
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lets Lightning read and write checkpoints as everything else here does: no code executed, no half files."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class EpochBatches(BatchSampler):
+    """Batches of one rank, epoch after epoch; `resume` makes the first pass start in the middle of an epoch.
+
+    Every batch is one optimiser step, so the step tells the place. The length is always that of a whole epoch, as
+    Lightning counts the batches of a resumed epoch from its beginning.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, files: list[Path]) -> None:
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.files = files
+
+    def __len__(self) -> int:
+        return -(-self.sampler.num_samples // self.batch_size)
+
+    def resume(self, step: int) -> None:
+        """The next pass is the rest of the epoch that optimiser step `step` belongs to."""
+        epoch, batch = divmod(step, len(self))
+        self.sampler.resume(epoch, batch * self.batch_size)
+
+    def files_of(self, step: int) -> list[Path]:
+        """The files of the batch of optimiser step `step`."""
+        epoch, batch = divmod(step, len(self))
+        indices = self.sampler.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return [self.files[index] for index in indices]
+
+
+def _loaders(
+    cfg: DictConfig, trainer: pl.Trainer, train_data: VQGANDataset, val_data: VQGANDataset
+) -> tuple[DataLoader, DataLoader | None]:
+    workers = dict(num_workers=cfg.model.num_workers, persistent_workers=cfg.model.num_workers > 0)
+    workers["pin_memory"] = trainer.strategy.root_device.type == "cuda"
+    ranks = dict(rank=trainer.global_rank, world_size=trainer.world_size)
+    sampler = EpochSampler(len(train_data), seed=cfg.model.seed, **ranks)
+    batches = EpochBatches(sampler, cfg.model.batch_size, train_data.files)
+    train_loader = DataLoader(train_data, batch_sampler=batches, **workers)
+    if not len(val_data):
+        return train_loader, None
+    val_sampler = EpochSampler(len(val_data), shuffle=False, **ranks)
+    return train_loader, DataLoader(val_data, batch_size=1, sampler=val_sampler, **workers)
+
+
+def _global_step(path: Path) -> int:
+    step = load_checkpoint(path, mmap=True).get("global_step")
+    if not isinstance(step, int):
+        raise UserError(f"{path}: no Lightning checkpoint of a training run (it has no global_step)")
+    return step

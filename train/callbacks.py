@@ -1,0 +1,137 @@
+"""Lightning callbacks of the autoencoder's training."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from tqdm import tqdm
+
+from dataset.volume_io import affine_from_spacing, write_volume
+from train.pictures import PLANES, central_slices, save_slice_grid
+from train.signals import StopRequest
+
+
+class VolumeLogger(Callback):
+    """Writes input and reconstruction of a batch's first volume: NIfTI, and a PNG of the central slices.
+
+    Training batches number 1, 2, 4, 8 … and every `every`-th; of each validation the first volume. The picture goes to
+    TensorBoard as well. Rank 0 only. Every module keeps the mode (train or eval) that it had.
+
+    Args:
+        folder: gets train/ and val/ with step_0001500_{input,reconstruction}.nii.gz and step_0001500.png.
+        every: batches between two logged training volumes.
+    """
+
+    def __init__(self, folder: Path, every: int = 1500) -> None:
+        self.folder = folder
+        self.every = every
+
+    def is_due(self, batches_done: int) -> bool:
+        """Whether the batch that makes it `batches_done` is logged: powers of two first, then every `every`-th."""
+        if batches_done >= self.every:
+            return batches_done % self.every == 0
+        return batches_done & (batches_done - 1) == 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        if self.is_due(trainer.global_step):
+            self._write(trainer, pl_module, batch, "train")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and not trainer.sanity_checking:
+            self._write(trainer, pl_module, batch, "val")
+
+    def _write(self, trainer: pl.Trainer, pl_module, batch: dict, split: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        volume = batch["data"][:1]
+        reconstruction = pl_module.reconstruct(volume).clamp(-1, 1)
+        affine = batch["affine"][0].cpu().numpy() if "affine" in batch else affine_from_spacing([1, 1, 1])
+        stem = self.folder / split / f"step_{trainer.global_step:07d}"
+        pairs = {"input": volume[0, :1], "reconstruction": reconstruction[0, :1]}
+        for name, data in pairs.items():
+            write_volume(stem.with_name(f"{stem.name}_{name}.nii.gz"), data.float().cpu(), affine)
+        rows = [(name, list(central_slices(data).values())) for name, data in pairs.items()]
+        picture = save_slice_grid(stem.with_suffix(".png"), rows, columns=PLANES)
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                logger.experiment.add_image(f"{split}/volume", picture, trainer.global_step, dataformats="HWC")
+
+
+class StopOnSignal(Callback):
+    """SIGTERM or Ctrl-C ends training after the current step, on all ranks together. `received`: 0 or the signal."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._request = StopRequest()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
+        # not earlier: Lightning has put its own handlers in place by now, which save nothing
+        self._request.__enter__()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        self.received = self._request.received
+        if trainer.world_size > 1:
+            request = torch.tensor(self.received, device=trainer.strategy.root_device)
+            self.received = int(trainer.strategy.reduce(request, reduce_op="max"))
+        if self.received:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module) -> None:
+        self._request.__exit__(None, None, None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module, exception: BaseException) -> None:
+        self._request.__exit__(None, None, None)
+
+
+class RandomState(Callback):
+    """Keeps torch's global generators in the checkpoint: codebook restarts and random slices draw from them."""
+
+    def __init__(self) -> None:
+        self._loaded: dict | None = None
+
+    def state_dict(self) -> dict:
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
+        # as late as possible, since setting up the training draws numbers too
+        if self._loaded is not None:
+            torch.set_rng_state(self._loaded["cpu"])
+            if len(self._loaded["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self._loaded["cuda"])
+            self._loaded = None
+
+
+class StepProgress(Callback):
+    """One progress bar over all optimiser steps, with the last losses; nothing where there is no terminal."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
+        total = trainer.max_steps if trainer.max_steps >= 0 else None
+        self._bar = tqdm(
+            desc=self.label,
+            total=total,
+            initial=trainer.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if trainer.is_global_zero else True,
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        self._bar.update(1)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            shown = ("train/recon_loss", "train/discloss", "train/perplexity", "val/recon_loss")
+            metrics = trainer.callback_metrics
+            self._bar.set_postfix({name: f"{metrics[name].item():.3f}" for name in shown if name in metrics})
+
+    def teardown(self, trainer: pl.Trainer, pl_module, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.close()

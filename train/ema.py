@@ -1,0 +1,56 @@
+"""Exponential moving average of a model's weights, the weights that samples are drawn with."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """A frozen copy of a model whose parameters trail the trained ones.
+
+    ema <- decay * ema + (1 - decay) * parameter, at every `every`-th optimiser step; before step `start` the copy is
+    simply equal to the model, since an average over the first steps would mostly hold the initial weights. Parameters
+    and buffers are matched by name; buffers are always copied.
+
+    Args:
+        model: the trained model, not wrapped in DistributedDataParallel.
+        decay: share of the old average that an update keeps, in [0, 1).
+        every: optimiser steps between updates.
+        start: first optimiser step (counted from 1) that averages.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.995, every: int = 10, start: int = 2000) -> None:
+        if not 0 <= decay < 1 or every < 1:
+            raise ValueError(f"EMA needs 0 <= decay < 1 and every >= 1, got decay {decay} and every {every}")
+        self.source = model
+        self.decay = decay
+        self.every = every
+        self.start = start
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the model after optimiser step `step`, counted from 1."""
+        if step >= self.start and step % self.every:
+            return
+        copying = step < self.start
+        source = dict(self.source.named_parameters())
+        for name, average in self.model.named_parameters():
+            if copying:
+                average.copy_(source[name])
+            else:
+                average.lerp_(source[name].to(average.dtype), 1 - self.decay)
+        buffers = dict(self.source.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged weights under the model's own names."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take the averaged weights back; errors as `nn.Module.load_state_dict`."""
+        self.model.load_state_dict(state)

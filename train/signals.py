@@ -1,0 +1,40 @@
+"""A request to stop (SIGTERM, SIGINT) that the training loop honours between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT instead of dying of them, within a `with` block.
+
+    `received` is 0 or the signal's number; the process should then end with exit status 128 + that number. Only a
+    program's main thread may handle signals: in another one nothing is changed.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+
+def ignore_signals(worker_id: int) -> None:
+    """Make a DataLoader worker outlive a signal sent to the whole process group; its parent ends it in order."""
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
