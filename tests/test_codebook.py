@@ -152,7 +152,11 @@ def test_two_processes_update_as_one(tmp_path):
     torch.save(z, tmp_path / "z.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [*command, str(script), str(tmp_path / "z.pt")], check=True, capture_output=True, env=_environment(), timeout=120
+        [*command, str(script), str(tmp_path / "z.pt")],
+        check=True,
+        capture_output=True,
+        env=_environment(),
+        timeout=120,
     )
     first, second = (torch.load(tmp_path / f"z.pt.{rank}") for rank in (0, 1))
     for name in first:

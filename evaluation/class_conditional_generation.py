@@ -1,0 +1,23 @@
+"""Generates volumes of every class with the 8x models; the sizes are those of config/generation_8x.yaml.
+
+    python evaluation/class_conditional_generation.py --AE-ckpt AE_8x.ckpt --model-ckpt B_8x.pt --output-dir OUT
+
+Writes OUT/seed_S/NAME_XxYxZ.nii.gz, float32 intensities in [-1, 1]. The same command goes on after an interruption.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluation.generation import run  # noqa: E402
+from train.cli import run_script  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run(argv, "generation_8x.yaml", __doc__)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))

@@ -1,0 +1,201 @@
+"""Metrics and pictures against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from config.errors import UserError
+from evaluation.metrics.distances import median_bandwidth, mmd_rbf, nearest_class_mean
+from evaluation.metrics.reconstruction import psnr
+from evaluation.pictures import save_comparison
+from train.pictures import central_slices, save_slice_grid
+
+
+def features(count: int, mean: float = 0.0, seed: int = 0) -> torch.Tensor:
+    return mean + torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
+
+
+# PSNR ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "data_range", "expected"),
+    [(0.2, 2.0, 20.0), (0.02, 2.0, 40.0), (0.1, 1.0, 20.0), (2.0, 2.0, 0.0)],
+)
+def test_psnr_of_a_constant_error(error, data_range, expected):
+    x = torch.linspace(-1, 1, 4 * 4 * 4, dtype=torch.float64).reshape(1, 4, 4, 4)
+    assert psnr(x, x + error, data_range) == pytest.approx(expected, abs=1e-9)
+
+
+def test_psnr_default_range_is_that_of_the_model():
+    assert psnr(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.5)) == pytest.approx(10 * math.log10(16))
+
+
+def test_psnr_averages_the_error_before_the_logarithm():
+    x, y = torch.zeros(2, 1), torch.tensor([[0.1], [0.3]])
+    assert psnr(x, y) == pytest.approx(10 * math.log10(4 / 0.05), abs=1e-5)
+
+
+def test_psnr_is_computed_in_float64():
+    x, y = torch.zeros(8, dtype=torch.bfloat16), torch.full((8,), 0.3, dtype=torch.bfloat16)
+    assert psnr(x, y) == pytest.approx(10 * math.log10(4 / y[0].item() ** 2), abs=1e-9)
+
+
+def test_psnr_of_identical_tensors_is_infinite():
+    assert psnr(torch.ones(3), torch.ones(3)) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "data_range", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3, 2), 2.0, r"one shape, got \(2, 3\) and \(3, 2\)"),
+        (torch.zeros(0), torch.zeros(0), 2.0, "empty"),
+        (torch.zeros(2), torch.ones(2), 0.0, "positive data range"),
+        (torch.tensor([0.0, math.nan]), torch.ones(2), 2.0, "NaN or infinite"),
+    ],
+)
+def test_psnr_refuses(x, y, data_range, message):
+    with pytest.raises(UserError, match=message):
+        psnr(x, y, data_range)
+
+
+# MMD ----------------------------------------------------------------------------------------------------------------
+
+
+def test_mmd_by_hand():
+    """Points 0, 1 against 1, 3 with bandwidth 1: the kernel exp(−d²/2) at distances 1, 2 and 0, 1, 2, 3."""
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]])
+    k = [math.exp(-(d**2) / 2) for d in range(4)]
+    cross = 2 * (k[1] + k[3] + k[0] + k[2]) / 4
+    assert mmd_rbf(x, y, bandwidth=1.0) == pytest.approx(k[1] + k[2] - cross, abs=1e-12)
+    assert mmd_rbf(x, y, bandwidth=1.0, unbiased=False) == pytest.approx(
+        (1 + k[1]) / 2 + (1 + k[2]) / 2 - cross, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(("values", "expected"), [([0.0, 1.0, 4.0], 3.0), ([0.0, 1.0, 4.0, 10.0], 5.0)])
+def test_median_bandwidth_by_hand(values, expected):
+    """Distances 1, 3, 4 have the median 3; 1, 3, 4, 6, 9, 10 have 5, the mean of the middle two."""
+    points = torch.tensor(values)[:, None]
+    assert median_bandwidth(points[:1], points[1:]) == pytest.approx(expected)
+
+
+def test_mmd_takes_the_median_bandwidth_by_default():
+    x, y = features(6), features(7, mean=1.0, seed=1)
+    assert mmd_rbf(x, y) == mmd_rbf(x, y, bandwidth=median_bandwidth(x, y))
+
+
+def test_unbiased_mmd_is_zero_on_average_for_one_distribution_and_the_biased_is_not():
+    draws = [(features(8, seed=2 * i), features(8, seed=2 * i + 1)) for i in range(200)]
+    unbiased = np.array([mmd_rbf(x, y, bandwidth=3.0) for x, y in draws])
+    biased = np.array([mmd_rbf(x, y, bandwidth=3.0, unbiased=False) for x, y in draws])
+    assert abs(unbiased.mean()) < 4 * unbiased.std() / math.sqrt(len(draws))
+    assert unbiased.min() < 0 < biased.min()
+    assert biased.mean() > 0.02
+
+
+def test_mmd_grows_with_the_shift_and_does_not_depend_on_order():
+    x = features(40)
+    shifted = [mmd_rbf(x, features(40, mean=shift, seed=1), bandwidth=3.0) for shift in (0.0, 0.5, 1.0, 2.0)]
+    assert shifted == sorted(shifted)
+    y = features(40, mean=0.5, seed=1)
+    assert mmd_rbf(x.flip(0), y, bandwidth=3.0) == pytest.approx(shifted[1], abs=1e-12)
+    assert mmd_rbf(y, x, bandwidth=3.0) == pytest.approx(shifted[1], abs=1e-12)
+
+
+def test_mmd_keeps_its_digits_far_from_the_origin():
+    """Adding 10⁶ to float32 features of whole numbers changes no distance, hence no digit in float64."""
+    x, y = features(10).mul(8).round(), features(10, mean=1.0, seed=1).mul(8).round()
+    assert mmd_rbf(x + 1e6, y + 1e6) == pytest.approx(mmd_rbf(x, y), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options", "message"),
+    [
+        (features(3)[:, :2], features(3), {}, r"got \(3, 2\) and \(3, 5\)"),
+        (features(1), features(3), {}, "at least 2 feature vectors"),
+        (features(3), features(3) * math.nan, {}, "NaN or infinite"),
+        (features(3), features(3), {"bandwidth": 0.0}, "positive bandwidth"),
+        (torch.zeros(3, 5), torch.zeros(3, 5), {}, "median distance between the feature vectors is 0"),
+    ],
+)
+def test_mmd_refuses(x, y, options, message):
+    with pytest.raises(UserError, match=message):
+        mmd_rbf(x, y, **options)
+
+
+# Nearest class mean -------------------------------------------------------------------------------------------------
+
+
+def test_nearest_class_mean_by_hand():
+    """Class 7 has the mean (1, 0), class 2 the mean (0, 4); the nearest single vector would decide otherwise."""
+    known = torch.tensor([[-1.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 7.0]])
+    labels = torch.tensor([7, 7, 2, 2])
+    queries = torch.tensor([[0.0, 1.2], [0.0, 4.0], [3.0, 1.0]])
+    assert nearest_class_mean(known, labels, queries).tolist() == [7, 2, 7]
+
+
+def test_nearest_class_mean_refuses_other_label_counts():
+    with pytest.raises(UserError, match="3 feature vectors need as many labels"):
+        nearest_class_mean(features(3), torch.tensor([0, 1]), features(2))
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+
+def test_central_slices_planes_and_orientation():
+    """A voxel at (z, x, y) appears in the plane that cuts it, with z and y upwards."""
+    depth, height, width = 4, 6, 8
+    volume = torch.arange(depth * height * width, dtype=torch.float32).reshape(1, depth, height, width)
+    slices = central_slices(volume)
+    assert {name: array.shape for name, array in slices.items()} == {
+        "axial": (width, height),
+        "coronal": (depth, height),
+        "sagittal": (depth, width),
+    }
+    z, x, y = 1, 2, 3
+    assert slices["axial"][width - 1 - y, x] == volume[0, depth // 2, x, y]
+    assert slices["coronal"][depth - 1 - z, x] == volume[0, z, x, width // 2]
+    assert slices["sagittal"][depth - 1 - z, y] == volume[0, z, height // 2, y]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 4, 4, 4), (1, 1, 4, 4, 4), (0, 4, 4)])
+def test_central_slices_refuse_other_shapes(shape):
+    with pytest.raises(UserError, match=r"a picture needs a volume \(D, H, W\)"):
+        central_slices(torch.zeros(shape))
+
+
+def test_comparison_picture_shows_rows_and_columns(tmp_path):
+    path = tmp_path / "new" / "grid.png"
+    black, white = -torch.ones(1, 8, 8, 8), torch.ones(8, 8, 8)
+    drawn = save_comparison(path, [("dark", [black, black]), ("light", [white])], planes=("axial", "sagittal"))
+    written = (imread(path)[..., :3] * 255).round().astype(np.uint8)
+    assert np.array_equal(written, drawn)
+    assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+    is_black = (drawn == 0).all(-1)
+    upper, lower = np.array_split(is_black, 2)
+    assert upper.mean() > 4 * lower.mean()  # four black cells above; below only letters are black
+    assert is_black[:, : drawn.shape[1] // 10].mean() < 0.1  # the label's column is paper
+
+
+@pytest.mark.parametrize(
+    ("rows", "planes", "message"),
+    [
+        ([], ("axial",), "no slices to draw"),
+        ([("real", [])], ("axial",), "no slices to draw"),
+        ([("real", [torch.zeros(4, 4, 4)])], ("oblique",), "axial, coronal, sagittal, got oblique"),
+    ],
+)
+def test_comparison_refuses(tmp_path, rows, planes, message):
+    with pytest.raises(UserError, match=message):
+        save_comparison(tmp_path / "grid.png", rows, planes=planes)
+
+
+def test_a_failed_picture_leaves_nothing(tmp_path):
+    (tmp_path / "grid.png").mkdir()
+    with pytest.raises(UserError, match="the picture cannot be written"):
+        save_slice_grid(tmp_path / "grid.png", [("real", [np.zeros((4, 4))])])
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]

@@ -1,0 +1,124 @@
+"""The tree itself: which package may import which, what importing does, and what the documents say."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"AutoEncoder", "config", "dataset", "ddpm", "evaluation", "train"}
+MODEL_LIBRARIES = {"torch", "einops", "timm", "omegaconf", "pytorch_lightning", "numpy"}
+MAY_IMPORT = {
+    "AutoEncoder": {"AutoEncoder"},
+    "ddpm": {"ddpm"},
+    "config": {"config"},
+    "dataset": {"dataset", "config"},
+    "train": OURS - {"evaluation"},
+    "evaluation": OURS,
+}
+SCRIPTS = sorted(
+    path
+    for package in ("dataset", "train", "evaluation")
+    for path in (ROOT / package).glob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    """First parts of the names of all modules that a file imports; optionally those at module level alone."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package):
+    for path in sources(package):
+        assert imported(path) & OURS <= MAY_IMPORT[package], path
+
+
+def test_data_sets_know_of_config_only_the_errors():
+    for path in sources("dataset"):
+        modules = re.findall(r"^from (config[\w.]*) import", path.read_text(), flags=re.MULTILINE)
+        assert set(modules) <= {"config.errors"}, path
+
+
+@pytest.mark.parametrize("package", ["AutoEncoder", "ddpm"])
+def test_models_import_without_the_imaging_libraries(package):
+    allowed = MODEL_LIBRARIES | {package} | set(sys.stdlib_module_names)
+    for path in sources(package):
+        assert imported(path, top_level_only=True) <= allowed, path
+
+
+def test_only_scripts_touch_the_module_path():
+    for package in OURS:
+        for path in sources(package):
+            assert ("sys.path" in path.read_text()) == (path in SCRIPTS), path
+
+
+@pytest.mark.parametrize(
+    "module", ["AutoEncoder.model.PatchVolume", "ddpm.BiFlowNet", "dataset.vqgan", "train.autoencoder"]
+)
+def test_importing_only_defines_things(module):
+    code = (
+        "import os, torch, pytorch_lightning, torchio, matplotlib, tqdm  # what libraries do at import is not ours\n"
+        "state = lambda: (dict(os.environ), torch.get_rng_state().tolist(), torch.backends.cuda.matmul.allow_tf32)\n"
+        f"before = state()\nimport {module}\n"
+        "assert {k for k in state()[0] if state()[0][k] != before[0].get(k)} == set()\n"
+        "assert state()[1:] == before[1:]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_there_are_no_bare_prints():
+    for package in OURS:
+        for path in sources(package):
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], path
+
+
+def test_public_names_are_where_they_were_published():
+    code = (
+        "from AutoEncoder.model.PatchVolume import patchvolumeAE, AE_finetuning\n"
+        "from AutoEncoder.model.codebook import Codebook\n"
+        "from AutoEncoder.model.MedicalNetPerceptual import MedicalNetPerceptual\n"
+        "from ddpm.BiFlowNet import BiFlowNet, GaussianDiffusion, PatchEmbed_Voxel\n"
+        "from dataset.vqgan import VQGANDataset\nfrom dataset.vqgan_4x import VQGANDataset_4x\n"
+        "from dataset.Singleres_dataset import Singleres_dataset\n"
+        "from dataset.tr_generate import GenerateTrData_dataset\n"
+        "from train.callbacks import VolumeLogger\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_links_in_documents_lead_somewhere():
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    assert len(documents) >= 4
+    for document in documents:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+FILES_IN_README = re.findall(
+    r"\b(?:train|evaluation|dataset|config)/[\w/]+\.(?:py|yaml|json)\b", (ROOT / "README.md").read_text()
+)
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES_IN_README) - {"config/Singleres_latents.json"}))
+def test_files_named_in_the_readme_exist(name):
+    assert (ROOT / name).exists()
