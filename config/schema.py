@@ -84,7 +84,7 @@ class AutoencoderDataConfig:
     intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity of the files")
     val_fraction: float = key(0.1, "share of the files held out for validation")
     split_seed: int = key(0, "seed of the split into training and validation files")
-    background_keep: float = key(0.0, "probability of keeping a patch that is nearly all background")
+    background_keep: float = key(1.0, "probability of keeping a patch that is nearly all background")
     augmentation: bool = key(True, "random flips and quarter turns of training data")
 
 

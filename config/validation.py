@@ -161,7 +161,7 @@ def _generation(cfg: DictConfig) -> Iterator[str]:
     yield from _fraction(cfg, "eta")
     yield from _one_of(cfg, "sampling_strategy", ("ddpm", "ddim"))
     yield from _one_of(cfg, "downsample", (8, 4))
-    if cfg.ddim_steps > cfg.timesteps:
+    if cfg.sampling_strategy == "ddim" and cfg.ddim_steps > cfg.timesteps:
         yield f"ddim_steps must be at most timesteps {cfg.timesteps}, got {cfg.ddim_steps}"
     for index, row in enumerate(cfg.classes):
         yield from (f"classes[{index}]: {problem}" for problem in _generation_class(row, cfg.num_classes))

@@ -1,8 +1,8 @@
 """Reading and writing NIfTI files: the only place that knows axes, intensity ranges and what a sound file is.
 
 Axes: a NIfTI volume is (X, Y, Z); a tensor is (1, D, H, W) with D = Z, H = X, W = Y.
-Latents are stored without permutation: a (C, d, h, w) tensor is written as TorchIO writes it, that is as a NIfTI vector
-image (d, h, w, 1, C).
+Latents are stored without permutation: a (C, d, h, w) tensor is a NIfTI image (d, h, w, C), which TorchIO reads as that
+tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
 """
 
 import gzip
@@ -196,7 +196,7 @@ def write_volume(path: str | Path, data: torch.Tensor | np.ndarray, affine: np.n
 
 
 def read_latent_header(path: str | Path) -> Header:
-    """The header of a latent: NIfTI (d, h, w, 1, C), (d, h, w, C) or, with one channel, (d, h, w)."""
+    """The header of a latent: NIfTI (d, h, w, C), TorchIO's (d, h, w, 1, C) or, with one channel, (d, h, w)."""
     path = Path(path)
     header = _parse(path, _read_bytes(path, HEADER_BYTES)).header
     return _check_latent(_describe(path, header), header)
@@ -212,18 +212,14 @@ def read_latent(path: str | Path) -> torch.Tensor:
 
 
 def write_latent(path: str | Path, latent: torch.Tensor | np.ndarray) -> None:
-    """Writes a (C, d, h, w) latent in TorchIO's layout: a NIfTI vector image (d, h, w, 1, C), or (d, h, w) if C = 1.
+    """Writes a (C, d, h, w) latent as a NIfTI image (d, h, w, C).
 
     The file appears under its name only when it is whole.
     """
     array = _to_array(latent)
     if array.ndim != 4:
         raise ValueError(f"{path}: a latent (C, d, h, w) is needed, got shape {tuple(array.shape)}")
-    array = np.moveaxis(array, 0, -1)[..., None, :]  # (d, h, w, 1, C)
-    image = nib.Nifti1Image(np.ascontiguousarray(array[..., 0, 0] if array.shape[-1] == 1 else array), np.eye(4))
-    if array.shape[-1] > 1:
-        image.header.set_intent("vector")  # tells ITK that the fifth axis is no spatial one
-    _write(path, image)
+    _write(path, nib.Nifti1Image(np.ascontiguousarray(np.moveaxis(array, 0, -1)), np.eye(4)))
 
 
 def is_whole_volume(path: str | Path) -> bool:

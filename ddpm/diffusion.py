@@ -128,7 +128,7 @@ class GaussianDiffusion(nn.Module):
         strategy: str = "ddpm",
         eta: float = 0.0,
         ddim_steps: int = 100,
-        generator: torch.Generator | None = None,
+        generator: samplers.Generator = None,
         progress: samplers.Progress | None = None,
     ) -> Tensor:
         """Normalised latents like z (B, C, d, h, w) from standard normal noise z.
@@ -139,7 +139,7 @@ class GaussianDiffusion(nn.Module):
             strategy: name of a sampler, see ``ddpm/samplers.py``.
             eta: share of the posterior's standard deviation that DDIM adds as noise in each step, 0 to 1.
             ddim_steps: number of DDIM steps, 1 to T.
-            generator: source of the samplers' noise; None is the global one.
+            generator: source of the samplers' noise: one for all, one per sample, or None for the global one.
             progress: called as progress(steps done, steps in all) after each step.
 
         Raises:

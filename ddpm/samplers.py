@@ -8,7 +8,7 @@ sampler is a new function here and one entry in ``SAMPLERS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from ddpm.schedule import NoiseSchedule, per_sample
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Limit = Callable[[Tensor], Tensor]  # keeps a predicted x_0 in the range of the data
+Generator = torch.Generator | Sequence[torch.Generator] | None  # one for all, one per sample, or the global one
 Progress = Callable[[int, int], None]  # called after each step with (steps done, steps in all)
 
 
@@ -36,10 +37,15 @@ def dynamic_threshold(x_start: Tensor, percentile: float) -> Tensor:
     return x_start.clamp(-bound, bound) / bound
 
 
-def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise like x; drawn on the generator's device, so that a seed gives one result on any device."""
+def noise_like(x: Tensor, generator: Generator) -> Tensor:
+    """Standard normal noise like x; drawn on the generator's device, so that a seed gives one result on any device.
+
+    With one generator per sample the noise of a sample does not depend on the batch that it is in.
+    """
     if generator is None:
         return torch.randn_like(x)
+    if not isinstance(generator, torch.Generator):
+        return torch.cat([noise_like(sample, own) for sample, own in zip(x.split(1), generator, strict=True)])
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
 
 
@@ -64,7 +70,7 @@ def ancestral(
     z: Tensor,
     schedule: NoiseSchedule,
     limit: Limit = clip_start,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
     progress: Progress | None = None,
     start: int | None = None,
 ) -> Tensor:
@@ -106,7 +112,7 @@ def ddim_step(
     schedule: NoiseSchedule,
     limit: Limit = clip_start,
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """x at timesteps t_next (B,) from x at t (B,), t_next < t; t_next = -1 is clean data, where abar = 1.
 
@@ -133,7 +139,7 @@ def ddim(
     z: Tensor,
     schedule: NoiseSchedule,
     limit: Limit = clip_start,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
     progress: Progress | None = None,
     steps: int = 100,
     eta: float = 0.0,

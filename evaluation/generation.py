@@ -25,7 +25,6 @@ from config.cli import GENERATION_FLAGS, parse_command_line
 from config.errors import UserError
 from config.loading import require, save_config
 from config.schema import GenerationConfig
-from dataset.Singleres_dataset import RESOLUTION_UNIT
 from dataset.volume_io import affine_from_spacing, write_atomically, write_volume
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Progress, get_sampler
@@ -38,7 +37,7 @@ from evaluation.volume_requests import (
     record_path,
     seed_folder,
 )
-from train.checkpoints import load_autoencoder, load_biflownet, load_checkpoint
+from train.checkpoints import latent_fingerprint, load_autoencoder, load_biflownet, load_checkpoint
 from train.distributed import Distributed, cleanup, setup
 from train.logger import get_logger
 
@@ -75,14 +74,7 @@ def generate(cfg: DictConfig) -> list[Path]:
         )
 
         # Sample and decode.
-        batch_size = cfg.batch_size
-        if draws_noise(cfg) and batch_size > 1:
-            logger.warning(
-                "batch_size %d has no effect with %s: it draws noise at every step, volume by volume",
-                *(batch_size, cfg.sampling_strategy),
-            )
-            batch_size = 1
-        batches = batches_of_one_grid(todo, batch_size)[distributed.rank :: distributed.world_size]
+        batches = batches_of_one_grid(todo, cfg.batch_size)[distributed.rank :: distributed.world_size]
         _generate_batches(cfg, model, autoencoder, batches, settings, distributed)
         distributed.barrier()
         return [request.path for request in requests]
@@ -137,7 +129,14 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             f"{cfg.volume_channels}: give the autoencoder that the model was trained with, or --volume-channels"
         )
     model = load_biflownet(cfg, cfg.model_ckpt, device)
-    trained = getattr(load_checkpoint(cfg.model_ckpt, mmap=True).get("args"), "timesteps", cfg.timesteps)
+    checkpoint = load_checkpoint(cfg.model_ckpt, mmap=True)
+    made_by = checkpoint.get("autoencoder")
+    if made_by is not None and made_by != latent_fingerprint(autoencoder):
+        raise UserError(
+            f"{cfg.AE_ckpt}: not the autoencoder whose latents {cfg.model_ckpt} was trained on: give that one "
+            "(either stage of it)"
+        )
+    trained = getattr(checkpoint.get("args"), "timesteps", cfg.timesteps)
     if trained != cfg.timesteps:
         raise UserError(f"timesteps is {cfg.timesteps}, but {cfg.model_ckpt} was trained with {trained}: give that")
     if cfg.guidance_scale != 1 and model.null_label is None:
@@ -186,15 +185,6 @@ def file_sha256(path: str | Path) -> str:
 # ---------------------------------------------------------------------------------------------- sampling and decoding
 
 
-def draws_noise(cfg: DictConfig) -> bool:
-    """Whether the sampler draws noise on the way.
-
-    Samplers draw from one generator for the whole batch, so a batch of several would give each volume other noise than
-    it gets alone.
-    """
-    return not ("eta" in get_sampler(cfg.sampling_strategy).options and cfg.eta == 0)
-
-
 def sample_latents(
     cfg: DictConfig,
     model: nn.Module,
@@ -204,13 +194,11 @@ def sample_latents(
     progress: Progress | None = None,
 ) -> Tensor:
     """Normalised latents (B, C, d, h, w) of requests that all have the grid (d, h, w)."""
-    if len(batch) > 1 and draws_noise(cfg):
-        raise ValueError(f"{cfg.sampling_strategy} draws noise on the way: sample one volume at a time")
     generators = [noise_generator(cfg.seed, request) for request in batch]
     shape = (cfg.volume_channels, *batch[0].grid)
     z = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, d, h, w)
     y = torch.tensor([request.class_id for request in batch])  # (B,)
-    res = torch.tensor(batch[0].grid) / RESOLUTION_UNIT  # (3,)
+    res = torch.tensor(batch[0].grid) / model.vq_size  # (3,)
     return diffusion.sample(
         model,
         z.to(device),
@@ -220,7 +208,7 @@ def sample_latents(
         strategy=cfg.sampling_strategy,
         eta=cfg.eta,
         ddim_steps=cfg.ddim_steps,
-        generator=generators[0],  # goes on where z left it; without effect for a sampler that draws no noise
+        generator=generators,  # they go on where z left them
         progress=progress,
     )
 

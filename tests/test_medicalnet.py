@@ -178,6 +178,12 @@ def test_download_is_renamed_only_when_whole(official_folder, weights, monkeypat
         load_hub("medicalnet_resnet10_23datasets")
     assert list((tmp_path / "default").iterdir()) == []
     content = whole
+    sums = tmp_path / "default" / "SHA256SUMS"
+    sums.write_text(f"{'0' * 64}  {FILE}\n")
+    with pytest.raises(ValueError, match=f"SHA256SUMS lists {'0' * 64}"):
+        load_hub("medicalnet_resnet10_23datasets")
+    assert list((tmp_path / "default").iterdir()) == [sums]
+    sums.unlink()
     load_hub("medicalnet_resnet10_23datasets")
     assert [path.name for path in (tmp_path / "default").iterdir()] == [FILE]
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
@@ -193,10 +199,10 @@ def test_listed_hashes_are_binding(official_folder, weights, tmp_path, caplog):
     assert caplog.text.count(digest) <= 1  # once in a process, and another test may have been first
     (tmp_path / "SHA256SUMS").write_text(f"# pinned\n\n{digest}  {FILE}\n{'0' * 64} *resnet_50.pth\n")
     load_hub("medicalnet_resnet10_23datasets", weights_dir=tmp_path)
-    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {FILE}\n")
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64} *{FILE}\n")  # the star of binary mode
     with pytest.raises(ValueError, match=f"SHA-256 {digest}, but SHA256SUMS lists {'0' * 64}"):
         load_hub("medicalnet_resnet10_23datasets", weights_dir=tmp_path)
-    (tmp_path / "SHA256SUMS").write_text(f"md5  {FILE}\n")
+    (tmp_path / "SHA256SUMS").write_text(f"abc123  {FILE}\n")
     with pytest.raises(ValueError, match="64 hexadecimal digits"):
         load_hub("medicalnet_resnet10_23datasets", weights_dir=tmp_path)
 

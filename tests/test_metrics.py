@@ -107,9 +107,9 @@ def test_mmd_grows_with_the_shift_and_does_not_depend_on_order():
 
 
 def test_mmd_keeps_its_digits_far_from_the_origin():
-    """Adding 10⁶ to float32 features of whole numbers changes no distance, hence no digit in float64."""
-    x, y = features(10).mul(8).round(), features(10, mean=1.0, seed=1).mul(8).round()
-    assert mmd_rbf(x + 1e6, y + 1e6) == pytest.approx(mmd_rbf(x, y), rel=1e-9)
+    """Adding 2²⁶ to multiples of 2⁻²⁰ is exact in float64 and changes no distance, hence no digit of the result."""
+    x, y = (set_.double().mul(2**20).round() / 2**20 for set_ in (features(10), features(10, mean=1.0, seed=1)))
+    assert mmd_rbf(x + 2**26, y + 2**26) == pytest.approx(mmd_rbf(x, y), rel=1e-12)
 
 
 @pytest.mark.parametrize(

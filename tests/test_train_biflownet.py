@@ -190,7 +190,7 @@ def test_damaged_newest_checkpoint_is_passed_over(data, tmp_path, monkeypatch, c
     assert [path.name for path in run_folder.list_checkpoints(run)] == ["BiFlowNet_0000004.pt"]
     newest = run_folder.checkpoint_path(run, 5)
     newest.write_bytes(run_folder.checkpoint_path(run, 4).read_bytes()[:-1000])
-    leftover = newest.with_name(".BiFlowNet_0000005.pt.tmp-123")
+    leftover = newest.with_name(".BiFlowNet_0000009.pt.tmp-123")
     leftover.write_bytes(b"half")
 
     result = train(runs.config(data, tmp_path, keep_checkpoints=1, ckpt_every=1, log_every=2))

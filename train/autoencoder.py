@@ -10,7 +10,7 @@ Everything of a run lies in `model.default_root_dir`:
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
 from config.errors import UserError
@@ -46,6 +46,7 @@ EXPECTED_WARNINGS = (
     ".*The number of training batches .* is smaller than the logging interval",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "Checkpoint directory .* exists and is not empty",
+    "You.re resuming from a checkpoint that ended before the epoch ended",  # EpochBatches knows the place
 )
 # What may differ when a run goes on: how long and where it runs, and how often it reports.
 CHANGEABLE = (
@@ -96,12 +97,13 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         train_loader, val_loader = _loaders(cfg, trainer, train_data, val_data)
 
         # Resume
+        last_step = _last_step(cfg, len(train_loader))
+        trainer.fit_loop.epoch_loop.max_steps = last_step
         if resume is not None:
             step = _global_step(Path(resume))
-            if cfg.model.max_steps >= 0 and step >= cfg.model.max_steps:
-                logger.info("%s: finished at step %d; raise model.max_steps to go on", root, step)
+            if 0 <= last_step <= step:
+                logger.info("%s: finished at step %d; raise model.max_steps or max_epochs to go on", root, step)
                 return {}
-            train_loader.batch_sampler.resume(step)
             logger.info("resuming from %s at step %d", resume, step)
 
         # Train
@@ -222,8 +224,7 @@ def _trainer(cfg: DictConfig, root: Path, checkpoints: Path, stage: int) -> pl.T
         # generator and discriminator take turns, so every step leaves parameters without gradient
         strategy="ddp_find_unused_parameters_true" if world_size > 1 else "auto",
         precision=PRECISIONS[str(cfg.model.precision)],
-        max_steps=cfg.model.max_steps,
-        max_epochs=cfg.model.max_epochs,
+        max_epochs=-1,  # `_last_step` counts in steps alone
         val_check_interval=cfg.model.val_every,
         check_val_every_n_epoch=None if validate_by_step else 1,
         num_sanity_val_steps=0,
@@ -266,29 +267,34 @@ class SafeCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class EpochBatches(BatchSampler):
-    """Batches of one rank, epoch after epoch; `resume` makes the first pass start in the middle of an epoch.
+class EpochBatches(Sampler[list]):
+    """Batches of one rank; each pass is the rest of the epoch that the present optimiser step belongs to.
 
-    Every batch is one optimiser step, so the step tells the place. The length is always that of a whole epoch, as
-    Lightning counts the batches of a resumed epoch from its beginning.
+    Every batch is one optimiser step, so the step alone tells the place. Lightning's count of epochs, which moves on
+    whenever training ends, and its passes, of which it begins some in vain, play no part. The length is always that of
+    a whole epoch, as Lightning counts the batches of a resumed epoch from its beginning.
     """
 
-    def __init__(self, sampler: EpochSampler, batch_size: int, files: list[Path]) -> None:
-        super().__init__(sampler, batch_size, drop_last=False)
+    def __init__(
+        self, order: EpochSampler, batch_size: int, files: list[Path], current_step: Callable[[], int]
+    ) -> None:
+        self.order = order
+        self.batch_size = batch_size
         self.files = files
+        self.current_step = current_step
 
     def __len__(self) -> int:
-        return -(-self.sampler.num_samples // self.batch_size)
+        return -(-self.order.num_samples // self.batch_size)
 
-    def resume(self, step: int) -> None:
-        """The next pass is the rest of the epoch that optimiser step `step` belongs to."""
-        epoch, batch = divmod(step, len(self))
-        self.sampler.resume(epoch, batch * self.batch_size)
+    def __iter__(self) -> Iterator[list]:
+        epoch, batch = divmod(self.current_step(), len(self))
+        self.order.resume(epoch, batch * self.batch_size)
+        yield from BatchSampler(self.order, self.batch_size, drop_last=False)
 
     def files_of(self, step: int) -> list[Path]:
         """The files of the batch of optimiser step `step`."""
         epoch, batch = divmod(step, len(self))
-        indices = self.sampler.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        indices = self.order.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
         return [self.files[index] for index in indices]
 
 
@@ -297,14 +303,22 @@ def _loaders(
 ) -> tuple[DataLoader, DataLoader | None]:
     workers = dict(num_workers=cfg.model.num_workers, persistent_workers=cfg.model.num_workers > 0)
     workers["pin_memory"] = trainer.strategy.root_device.type == "cuda"
+    # Starting a pass draws a number: from a generator of its own, so that a resumed epoch leaves the global one alone.
+    workers["generator"] = torch.Generator()
     ranks = dict(rank=trainer.global_rank, world_size=trainer.world_size)
     sampler = EpochSampler(len(train_data), seed=cfg.model.seed, **ranks)
-    batches = EpochBatches(sampler, cfg.model.batch_size, train_data.files)
+    batches = EpochBatches(sampler, cfg.model.batch_size, train_data.files, lambda: trainer.global_step)
     train_loader = DataLoader(train_data, batch_sampler=batches, **workers)
     if not len(val_data):
         return train_loader, None
     val_sampler = EpochSampler(len(val_data), shuffle=False, **ranks)
     return train_loader, DataLoader(val_data, batch_size=1, sampler=val_sampler, **workers)
+
+
+def _last_step(cfg: DictConfig, steps_per_epoch: int) -> int:
+    """The optimiser step that training ends at, by `max_steps` or `max_epochs`, whichever comes first; -1: never."""
+    limits = [cfg.model.max_steps, cfg.model.max_epochs * steps_per_epoch]
+    return min((limit for limit in limits if limit >= 0), default=-1)
 
 
 def _global_step(path: Path) -> int:

@@ -95,3 +95,11 @@ def load_matching_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logge
             "train/generate_training_latent.py"
         )
     return autoencoder
+
+
+def known_autoencoder(dataset: Singleres_dataset, autoencoder: nn.Module | None) -> str | None:
+    """Fingerprint of the autoencoder that made the latents: by their records, else that of the given one."""
+    recorded = {(record or {}).get("autoencoder") for record in dataset.latent_records().values()} - {None}
+    if recorded:
+        return recorded.pop()
+    return None if autoencoder is None else latent_fingerprint(autoencoder)

@@ -29,6 +29,7 @@ class TrainingState:
     step: int = 0  # optimiser steps done
     epoch: int = 0  # the epoch that the next step belongs to
     samples_seen: int = 0  # of this epoch, over all ranks
+    autoencoder: str | None = None  # fingerprint of the autoencoder that made the latents, if known
 
     def is_finished(self, epochs: int, max_steps: int | None) -> bool:
         """Whether the run has reached its last epoch or step."""
@@ -58,6 +59,7 @@ class TrainingState:
             "num_samples": num_samples,
             "global_batch": global_batch,
             "rng": random_state(),
+            "autoencoder": self.autoencoder,
         }
 
     def load(self, path: Path, config: dict, num_samples: int, global_batch: int, logger: logging.Logger) -> None:

@@ -35,7 +35,7 @@ from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from train import run_folder  # noqa: E402
 from train.batches import GlobalBatchSampler, close_loader, endless, make_loader  # noqa: E402
 from train.checkpoints import build_biflownet, newest_checkpoint, save_checkpoint  # noqa: E402
-from train.checks import check_data, check_grid, check_options, load_matching_autoencoder  # noqa: E402
+from train.checks import check_data, check_grid, check_options, known_autoencoder, load_matching_autoencoder  # noqa: E402
 from train.cli import run_script  # noqa: E402
 from train.distributed import Distributed, cleanup, setup  # noqa: E402
 from train.ema import EMA  # noqa: E402
@@ -103,6 +103,7 @@ def train(cfg: DictConfig) -> dict:
             ema=EMA(model, cfg.ema_decay, cfg.ema_every, cfg.ema_start),
             optimizer=optimizer,
             scaler=torch.amp.GradScaler(device.type, enabled=use_scaler),
+            autoencoder=known_autoencoder(dataset, autoencoder),
         )
 
         # Run folder, and where to go on from

@@ -1,0 +1,327 @@
+"""Training of the autoencoder through its real entry points: two stages, resume, signals, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+
+from config.errors import UserError
+from config.loading import load_config
+from config.schema import AutoencoderConfig
+from dataset.sampling import EpochSampler
+from dataset.volume_io import read_volume, write_volume
+from train import autoencoder as training
+from train.autoencoder import EpochBatches, train
+from train.callbacks import VolumeLogger
+from train.checkpoints import load_autoencoder, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "model.n_codes=32",
+    "model.lr_schedule=constant",
+    "model.disc_channels=4",
+    "model.batch_size=2",
+    "model.num_workers=0",
+    "model.codebook_init_step=0",
+    "model.discriminator_iter_start=2",
+    "model.log_every=1",
+    "model.checkpoint_every=2",
+    "model.val_every=3",
+    "model.log_volume_every=0",
+    "dataset.patch_size=8",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Five volumes of 16³ with a bright box, as a dataset JSON."""
+    root = tmp_path_factory.mktemp("data")
+    for i in range(5):
+        volume = torch.full((1, 16, 16, 16), -1.0)
+        volume[:, 2 : 10 + i, 3:14, 2:15] = torch.linspace(-0.5, 0.9, 13)
+        write_volume(root / "box" / f"{i}.nii.gz", volume, np.diag([2.0, 2.0, 3.0, 1.0]))
+    (root / "data.json").write_text(json.dumps({"box": "box"}))
+    return root / "data.json"
+
+
+def config(data: Path, folder: Path, *overrides: str, stage: int = 1):
+    file = ROOT / "config" / "demo" / ("PatchVolume.yaml" if stage == 1 else "PatchVolume_s2.yaml")
+    paths = [f"dataset.root_dir={data}", f"model.default_root_dir={folder}"]
+    return load_config(AutoencoderConfig, file, [*TINY, *paths, *overrides])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def assert_same_weights(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+@pytest.fixture(scope="module")
+def stage_1(data, tmp_path_factory) -> Path:
+    """A finished stage-1 run of seven steps."""
+    folder = tmp_path_factory.mktemp("runs") / "stage1"
+    train(config(data, folder, "model.max_steps=7", "model.log_volume_every=4"), stage=1)
+    return folder
+
+
+def test_run_folder(stage_1):
+    names = sorted(path.name for path in (stage_1 / "checkpoints").iterdir())
+    assert [name for name in names if name.startswith("step-")] == [f"step-000000{step}.ckpt" for step in (2, 4, 6)]
+    assert len([name for name in names if name.startswith("best-")]) == 2  # validations after steps 3 and 6
+    assert "last.ckpt" in names
+    assert OmegaConf.load(stage_1 / "config.yaml").model.max_steps == 7
+    assert list((stage_1 / "logs").glob("events*"))
+    checkpoint = load_checkpoint(stage_1 / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == 7
+    assert len(checkpoint["optimizer_states"]) == 2
+    assert not any("perceptual" in name for name in checkpoint["state_dict"])
+    logged = {path.name for path in (stage_1 / "volumes" / "train").glob("*.png")}
+    assert logged == {f"step_{step:07d}.png" for step in (1, 2, 4)}
+    for name in ("input", "reconstruction"):
+        assert read_volume(stage_1 / "volumes" / "val" / f"step_0000003_{name}.nii.gz").data.shape == (1, 16, 16, 16)
+    spacing = nib.load(stage_1 / "volumes" / "val" / "step_0000003_input.nii.gz").header.get_zooms()
+    np.testing.assert_allclose(spacing, [2, 2, 3])
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_interrupted_and_resumed_equals_uninterrupted(data, stage_1, tmp_path, stop):
+    """Stopped after an odd and an even step, in the middle of an epoch of two batches and at its end."""
+    train(config(data, tmp_path / "run", f"model.max_steps={stop}"), stage=1)
+    train(config(data, tmp_path / "run", "model.max_steps=7"), stage=1)
+    assert_same_weights(weights(tmp_path / "run"), weights(stage_1))
+
+
+def test_a_finished_run_is_left_alone(data, stage_1, tmp_path):
+    run = shutil.copytree(stage_1, tmp_path / "run")
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    assert train(config(data, run, "model.max_steps=7"), stage=1) == {}
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_resuming_from_a_named_checkpoint(data, stage_1, tmp_path):
+    source = stage_1 / "checkpoints" / "step-0000004.ckpt"
+    train(config(data, tmp_path / "run", "model.max_steps=7", f"model.resume_from_checkpoint={source}"), stage=1)
+    assert_same_weights(weights(tmp_path / "run"), weights(stage_1))
+
+
+def test_a_damaged_last_checkpoint_is_passed_over(data, stage_1, tmp_path):
+    train(config(data, tmp_path / "run", "model.max_steps=4"), stage=1)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    train(config(data, tmp_path / "run", "model.max_steps=7"), stage=1)
+    assert_same_weights(weights(tmp_path / "run"), weights(stage_1))
+
+
+def test_stage_2_trains_the_decoder_only(data, stage_1, tmp_path):
+    source = stage_1 / "checkpoints" / "last.ckpt"
+    cfg = config(
+        data,
+        tmp_path / "run",
+        "model.max_steps=4",
+        "model.batch_size=1",
+        "model.discriminator_iter_start=0",
+        "model.log_volume_every=1",
+        f"model.resume_from_checkpoint={source}",
+        stage=2,
+    )
+    metrics = train(cfg, stage=2)
+    assert {"train/recon_loss", "train/discloss", "val/recon_loss"} <= metrics.keys()
+    before, after = weights(stage_1), weights(tmp_path / "run")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    # logging volumes at every step did not wake the codebook or the encoder
+    assert changed == {"decoder", "post_vq_conv", "volume_discriminator"}
+    load_autoencoder(tmp_path / "run" / "checkpoints" / "last.ckpt", downsample=4)
+
+
+def test_batches_know_their_place():
+    files = [Path(str(i)) for i in range(5)]
+    place = {"step": 0}
+    batches = EpochBatches(EpochSampler(5, seed=3), 2, files, lambda: place["step"])
+    epochs = []
+    for place["step"] in (0, 3):
+        epochs.append([[key.index for key in batch] for batch in batches])
+    assert [len(batch) for batch in epochs[0]] == [2, 2, 1]
+    assert epochs[0] != epochs[1]
+    place["step"] = 4  # the second batch of the second epoch
+    for _ in range(2):  # a pass in vain changes nothing
+        assert [[key.index for key in batch] for batch in batches] == epochs[1][1:]
+    assert len(batches) == 3
+    assert batches.files_of(4) == [files[i] for i in epochs[1][1]]
+
+
+@pytest.mark.parametrize(("steps", "epochs", "last"), [(7, 10, 7), (7, 2, 6), (-1, 2, 6), (7, -1, 7), (-1, -1, -1)])
+def test_training_ends_by_steps_or_epochs(steps, epochs, last):
+    cfg = OmegaConf.create({"model": {"max_steps": steps, "max_epochs": epochs}})
+    assert training._last_step(cfg, steps_per_epoch=3) == last
+
+
+def test_volume_logger_is_due_at_powers_of_two_and_then_regularly():
+    due = [batch for batch in range(1, 3100) if VolumeLogger(Path("x"), 1500).is_due(batch)]
+    assert due == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1500, 3000]
+
+
+class Poison(pl.Callback):
+    """Makes the decoder's output infinite before the third step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            torch.nn.init.constant_(pl_module.decoder.final_block[2].bias, torch.inf)
+
+
+def test_a_loss_that_is_not_finite_names_step_rank_and_files(data, tmp_path, monkeypatch):
+    original = training._trainer
+    monkeypatch.setattr(training, "_trainer", lambda *args: _with(original(*args), Poison()))
+    with pytest.raises(UserError, match=r"the loss is inf at step 2 on rank 0, batch .*\d\.nii\.gz.*lower model\.lr"):
+        train(config(data, tmp_path / "run", "model.max_steps=5"), stage=1)
+    saved = [load_checkpoint(path) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert {checkpoint["global_step"] for checkpoint in saved} == {2}
+    assert all(torch.isfinite(checkpoint["state_dict"]["decoder.final_block.2.bias"]).all() for checkpoint in saved)
+
+
+def _with(trainer: pl.Trainer, callback: pl.Callback) -> pl.Trainer:
+    trainer.callbacks.append(callback)
+    return trainer
+
+
+def other_kind(folder: Path) -> Path:
+    path = folder / "other.pt"
+    save_checkpoint({"model": {}, "ema": {}}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "message"),
+    [
+        (1, ["dataset.root_dir=null"], "dataset.root_dir"),
+        (1, ["dataset.root_dir=/nowhere/data.json"], "/nowhere/data.json"),
+        (1, ["model.default_root_dir=null"], "model.default_root_dir"),
+        (1, ["model.stage=2"], "model.stage is 2, but this script trains stage 1"),
+        (2, [], "model.resume_from_checkpoint"),
+        (2, ["model.resume_from_checkpoint=/nowhere.ckpt"], "/nowhere.ckpt: no such checkpoint file"),
+        (2, ["model.resume_from_checkpoint={other}"], "a BiFlowNet checkpoint, expected an autoencoder"),
+        (2, ["model.resume_from_checkpoint={stage_1}", "model.n_hiddens=16"], "the weights do not fit"),
+        (1, ["model.perceptual_weight=1", "model.perceptual_weights={empty}"], "vgg"),
+        (1, ["dataset.intensity_range=[0,1]"], r"lie outside the declared range \[0, 1\]"),
+    ],
+)
+def test_mistakes_end_in_one_line(data, stage_1, tmp_path, monkeypatch, stage, overrides, message):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", _no_network)
+    names = {"other": other_kind(tmp_path), "stage_1": stage_1 / "checkpoints" / "last.ckpt", "empty": tmp_path}
+    overrides = [override.format(**names) if "{" in override else override for override in overrides]
+    with pytest.raises(UserError, match=f"(?i){message}") as caught:
+        train(config(data, tmp_path / "run", *overrides, stage=stage), stage=stage)
+    assert "\n" not in str(caught.value)
+
+
+def _no_network(*args, **kwargs):
+    raise OSError("no network")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU on a machine without one")
+def test_a_gpu_that_is_not_there(data, tmp_path):
+    with pytest.raises(UserError, match="model.accelerator is gpu, but no CUDA device was found"):
+        train(config(data, tmp_path / "run", "model.accelerator=gpu"), stage=1)
+
+
+def test_other_options_for_the_same_folder_are_refused(data, stage_1):
+    with pytest.raises(UserError, match=r"holds a run with other options: model.lr \(0.002 -> 0.1\)"):
+        train(config(data, stage_1, "model.lr=0.1"), stage=1)
+
+
+def test_volumes_of_different_sizes_need_batches_of_one(data, stage_1, tmp_path):
+    folder = tmp_path / "box"
+    shutil.copytree(data.parent / "box", folder)
+    write_volume(folder / "9.nii.gz", torch.zeros(1, 24, 16, 16), np.eye(4))
+    (tmp_path / "data.json").write_text(json.dumps({"box": "box"}))
+    source = stage_1 / "checkpoints" / "last.ckpt"
+    cfg = config(
+        tmp_path / "data.json",
+        tmp_path / "run",
+        "model.batch_size=2",
+        "dataset.val_fraction=0",
+        f"model.resume_from_checkpoint={source}",
+        stage=2,
+    )
+    with pytest.raises(UserError, match=r"different sizes \(z x y: 16 16 16, 24 16 16\).*set model.batch_size=1"):
+        train(cfg, stage=2)
+
+
+def test_sigterm_saves_a_checkpoint_and_the_command_goes_on(data, stage_1, tmp_path):
+    """The real script in a process of its own: stopped by SIGTERM, killed by SIGKILL, then run to its end."""
+    run = tmp_path / "run"
+    common = [*TINY, f"dataset.root_dir={data}", f"model.default_root_dir={run}"]
+    command = [sys.executable, "train/train_PatchVolume.py", "--config", "config/demo/PatchVolume.yaml", *common]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(*overrides: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command, *overrides], cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    process = start("model.max_steps=100000")
+    wait_for(run / "checkpoints" / "step-0000002.ckpt", process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert "stopped by signal 15" in stderr
+    step = load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
+    assert f"at step {step}: last.ckpt saved" in stderr
+
+    process = start("model.max_steps=100000")
+    wait_for(run / "checkpoints" / f"step-{step + 20 - step % 2:07d}.ckpt", process)
+    process.kill()
+    process.communicate(timeout=60)
+
+    process = start(f"model.max_steps={step + 40}")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "resuming from" in stderr
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == step + 40
+    assert "Traceback" not in stderr
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_two_processes_keep_one_model(data, tmp_path):
+    """Two processes with one patch each: one run folder, losses synchronised, all checkpoints readable."""
+    run = tmp_path / "run"
+    overrides = [*TINY, f"dataset.root_dir={data}", f"model.default_root_dir={run}", "model.batch_size=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = ["train/train_PatchVolume.py", "--config", "config/demo/PatchVolume.yaml", *overrides, "model.max_steps=6"]
+    done = subprocess.run(
+        [*command, *script],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("finished at step 6") == 1
+    state = weights(run)
+    # N counts the tokens of both ranks: 8 a patch of 8³ at 4x; it started at 1 for each of 32 codes
+    expected = 32 * 0.97**6 + 0.03 * 16 * sum(0.97**i for i in range(6))
+    assert state["codebook.N"].sum().item() == pytest.approx(expected, rel=1e-4)
