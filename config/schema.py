@@ -115,19 +115,9 @@ class LatentConfig:
 
 
 @dataclass
-class BiFlowNetConfig:
-    """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
+class DiffusionModelConfig:
+    """What makes the diffusion model; training and generation have to agree on it."""
 
-    # Files
-    data_path: str | None = key(None, "JSON file: class id -> folder of latents; required")
-    AE_ckpt: str | None = key(None, "autoencoder checkpoint; required")
-    results_dir: str = key("results", "folder that gets the run folders NNN-BiFlowNet")
-    run_name: str | None = key(
-        None, "run folder inside results_dir; null = continue the same config or start a new one"
-    )
-    ckpt: str | None = key(None, "BiFlowNet checkpoint to continue exactly; null = the run folder's newest, if any")
-    # Model
-    model: str = key("BiFlowNet", "name of the model, part of the run folder's name")
     volume_channels: int = key(8, "channels of a latent; the autoencoder's embedding_dim")
     model_dim: int = key(72, "width of the first level; a multiple of 6 and of resnet_groups")
     dim_mults: list[int] = key([1, 1, 2, 4, 8], "width of each level as a multiple of model_dim")
@@ -139,8 +129,24 @@ class BiFlowNetConfig:
     resnet_groups: int = key(24, "groups of each GroupNorm")
     dit_num_heads: int = key(8, "attention heads of a DiT block")
     attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each")
+    timesteps: int = key(1000, "diffusion steps of the training")
+
+
+@dataclass
+class BiFlowNetConfig(DiffusionModelConfig):
+    """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
+
+    # Files
+    data_path: str | None = key(None, "JSON file: class id -> folder of latents; required")
+    AE_ckpt: str | None = key(None, "autoencoder checkpoint, checked against the latents; null = no previews")
+    results_dir: str = key("results", "folder that gets the run folders NNN-BiFlowNet")
+    run_name: str | None = key(
+        None, "run folder inside results_dir; null = continue the same config or start a new one"
+    )
+    ckpt: str | None = key(None, "BiFlowNet checkpoint to continue exactly; null = the run folder's newest, if any")
+    # Model
+    model: str = key("BiFlowNet", "name of the model, part of the run folder's name")
     # Diffusion
-    timesteps: int = key(1000, "diffusion steps")
     loss_type: str = key("l1", "l1 | l2")
     label_dropout: float = key(0.0, "share of labels replaced by a null label, for guidance; 0 = no null label")
     # Optimisation
@@ -180,26 +186,13 @@ class GenerationClass:
 
 
 @dataclass
-class GenerationConfig:
+class GenerationConfig(DiffusionModelConfig):
     """Class-conditional generation (evaluation/class_conditional_generation.py and _4x.py)."""
 
     # Files
     AE_ckpt: str | None = key(None, "autoencoder checkpoint; required")
     model_ckpt: str | None = key(None, "BiFlowNet checkpoint; required")
     output_dir: str | None = key(None, "folder that gets seed_S/NAME_XxYxZ.nii.gz; required")
-    # Model, as it was trained
-    volume_channels: int = key(8, "channels of a latent; the autoencoder's embedding_dim")
-    model_dim: int = key(72, "width of the first level; a multiple of 6 and of resnet_groups")
-    dim_mults: list[int] = key([1, 1, 2, 4, 8], "width of each level as a multiple of model_dim")
-    use_attn: list[int] = key([0, 0, 0, 1, 1], "1 for each level with attention")
-    patch_size: int = key(1, "edge of a token in latent voxels (8x: 1, 4x: 2)")
-    num_dit: int = key(1, "DiT blocks in the middle of the intra-patch flow")
-    vq_size: int = key(64, "latent grid size that the resolution condition counts as 1")
-    num_classes: int = key(7, "number of classes; ids are 0 ... num_classes - 1")
-    resnet_groups: int = key(24, "groups of each GroupNorm")
-    dit_num_heads: int = key(8, "attention heads of a DiT block")
-    attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each")
-    timesteps: int = key(1000, "diffusion steps of the training")
     loss_type: str = key("l1", "l1 | l2; has no effect on sampling")
     # Sampling
     sampling_strategy: str = key("ddpm", "ddpm (all timesteps) | ddim")

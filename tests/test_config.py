@@ -308,7 +308,6 @@ BAD_VALUES = [
     (BiFlowNetConfig, "preview_steps=2000", "preview_steps must be at most timesteps 1000"),
     (BiFlowNetConfig, "device=tpu", "device must be one of"),
     (GenerationConfig, "sampling_strategy=dpm", r"sampling_strategy must be one of ddpm \| ddim"),
-    (GenerationConfig, "ddim_steps=1001", "ddim_steps must be at most timesteps 1000"),
     (GenerationConfig, "eta=2", "eta must be between 0 and 1"),
     (GenerationConfig, "downsample=16", r"downsample must be one of 8 \| 4"),
     (GenerationConfig, "num_classes=6", r"classes\[6\]: id must be below num_classes 6"),
@@ -334,6 +333,13 @@ def test_values_out_of_range(schema, override, message):
     path = CONFIG_FOLDER / DEFAULT_FILES[schema] if schema in DEFAULT_FILES else None
     with pytest.raises(UserError, match=message):
         load_config(schema, path, [override])
+
+
+def test_ddim_steps_are_bounded_where_they_count():
+    path = CONFIG_FOLDER / "generation_8x.yaml"
+    with pytest.raises(UserError, match="ddim_steps must be at most timesteps 50, got 100"):
+        load_config(GenerationConfig, path, ["timesteps=50", "sampling_strategy=ddim"])
+    assert load_config(GenerationConfig, path, ["timesteps=50", "sampling_strategy=ddpm"]).timesteps == 50
 
 
 def test_all_problems_are_reported_together():

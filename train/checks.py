@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 
 from omegaconf import DictConfig
 from torch import nn
@@ -22,6 +23,8 @@ def check_options(cfg: DictConfig, logger: logging.Logger) -> None:
     require(cfg, "data_path")
     if cfg.model not in MODELS:
         raise UserError(f"model={cfg.model}: there is no such model, expected {' or '.join(MODELS)}; give --model")
+    if cfg.ckpt and not Path(cfg.ckpt).is_file():
+        raise UserError(f"ckpt: {cfg.ckpt}: no such checkpoint file; give an existing one with --ckpt, or leave it out")
     if cfg.preview and not cfg.AE_ckpt:
         logger.warning("preview has no effect: it needs the autoencoder, give --AE-ckpt (or say preview=false)")
 

@@ -34,7 +34,12 @@ from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from train import run_folder  # noqa: E402
 from train.batches import GlobalBatchSampler, close_loader, endless, make_loader  # noqa: E402
-from train.checkpoints import build_biflownet, newest_checkpoint, save_checkpoint  # noqa: E402
+from train.checkpoints import (  # noqa: E402
+    build_biflownet,
+    load_biflownet_weights,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from train.checks import check_data, check_grid, check_options, known_autoencoder, load_matching_autoencoder  # noqa: E402
 from train.cli import run_script  # noqa: E402
 from train.distributed import Distributed, cleanup, setup  # noqa: E402
@@ -95,6 +100,8 @@ def train(cfg: DictConfig) -> dict:
         torch.manual_seed(cfg.global_seed)
         model = build_biflownet(cfg).to(device)
         check_grid(cfg, model)
+        if cfg.ckpt:
+            load_biflownet_weights(model, cfg.ckpt, use_ema=False)  # refuses what does not fit before a folder is made
         diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=tuple(cfg.adam_betas))
         use_scaler = cfg.enable_amp and cfg.amp_dtype == "fp16"
