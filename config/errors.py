@@ -2,8 +2,11 @@
 
 
 class UserError(ValueError):
-    """A mistake in a file, an option or a configuration that the user can put right.
+    """A mistake of the user's. The message is one line: which file or option, what was found, what to do.
 
-    The message is a single line that names the file or the option, what was found, what was expected and what to do.
-    Scripts print it without a traceback and exit with status 2.
+    Scripts print it without a traceback and exit with status 2 (`train/cli.py`).
     """
+
+    def __init__(self, message: str) -> None:
+        # A data loading process hands its error on with its own traceback around the message.
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip() if "Original Traceback" in message else message)

@@ -148,6 +148,16 @@ def test_stage_2_trains_the_decoder_only(data, stage_1, tmp_path):
     load_autoencoder(tmp_path / "run" / "checkpoints" / "last.ckpt", downsample=4)
 
 
+def test_bf16_trains_with_the_codebook_in_float32(data, tmp_path):
+    metrics = train(config(data, tmp_path / "run", "model.precision=bf16", "model.max_steps=4"), stage=1)
+    assert metrics["train/recon_loss"] < 4
+    state = weights(tmp_path / "run")
+    assert {state[f"codebook.{name}"].dtype for name in ("embeddings", "N", "z_avg")} == {torch.float32}
+    assert len(torch.unique(state["codebook.embeddings"].bfloat16().float())) < len(
+        torch.unique(state["codebook.embeddings"])
+    )  # codes have more digits than bf16 holds
+
+
 def test_batches_know_their_place():
     files = [Path(str(i)) for i in range(5)]
     place = {"step": 0}
@@ -217,6 +227,7 @@ def other_kind(folder: Path) -> Path:
         (2, ["model.resume_from_checkpoint={stage_1}", "model.n_hiddens=16"], "the weights do not fit"),
         (1, ["model.perceptual_weight=1", "model.perceptual_weights={empty}"], "vgg"),
         (1, ["dataset.intensity_range=[0,1]"], r"lie outside the declared range \[0, 1\]"),
+        (1, ["dataset.intensity_range=[0,1]", "model.num_workers=1"], r"lie outside the declared range \[0, 1\]"),
     ],
 )
 def test_mistakes_end_in_one_line(data, stage_1, tmp_path, monkeypatch, stage, overrides, message):

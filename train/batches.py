@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config.errors import UserError
 from dataset.sampling import EpochSampler, SampleKey
 from train.signals import ignore_signals
 
@@ -87,14 +86,7 @@ def close_loader(loader: DataLoader) -> None:
 
 
 def endless(loader: DataLoader, start_epoch: Callable[[], None]) -> Iterator[list[Any]]:
-    """Batches, epoch after epoch; `start_epoch` is called before each to say where it begins.
-
-    Raises:
-        UserError: a latent cannot be read; in one line, also when a loading process noticed it.
-    """
+    """Batches, epoch after epoch; `start_epoch` is called before each to say where it begins."""
     while True:
         start_epoch()
-        try:
-            yield from loader
-        except UserError as error:  # loading processes wrap their traceback around the message
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
+        yield from loader
