@@ -24,7 +24,8 @@ BACKGROUND = MODEL_RANGE[0]
 BACKGROUND_TOLERANCE = 2e-3  # voxels up to this above the background are background too
 RANGE_TOLERANCE = 1e-3  # share of the declared range by which a voxel may lie outside it (rounding, interpolation)
 RESCALING = (
-    "if all files have this scale, add dataset.intensity_range=[{found_low:g},{found_high:g}] to the command; "
+    "if all files have this scale, declare it (dataset.intensity_range=[{found_low:g},{found_high:g}] in training, "
+    "--intensity-range {found_low:g} {found_high:g} for latents); "
     "otherwise rescale the file, e.g. clip it to its 0.5 and 99.5 percentiles and map these to [{low:g}, {high:g}]"
 )
 GZIP_MAGIC = b"\x1f\x8b"

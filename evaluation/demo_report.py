@@ -26,6 +26,7 @@ from evaluation.pictures import save_comparison
 from train.checkpoints import load_autoencoder
 
 FEATURE_GRID = 8
+MIN_GENERATED = 16  # volumes, for the figures to be judged
 PICTURED = 4  # volumes of each kind and class in the picture
 
 
@@ -61,6 +62,8 @@ def write_report(
     real, labels = load_classes(phantoms / "held_out")
     training, _ = load_classes(phantoms)
     made, asked = load_generated(generated, names)
+    if judge and len(made) < MIN_GENERATED:
+        raise UserError(f"{generated}: {len(made)} generated volumes, at least {MIN_GENERATED} are needed to judge")
     before, after = (load_autoencoder(path) for path in stage_checkpoints)
 
     reconstructed = reconstruct(after, real)
@@ -132,7 +135,7 @@ def generation_figures(
     real_features = features(real)
     obtained = nearest_class_mean(real_features, labels, features(made))
     accuracy = (obtained == asked).double().mean().item()
-    bandwidth = median_bandwidth(real_features, real_features)
+    bandwidth = median_bandwidth(*real_features.chunk(2))  # pooled again: every pair of the real set, once
     distances = [mmd_rbf(real_features, features(x), bandwidth=bandwidth) for x in (made, noise, training)]
     ratio = distances[0] / distances[1]
     return [

@@ -119,6 +119,6 @@ FILES_IN_README = re.findall(
 )
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES_IN_README) - {"config/Singleres_latents.json"}))
+@pytest.mark.parametrize("name", sorted(set(FILES_IN_README)))
 def test_files_named_in_the_readme_exist(name):
     assert (ROOT / name).exists()

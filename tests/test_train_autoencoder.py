@@ -25,6 +25,7 @@ from train import autoencoder as training
 from train.autoencoder import EpochBatches, train
 from train.callbacks import VolumeLogger
 from train.checkpoints import load_autoencoder, load_checkpoint, save_checkpoint
+from train.run_folder import lock_run_folder
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -226,6 +227,7 @@ def other_kind(folder: Path) -> Path:
         (2, ["model.resume_from_checkpoint={other}"], "a BiFlowNet checkpoint, expected an autoencoder"),
         (2, ["model.resume_from_checkpoint={stage_1}", "model.n_hiddens=16"], "the weights do not fit"),
         (1, ["model.perceptual_weight=1", "model.perceptual_weights={empty}"], "vgg"),
+        (1, ["dataset.image_channels=3"], "dataset.image_channels is 3, but volumes are read with 1 channel"),
         (1, ["dataset.intensity_range=[0,1]"], r"lie outside the declared range \[0, 1\]"),
         (1, ["dataset.intensity_range=[0,1]", "model.num_workers=1"], r"lie outside the declared range \[0, 1\]"),
     ],
@@ -275,29 +277,37 @@ def test_volumes_of_different_sizes_need_batches_of_one(data, stage_1, tmp_path)
 
 
 def test_sigterm_saves_a_checkpoint_and_the_command_goes_on(data, stage_1, tmp_path):
-    """The real script in a process of its own: stopped by SIGTERM, killed by SIGKILL, then run to its end."""
+    """The real script: its process group stopped by SIGTERM, killed by SIGKILL, then run to its end."""
     run = tmp_path / "run"
     common = [*TINY, f"dataset.root_dir={data}", f"model.default_root_dir={run}"]
+    common += ["model.val_every=100000", "model.num_workers=1"]
     command = [sys.executable, "train/train_PatchVolume.py", "--config", "config/demo/PatchVolume.yaml", *common]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(*overrides: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [*command, *overrides], cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, *overrides],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     process = start("model.max_steps=100000")
     wait_for(run / "checkpoints" / "step-0000002.ckpt", process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # the loading process gets it too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr
     assert "stopped by signal 15" in stderr
+    assert "Traceback" not in stderr
     step = load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
     assert f"at step {step}: last.ckpt saved" in stderr
+    assert not list((run / "checkpoints").glob("best-*"))  # no validation came first
 
     process = start("model.max_steps=100000")
     wait_for(run / "checkpoints" / f"step-{step + 20 - step % 2:07d}.ckpt", process)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
 
     process = start(f"model.max_steps={step + 40}")
@@ -308,6 +318,20 @@ def test_sigterm_saves_a_checkpoint_and_the_command_goes_on(data, stage_1, tmp_p
     assert "Traceback" not in stderr
 
 
+def test_a_second_run_in_the_same_folder_is_refused(data, stage_1):
+    with lock_run_folder(stage_1), pytest.raises(UserError, match="another process .* is training in this run folder"):
+        subprocess_lock(data, stage_1)
+
+
+def subprocess_lock(data: Path, folder: Path) -> None:
+    """Locks hold between processes: raise what a second one says."""
+    script = ["train/train_PatchVolume.py", "--config", "config/demo/PatchVolume.yaml", *TINY, "model.max_steps=9"]
+    paths = [f"dataset.root_dir={data}", f"model.default_root_dir={folder}", "model.log_volume_every=4"]
+    done = subprocess.run([sys.executable, *script, *paths], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    raise UserError(done.stderr.strip().splitlines()[-1])
+
+
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -316,14 +340,17 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.05)
 
 
-def test_two_processes_keep_one_model(data, tmp_path):
-    """Two processes with one patch each: one run folder, losses synchronised, all checkpoints readable."""
-    run = tmp_path / "run"
-    overrides = [*TINY, f"dataset.root_dir={data}", f"model.default_root_dir={run}", "model.batch_size=1"]
+def test_two_processes_train_as_one(data, stage_1, tmp_path):
+    """Two processes with one patch each are one process with two: gradients, codebook, losses.
+
+    Without what a process does by itself: the discriminator's batch norm, and restarts from rank 0's vectors.
+    """
+    alone = [*TINY, "model.volume_gan_weight=0", "model.no_random_restart=true", "model.max_steps=8"]
+    alone += [f"model.resume_from_checkpoint={weights_only(stage_1, tmp_path)}", f"dataset.root_dir={data}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = ["train/train_PatchVolume.py", "--config", "config/demo/PatchVolume.yaml", *overrides, "model.max_steps=6"]
+    script = ["train/train_PatchVolume.py", "--config", "config/demo/PatchVolume.yaml", *alone, "model.batch_size=1"]
     done = subprocess.run(
-        [*command, *script],
+        [*command, *script, f"model.default_root_dir={tmp_path / 'two'}"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -331,8 +358,80 @@ def test_two_processes_keep_one_model(data, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("finished at step 6") == 1
-    state = weights(run)
-    # N counts the tokens of both ranks: 8 a patch of 8³ at 4x; it started at 1 for each of 32 codes
-    expected = 32 * 0.97**6 + 0.03 * 16 * sum(0.97**i for i in range(6))
-    assert state["codebook.N"].sum().item() == pytest.approx(expected, rel=1e-4)
+    assert done.stderr.count("finished at step 8") == 1
+    train(config(data, tmp_path / "one", *alone, "model.batch_size=2"), stage=1)
+    before, two, one = weights(stage_1), weights(tmp_path / "two"), weights(tmp_path / "one")
+    moved = (one["encoder.conv_first.weight"] - before["encoder.conv_first.weight"]).abs().max()
+    assert moved > 1e-3
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=0.02 * moved.item(), msg=name)
+
+
+def weights_only(run: Path, folder: Path) -> Path:
+    """A checkpoint that holds weights and nothing of a training run."""
+    path = folder / "weights.ckpt"
+    save_checkpoint({"state_dict": weights(run)}, path)
+    return path
+
+
+def test_stage_1_starts_from_the_weights_of_what_it_cannot_resume(data, stage_1, tmp_path, capsys):
+    source = weights_only(stage_1, tmp_path)
+    train(config(data, tmp_path / "run", "model.max_steps=1", f"model.resume_from_checkpoint={source}"), stage=1)
+    assert "holds weights only: training starts from its weights at step 0" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 1
+
+    other = load_checkpoint(stage_1 / "checkpoints" / "last.ckpt")
+    other["optimizer_states"][0]["state"].pop(0)
+    save_checkpoint(other, tmp_path / "other.ckpt")
+    cfg = config(data, tmp_path / "run2", "model.max_steps=1", f"model.resume_from_checkpoint={tmp_path}/other.ckpt")
+    train(cfg, stage=1)
+    assert "its optimisers are those of other parameters" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_saves_nothing(data, tmp_path, monkeypatch):
+    """A finite loss can have a NaN gradient; the weights, and the checkpoint due at this step, must stay sound."""
+
+    class PoisonGradient(pl.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 1:
+                pl_module.decoder.conv_first.weight.grad.fill_(torch.nan)
+
+    original = training._trainer
+    monkeypatch.setattr(training, "_trainer", lambda *args: _with(original(*args), PoisonGradient()))
+    with pytest.raises(UserError, match="the gradient is nan at step 1 on rank 0, batch"):
+        train(config(data, tmp_path / "run", "model.max_steps=5"), stage=1)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+
+
+def test_gradient_clipping_bounds_the_step(data, tmp_path, monkeypatch):
+    norms = []
+
+    class Measure(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            norms.append(torch.stack([p.grad.norm() for p in pl_module.decoder.parameters()]).norm().item())
+
+    original = training._trainer
+    monkeypatch.setattr(training, "_trainer", lambda *args: _with(original(*args), Measure()))
+    train(config(data, tmp_path / "run", "model.max_steps=2", "model.gradient_clip=0.001"), stage=1)
+    train(config(data, tmp_path / "free", "model.max_steps=2"), stage=1)
+    clipped, free = norms[: len(norms) // 2], norms[len(norms) // 2 :]
+    assert 0 < max(clipped) <= 0.001 * 1.001
+    assert max(free) > 0.01
+
+
+def test_unreadable_checkpoints_are_not_overwritten_by_a_new_start(data, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(b"half a checkpoint")
+    with pytest.raises(UserError, match="none of its checkpoints can be read"):
+        train(config(data, tmp_path / "run"), stage=1)
+
+
+def test_stage_2_needs_a_codebook_that_was_started(data, tmp_path):
+    source = tmp_path / "stage1"
+    train(config(data, source, "model.max_steps=2", "model.codebook_init_step=50"), stage=1)
+    start = f"model.resume_from_checkpoint={source / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(UserError, match="its codebook was never started from data"):
+        train(config(data, tmp_path / "stage2", start, "model.batch_size=1", stage=2), stage=2)
+    with pytest.raises(UserError, match="its codebook was never started from data"):
+        load_autoencoder(source / "checkpoints" / "last.ckpt")

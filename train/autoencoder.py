@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -28,7 +28,8 @@ from config.loading import require, save_config
 from dataset.sampling import EpochSampler
 from dataset.vqgan import VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x
-from train.callbacks import RandomState, StepProgress, StopOnSignal, VolumeLogger
+from train.batches import close_loader
+from train.callbacks import RandomState, StepProgress, StopOnSignal, TrainingStopped, VolumeLogger
 from train.checkpoints import (
     build_autoencoder,
     load_autoencoder_weights,
@@ -37,6 +38,8 @@ from train.checkpoints import (
     save_checkpoint,
 )
 from train.logger import close_logger, get_logger
+from train.run_folder import lock_run_folder
+from train.signals import ignore_signals
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 EXPECTED_WARNINGS = (
@@ -72,7 +75,9 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
     checkpoints = root / "checkpoints"
     logger = get_logger(int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))))
 
-    try:
+    with ExitStack() as closing:
+        closing.callback(close_logger)
+
         # Data: headers only
         train_data, val_data = _datasets(cfg)
         logger.info("stage %d: %d training and %d validation files", stage, len(train_data), len(val_data))
@@ -80,13 +85,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Model; the seed makes all ranks start from the same weights
         pl.seed_everything(cfg.model.seed, verbose=False)
         model = build_autoencoder(cfg)
-        resume = newest_checkpoint(checkpoints) if checkpoints.is_dir() else None
-        if resume is not None:
-            _check_same_run(cfg, root)
-        elif stage == 1:
-            resume = cfg.model.resume_from_checkpoint
-        if source := resume or cfg.model.resume_from_checkpoint:
-            load_autoencoder_weights(model, source)
+        resume = _load_weights(cfg, model, root, logger)
         _build_perceptual(model)
 
         # Trainer
@@ -94,36 +93,37 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
             trainer = _trainer(cfg, root, checkpoints, stage)
         if trainer.is_global_zero:
             save_config(cfg, root)
+            closing.enter_context(lock_run_folder(root))
         train_loader, val_loader = _loaders(cfg, trainer, train_data, val_data)
+        for loader in filter(None, (train_loader, val_loader)):
+            closing.callback(close_loader, loader)
 
         # Resume
         last_step = _last_step(cfg, len(train_loader))
         trainer.fit_loop.epoch_loop.max_steps = last_step
         if resume is not None:
-            step = _global_step(Path(resume))
+            step = _global_step(resume)
             if 0 <= last_step <= step:
                 logger.info("%s: finished at step %d; raise model.max_steps or max_epochs to go on", root, step)
                 return {}
             logger.info("resuming from %s at step %d", resume, step)
 
         # Train
-        with quiet_lightning():
-            trainer.fit(model, train_loader, val_loader, ckpt_path=resume, weights_only=True)
-        stopped_by = next(c for c in trainer.callbacks if isinstance(c, StopOnSignal)).received
+        try:
+            with quiet_lightning():
+                trainer.fit(model, train_loader, val_loader, ckpt_path=resume, weights_only=True)
+        except TrainingStopped as stop:
+            logger.info("%s at step %d: last.ckpt saved", stop, trainer.global_step)
+            raise SystemExit(128 + stop.signal_number) from None
+        except FloatingPointError as error:
+            files = ", ".join(str(path) for path in train_loader.batch_sampler.files_of(trainer.global_step))
+            raise UserError(
+                f"{error} on rank {trainer.global_rank}, batch {files}: nothing was saved after the last checkpoint; "
+                "look at these files, lower model.lr or set model.gradient_clip"
+            ) from error
         trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
-        if stopped_by:
-            logger.info("stopped by signal %d at step %d: last.ckpt saved", stopped_by, trainer.global_step)
-            raise SystemExit(128 + stopped_by)
         logger.info("finished at step %d: %s", trainer.global_step, checkpoints / "last.ckpt")
         return {name: value.item() for name, value in trainer.callback_metrics.items()}
-    except FloatingPointError as error:
-        files = ", ".join(str(path) for path in train_loader.batch_sampler.files_of(trainer.global_step))
-        raise UserError(
-            f"{error} on rank {trainer.global_rank}, batch {files}: nothing was saved after the last checkpoint; "
-            "look at these files, lower model.lr or set model.gradient_clip"
-        ) from error
-    finally:
-        close_logger()
 
 
 def _check_options(cfg: DictConfig, stage: int) -> None:
@@ -138,8 +138,14 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
     if cfg.model.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("model.accelerator is gpu, but no CUDA device was found: set model.accelerator=cpu or auto")
     on_gpu = cfg.model.accelerator != "cpu" and torch.cuda.is_available()
-    if on_gpu and cfg.model.gpus > torch.cuda.device_count():
-        raise UserError(f"model.gpus is {cfg.model.gpus}, but this node has {torch.cuda.device_count()}")
+    wanted = _processes_per_node(cfg)
+    if on_gpu and wanted > torch.cuda.device_count():
+        raise UserError(
+            f"{wanted} processes on this node (model.gpus, or torchrun's --nproc-per-node), but it has "
+            f"{torch.cuda.device_count()} GPUs: start as many, or set model.accelerator=cpu"
+        )
+    if cfg.dataset.image_channels != 1:
+        raise UserError(f"dataset.image_channels is {cfg.dataset.image_channels}, but volumes are read with 1 channel")
 
 
 def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
@@ -171,7 +177,67 @@ def _build_perceptual(model: patchvolumeAE) -> None:
         raise UserError(f"{error}; or set model.perceptual_weight=0 to train without it") from error
 
 
-def _check_same_run(cfg: DictConfig, root: Path) -> None:
+def _load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logging.Logger) -> Path | None:
+    """Load the weights that training starts from, and return the checkpoint that it resumes from, if any.
+
+    That is the run's own newest checkpoint, or in stage 1 `resume_from_checkpoint`. Stage 2 begins with its weights.
+    """
+    own = _own_checkpoint(root / "checkpoints")
+    if own is not None:
+        _check_same_run(cfg, root, logger)
+        load_autoencoder_weights(model, own)
+        return own
+    if cfg.model.resume_from_checkpoint is None:
+        return None
+    source = Path(cfg.model.resume_from_checkpoint)
+    load_autoencoder_weights(model, source)
+    if cfg.model.stage == 1:
+        return source if _can_resume(model, source, logger) else None
+    if not model.codebook.initialised:
+        raise UserError(f"{source}: its codebook was never started from data: train stage 1 for longer")
+    return None
+
+
+def _own_checkpoint(checkpoints: Path) -> Path | None:
+    """The run's newest readable checkpoint; None in a new run.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read: starting anew would overwrite them.
+    """
+    if not checkpoints.is_dir():
+        return None
+    newest = newest_checkpoint(checkpoints)
+    if newest is None and any(checkpoints.glob("*.ckpt")):
+        raise UserError(f"{checkpoints}: none of its checkpoints can be read: move the folder away to start anew")
+    return newest
+
+
+def _can_resume(model: patchvolumeAE, path: Path, logger: logging.Logger) -> bool:
+    """Whether a stage-1 checkpoint's optimisers fit ours; if not, training starts from its weights, with a warning."""
+    checkpoint = load_checkpoint(path, mmap=True)
+    problem = None
+    if not {"pytorch-lightning_version", "global_step", "loops", "optimizer_states"} <= checkpoint.keys():
+        problem = "it holds weights only"
+    else:
+        saved = [state["state"] for state in checkpoint["optimizer_states"]]
+        own = [optimizer.param_groups[0]["params"] for optimizer in model.configure_optimizers()]
+        if len(saved) != len(own) or not all(map(_moments_fit, saved, own)):
+            problem = "its optimisers are those of other parameters"
+    if problem is None:
+        return True
+    logger.warning("%s: %s: training starts from its weights at step 0, with new optimisers", path, problem)
+    return False
+
+
+def _moments_fit(saved: dict, parameters: list) -> bool:
+    """Whether Adam's averages, numbered by position, have the parameters' shapes; an unused optimiser has none."""
+    if not saved:
+        return True
+    shapes = {index: tuple(parameter.shape) for index, parameter in enumerate(parameters)}
+    return {index: tuple(state["exp_avg"].shape) for index, state in saved.items()} == shapes
+
+
+def _check_same_run(cfg: DictConfig, root: Path, logger: logging.Logger) -> None:
     """A run goes on only with the options that it began with; `CHANGEABLE` ones aside."""
     if not (root / "config.yaml").is_file():
         return
@@ -187,12 +253,23 @@ def _check_same_run(cfg: DictConfig, root: Path) -> None:
             f"{root} holds a run with other options: {', '.join(changed)}; "
             "name another model.default_root_dir or take these back"
         )
+    if before.model.get("gpus") != cfg.model.gpus:
+        logger.warning(
+            "%s: model.gpus was %s and is %s: a step has another number of samples, so the order of the data changes",
+            *(root, before.model.get("gpus"), cfg.model.gpus),
+        )
+    if cfg.model.lr_schedule == "cosine" and before.model.get("max_steps") != cfg.model.max_steps:
+        logger.warning("%s: model.max_steps was %s: the cosine has another length", root, before.model.get("max_steps"))
+
+
+def _processes_per_node(cfg: DictConfig) -> int:
+    """Under torchrun the number of processes is its own; otherwise Lightning starts `gpus` of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", cfg.model.gpus))
 
 
 def _trainer(cfg: DictConfig, root: Path, checkpoints: Path, stage: int) -> pl.Trainer:
-    # Under torchrun the number of processes is its own; otherwise Lightning starts `gpus` of them.
     world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.model.gpus))
+    per_node = _processes_per_node(cfg)
     validate_by_step = cfg.model.val_every is not None
     callbacks = [
         ModelCheckpoint(
@@ -209,7 +286,7 @@ def _trainer(cfg: DictConfig, root: Path, checkpoints: Path, stage: int) -> pl.T
             save_top_k=-1,
             auto_insert_metric_name=False,
         ),
-        StopOnSignal(),
+        StopOnSignal(checkpoints / "last.ckpt"),
         RandomState(),
         StepProgress(f"stage {stage}"),
     ]
@@ -302,6 +379,7 @@ def _loaders(
     cfg: DictConfig, trainer: pl.Trainer, train_data: VQGANDataset, val_data: VQGANDataset
 ) -> tuple[DataLoader, DataLoader | None]:
     workers = dict(num_workers=cfg.model.num_workers, persistent_workers=cfg.model.num_workers > 0)
+    workers["worker_init_fn"] = ignore_signals
     workers["pin_memory"] = trainer.strategy.root_device.type == "cuda"
     # Starting a pass draws a number: from a generator of its own, so that a resumed epoch leaves the global one alone.
     workers["generator"] = torch.Generator()

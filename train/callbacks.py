@@ -15,8 +15,8 @@ from train.signals import StopRequest
 class VolumeLogger(Callback):
     """Writes input and reconstruction of a batch's first volume: NIfTI, and a PNG of the central slices.
 
-    Training batches number 1, 2, 4, 8 … and every `every`-th; of each validation the first volume. The picture goes to
-    TensorBoard as well. Rank 0 only. Every module keeps the mode (train or eval) that it had.
+    Training batches number 1, 2, 4, 8 … and every `every`-th; the first volume of a validation, at most once in `every`
+    batches. The picture goes to TensorBoard as well. Rank 0 only. Every module keeps the mode that it had.
 
     Args:
         folder: gets train/ and val/ with step_0001500_{input,reconstruction}.nii.gz and step_0001500.png.
@@ -26,6 +26,7 @@ class VolumeLogger(Callback):
     def __init__(self, folder: Path, every: int = 1500) -> None:
         self.folder = folder
         self.every = every
+        self._validation_due = 0  # batch from which on a validation is logged
 
     def is_due(self, batches_done: int) -> bool:
         """Whether the batch that makes it `batches_done` is logged: powers of two first, then every `every`-th."""
@@ -40,7 +41,8 @@ class VolumeLogger(Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == 0 and not trainer.sanity_checking:
+        if batch_idx == 0 and trainer.global_step >= self._validation_due:
+            self._validation_due = trainer.global_step + self.every
             self._write(trainer, pl_module, batch, "val")
 
     def _write(self, trainer: pl.Trainer, pl_module, batch: dict, split: str) -> None:
@@ -60,11 +62,22 @@ class VolumeLogger(Callback):
                 logger.experiment.add_image(f"{split}/volume", picture, trainer.global_step, dataformats="HWC")
 
 
-class StopOnSignal(Callback):
-    """SIGTERM or Ctrl-C ends training after the current step, on all ranks together. `received`: 0 or the signal."""
+class TrainingStopped(Exception):
+    """Training ended between two steps because of `signal_number`; a checkpoint is saved."""
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal_number = signal_number
+
+
+class StopOnSignal(Callback):
+    """SIGTERM or Ctrl-C: all ranks save a checkpoint after the current step and raise TrainingStopped.
+
+    An exception, since Lightning's own way to stop runs a validation first, for which there may be no time.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
         self._request = StopRequest()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
@@ -72,12 +85,13 @@ class StopOnSignal(Callback):
         self._request.__enter__()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        self.received = self._request.received
+        received = self._request.received
         if trainer.world_size > 1:
-            request = torch.tensor(self.received, device=trainer.strategy.root_device)
-            self.received = int(trainer.strategy.reduce(request, reduce_op="max"))
-        if self.received:
-            trainer.should_stop = True
+            request = torch.tensor(received, device=trainer.strategy.root_device)
+            received = int(trainer.strategy.reduce(request, reduce_op="max"))
+        if received:
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)
+            raise TrainingStopped(received)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module) -> None:
         self._request.__exit__(None, None, None)

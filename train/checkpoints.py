@@ -206,6 +206,8 @@ def load_autoencoder(
     except (TypeError, AttributeError) as error:  # a value of another type, a missing key
         raise _damaged(path, error) from error
     _load_state(model, state, path, f"an autoencoder of its config ({_times(found)})")
+    if not model.codebook.initialised:
+        raise UserError(f"{path}: its codebook was never started from data: train this autoencoder for longer")
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from AutoEncoder.latents import denormalise_latents
+from config.errors import UserError
 from dataset.volume_io import affine_from_spacing, write_volume
 from train.pictures import central_slices, save_slice_grid
 
@@ -49,7 +50,7 @@ def write_preview(
         autoencoder: decodes; it is moved to the model's device for this and back again.
 
     Returns:
-        The NIfTI file, or None where the time limit was hit or memory ran out, with a warning.
+        The NIfTI file, or None, with a warning, where the time limit was hit, memory ran out or the disk is full.
     """
     device = next(model.parameters()).device
     try:
@@ -62,11 +63,13 @@ def write_preview(
         logger.warning("preview of step %d: not enough GPU memory; say preview=false", step)
         return None
     path = folder / f"step_{step:07d}_class_{class_id}.nii.gz"
-    write_volume(path, volume, affine_from_spacing((1.0, 1.0, 1.0)))
-    slices = central_slices(volume)
-    save_slice_grid(
-        path.with_name(path.name.replace(".nii.gz", ".png")), [(f"class {class_id}", list(slices.values()))]
-    )
+    picture = path.with_name(path.name.replace(".nii.gz", ".png"))
+    try:
+        write_volume(path, volume, affine_from_spacing((1.0, 1.0, 1.0)))
+        save_slice_grid(picture, [(f"class {class_id}", list(central_slices(volume).values()))])
+    except UserError as error:  # a preview is not worth a training run
+        logger.warning("preview of step %d: %s", step, error)
+        return None
     return path
 
 

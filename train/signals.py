@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT instead of dying of them, within a `with` block.
+    """Notes SIGTERM and SIGINT instead of dying of them, within a `with` block. A second signal acts as usual.
 
     `received` is 0 or the signal's number; the process should then end with exit status 128 + that number. Only a
     program's main thread may handle signals: in another one nothing is changed.
@@ -32,6 +32,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        self.__exit__(None, None, None)
 
 
 def ignore_signals(worker_id: int) -> None:

@@ -1,7 +1,7 @@
 """Trains the latent diffusion model BiFlowNet on latents of one size (Wang et al., IEEE TMI 2025, section III-B).
 
     torchrun --nproc-per-node 8 train/train_BiFlowNet_SingleRes.py --config config/BiFlowNet_8x.yaml \
-        --data-path config/Singleres_dataset.json --AE-ckpt autoencoder.ckpt --results-dir results
+        --data-path config/Singleres_latents.json --AE-ckpt autoencoder.ckpt --results-dir results
 
 Without torchrun it is a single process. The same command again goes on with its run folder where it stopped; SIGTERM or
 Ctrl-C saves a checkpoint first. Several nodes need `--results-dir` on a file system they share.

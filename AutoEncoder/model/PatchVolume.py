@@ -262,7 +262,7 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         """Two Adam optimisers of equal learning rate: generator (stage 2: decoder only) and discriminator."""
         parts = [self.decoder, self.post_vq_conv]
         if self.stage == 1:
-            parts += [self.encoder, self.pre_vq_conv]
+            parts = [self.encoder, self.decoder, self.pre_vq_conv, self.post_vq_conv]
         options = dict(lr=self.cfg.model.lr, betas=tuple(self.cfg.model.adam_betas))
         generator = torch.optim.Adam(chain.from_iterable(part.parameters() for part in parts), **options)
         return [generator, torch.optim.Adam(self.volume_discriminator.parameters(), **options)]
@@ -337,9 +337,18 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
             group["lr"] = self.cfg.model.lr * self._lr_factor()
         optimizer.zero_grad()
         self.manual_backward(loss)
-        if self.cfg.model.gradient_clip > 0:
-            self.clip_gradients(optimizer, self.cfg.model.gradient_clip, "norm")
         optimizer.step()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning hook between backward (gradients no longer scaled) and step: clips, and refuses NaN gradients.
+
+        Under fp16 a gradient that is not finite is usual: the gradient scaler leaves that step out.
+        """
+        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        norm = nn.utils.clip_grad_norm_(parameters, self.cfg.model.gradient_clip or math.inf)
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not is_scaled and not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is {norm.item()} at step {self.global_step}")
 
     def _lr_factor(self) -> float:
         """Share of the learning rate at this step: 1, or half a cosine down to 0 at `max_steps`."""
