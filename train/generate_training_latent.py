@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -159,32 +159,14 @@ def has_latent(index: int, dataset: Singleres_dataset, autoencoder: nn.Module) -
         return False
 
 
-class _ErrorsAsItems(Dataset):
-    """Volumes of a dataset, or the UserError instead: raised in a worker it would come back as a page of traceback."""
-
-    def __init__(self, dataset: Singleres_dataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Tensor | UserError:
-        try:
-            return self.dataset[index][0]
-        except UserError as error:
-            return error
-
-
 def volumes_in_order(indices: list[int], dataset: Singleres_dataset, num_workers: int) -> Iterator[Tensor]:
     """Volumes (1, D, H, W) of these indices, read ahead by worker processes, one each."""
     options = {"prefetch_factor": 1} if num_workers else {}  # more would only cost memory
     loader = DataLoader(
-        _ErrorsAsItems(dataset), batch_size=None, sampler=indices, num_workers=min(num_workers, len(indices)), **options
+        dataset, batch_size=None, sampler=indices, num_workers=min(num_workers, len(indices)), **options
     )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
+    for volume, _ in loader:
+        yield volume
 
 
 if __name__ == "__main__":
