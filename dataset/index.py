@@ -82,6 +82,8 @@ def split_files(files: Sequence[Path], fraction: float, seed: int) -> tuple[list
 def latent_folder(folder: str | Path) -> Path:
     """The folder of the latents of a class folder: `X_latents` beside `X`."""
     folder = Path(os.path.normpath(folder))
+    if folder.name in ("", ".."):  # the current folder and those above have their names only in the full path
+        folder = Path(os.path.abspath(folder))
     return folder.with_name(folder.name + LATENT_SUFFIX)
 
 

@@ -384,3 +384,10 @@ def test_plain_folder(tmp_path):
     assert len(data) == 1
     with pytest.raises(UserError, match="outside the declared range"):
         GenerateTrData_dataset(tmp_path / "A")[0]
+
+
+def test_the_current_folder_has_a_latent_folder_too(tmp_path, monkeypatch):
+    (tmp_path / "Knee").mkdir()
+    monkeypatch.chdir(tmp_path / "Knee")
+    assert latent_folder(".") == tmp_path / "Knee_latents"
+    assert latent_folder("../Knee/") == Path("../Knee_latents")
