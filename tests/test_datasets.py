@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from config.errors import UserError
+from dataset.index import latent_folder
 from dataset.sampling import EpochSampler, SampleKey
 from dataset.Singleres_dataset import Singleres_dataset, read_latent_record
 from dataset.tr_generate import GenerateTrData_dataset
