@@ -7,8 +7,9 @@ from torch import nn
 
 from AutoEncoder.latents import denormalise_latents, normalise_latents
 from AutoEncoder.model import PatchVolume
+from AutoEncoder.model.modes import evaluation_mode
 from AutoEncoder.model.networks import AttentionBlock, normalize
-from AutoEncoder.model.PatchVolume import evaluation_mode, patchvolumeAE
+from AutoEncoder.model.PatchVolume import patchvolumeAE
 
 
 @pytest.fixture

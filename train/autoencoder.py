@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
@@ -28,13 +28,12 @@ from config.loading import require, save_config
 from dataset.sampling import EpochSampler
 from dataset.vqgan import VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x
+from train.autoencoder_resume import global_step, load_weights
 from train.batches import close_loader
 from train.callbacks import RandomState, StepProgress, StopOnSignal, TrainingStopped, VolumeLogger
 from train.checkpoints import (
     build_autoencoder,
-    load_autoencoder_weights,
     load_checkpoint,
-    newest_checkpoint,
     save_checkpoint,
 )
 from train.logger import close_logger, get_logger
@@ -51,11 +50,6 @@ EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
     "You.re resuming from a checkpoint that ended before the epoch ended",  # EpochBatches knows the place
 )
-# What may differ when a run goes on: how long and where it runs, and how often it reports.
-CHANGEABLE = (
-    "max_steps max_epochs num_workers gpus accelerator checkpoint_every val_every log_every log_volume_every "
-    "perceptual_weights default_root_dir resume_from_checkpoint"
-).split()
 
 
 def train(cfg: DictConfig, stage: int) -> dict[str, float]:
@@ -85,7 +79,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Model; the seed makes all ranks start from the same weights
         pl.seed_everything(cfg.model.seed, verbose=False)
         model = build_autoencoder(cfg)
-        resume = _load_weights(cfg, model, root, logger)
+        resume = load_weights(cfg, model, root, logger)
         _build_perceptual(model)
 
         # Trainer
@@ -102,7 +96,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         last_step = _last_step(cfg, len(train_loader))
         trainer.fit_loop.epoch_loop.max_steps = last_step
         if resume is not None:
-            step = _global_step(resume)
+            step = global_step(resume)
             if 0 <= last_step <= step:
                 logger.info("%s: finished at step %d; raise model.max_steps or max_epochs to go on", root, step)
                 return {}
@@ -175,91 +169,6 @@ def _build_perceptual(model: patchvolumeAE) -> None:
         model.setup("fit")
     except (ValueError, OSError) as error:
         raise UserError(f"{error}; or set model.perceptual_weight=0 to train without it") from error
-
-
-def _load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logging.Logger) -> Path | None:
-    """Load the weights that training starts from, and return the checkpoint that it resumes from, if any.
-
-    That is the run's own newest checkpoint, or in stage 1 `resume_from_checkpoint`. Stage 2 begins with its weights.
-    """
-    own = _own_checkpoint(root / "checkpoints")
-    if own is not None:
-        _check_same_run(cfg, root, logger)
-        load_autoencoder_weights(model, own)
-        return own
-    if cfg.model.resume_from_checkpoint is None:
-        return None
-    source = Path(cfg.model.resume_from_checkpoint)
-    load_autoencoder_weights(model, source)
-    if cfg.model.stage == 1:
-        return source if _can_resume(model, source, logger) else None
-    if not model.codebook.initialised:
-        raise UserError(f"{source}: its codebook was never started from data: train stage 1 for longer")
-    return None
-
-
-def _own_checkpoint(checkpoints: Path) -> Path | None:
-    """The run's newest readable checkpoint; None in a new run.
-
-    Raises:
-        UserError: there are checkpoints, but none can be read: starting anew would overwrite them.
-    """
-    if not checkpoints.is_dir():
-        return None
-    newest = newest_checkpoint(checkpoints)
-    if newest is None and any(checkpoints.glob("*.ckpt")):
-        raise UserError(f"{checkpoints}: none of its checkpoints can be read: move the folder away to start anew")
-    return newest
-
-
-def _can_resume(model: patchvolumeAE, path: Path, logger: logging.Logger) -> bool:
-    """Whether a stage-1 checkpoint's optimisers fit ours; if not, training starts from its weights, with a warning."""
-    checkpoint = load_checkpoint(path, mmap=True)
-    problem = None
-    if not {"pytorch-lightning_version", "global_step", "loops", "optimizer_states"} <= checkpoint.keys():
-        problem = "it holds weights only"
-    else:
-        saved = [state["state"] for state in checkpoint["optimizer_states"]]
-        own = [optimizer.param_groups[0]["params"] for optimizer in model.configure_optimizers()]
-        if len(saved) != len(own) or not all(map(_moments_fit, saved, own)):
-            problem = "its optimisers are those of other parameters"
-    if problem is None:
-        return True
-    logger.warning("%s: %s: training starts from its weights at step 0, with new optimisers", path, problem)
-    return False
-
-
-def _moments_fit(saved: dict, parameters: list) -> bool:
-    """Whether Adam's averages, numbered by position, have the parameters' shapes; an unused optimiser has none."""
-    if not saved:
-        return True
-    shapes = {index: tuple(parameter.shape) for index, parameter in enumerate(parameters)}
-    return {index: tuple(state["exp_avg"].shape) for index, state in saved.items()} == shapes
-
-
-def _check_same_run(cfg: DictConfig, root: Path, logger: logging.Logger) -> None:
-    """A run goes on only with the options that it began with; `CHANGEABLE` ones aside."""
-    if not (root / "config.yaml").is_file():
-        return
-    before = OmegaConf.load(root / "config.yaml")
-    changed = [
-        f"{table}.{key} ({before[table].get(key)} -> {value})"
-        for table in ("model", "dataset")
-        for key, value in cfg[table].items()
-        if key not in CHANGEABLE and before[table].get(key) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{root} holds a run with other options: {', '.join(changed)}; "
-            "name another model.default_root_dir or take these back"
-        )
-    if before.model.get("gpus") != cfg.model.gpus:
-        logger.warning(
-            "%s: model.gpus was %s and is %s: a step has another number of samples, so the order of the data changes",
-            *(root, before.model.get("gpus"), cfg.model.gpus),
-        )
-    if cfg.model.lr_schedule == "cosine" and before.model.get("max_steps") != cfg.model.max_steps:
-        logger.warning("%s: model.max_steps was %s: the cosine has another length", root, before.model.get("max_steps"))
 
 
 def _processes_per_node(cfg: DictConfig) -> int:
@@ -397,10 +306,3 @@ def _last_step(cfg: DictConfig, steps_per_epoch: int) -> int:
     """The optimiser step that training ends at, by `max_steps` or `max_epochs`, whichever comes first; -1: never."""
     limits = [cfg.model.max_steps, cfg.model.max_epochs * steps_per_epoch]
     return min((limit for limit in limits if limit >= 0), default=-1)
-
-
-def _global_step(path: Path) -> int:
-    step = load_checkpoint(path, mmap=True).get("global_step")
-    if not isinstance(step, int):
-        raise UserError(f"{path}: no Lightning checkpoint of a training run (it has no global_step)")
-    return step

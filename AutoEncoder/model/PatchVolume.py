@@ -10,8 +10,6 @@ of a whole volume and trains the decoder to decode them in one pass: that is wha
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 
 import pytorch_lightning as pl
@@ -28,6 +26,7 @@ from AutoEncoder.model.discriminator import (
     feature_matching_loss,
     generator_loss,
 )
+from AutoEncoder.model.modes import evaluation_mode, requires_grad
 from AutoEncoder.model.networks import Decoder, Encoder
 from AutoEncoder.model.perceptual import build_perceptual
 from AutoEncoder.patches import (
@@ -382,27 +381,3 @@ class AE_finetuning(BaseFinetuning):  # noqa: N801 - the public name
 
     def finetune_function(self, pl_module: patchvolumeAE, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         """Nothing is unfrozen later."""
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every sub-module has the very mode that it had before."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextmanager
-def requires_grad(module: nn.Module, value: bool) -> Iterator[None]:
-    """The module's parameters have `requires_grad == value` inside, and what they had before afterwards."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    module.requires_grad_(value)
-    try:
-        yield
-    finally:
-        for parameter, had in before:
-            parameter.requires_grad_(had)
