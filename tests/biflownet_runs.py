@@ -64,6 +64,7 @@ def save_autoencoder(path: Path) -> Path:
     torch.manual_seed(0)
     cfg = tiny_autoencoder()
     autoencoder = build_autoencoder(cfg)
+    autoencoder.codebook.N.fill_(1)  # as if started from data
     autoencoder.codebook.embeddings.normal_()
     save_checkpoint({"state_dict": autoencoder.state_dict(), "hyper_parameters": cfg}, path)
     return path
