@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from config.errors import UserError
-from train.pictures import PLANES, central_slices, save_slice_grid
+from dataset.pictures import PLANES, central_slices, save_slice_grid
 
 
 def save_comparison(

@@ -8,10 +8,10 @@ import torch
 from matplotlib.image import imread
 
 from config.errors import UserError
+from dataset.pictures import central_slices, save_slice_grid
 from evaluation.metrics.distances import median_bandwidth, mmd_rbf, nearest_class_mean
 from evaluation.metrics.reconstruction import psnr
 from evaluation.pictures import save_comparison
-from train.pictures import central_slices, save_slice_grid
 
 
 def features(count: int, mean: float = 0.0, seed: int = 0) -> torch.Tensor:

@@ -7,8 +7,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 
+from dataset.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volume_io import affine_from_spacing, write_volume
-from train.pictures import PLANES, central_slices, save_slice_grid
 from train.signals import StopRequest
 
 

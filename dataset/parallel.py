@@ -1,0 +1,51 @@
+"""Work on many files in several processes, with a progress bar."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from config.errors import UserError
+
+
+class _Calls(Dataset):
+    """Item i is (i, function(items[i])), computed by whichever process is asked for it."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function = function
+        self.items = items
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.function(self.items[index])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def map_in_processes(
+    function: Callable[[Any], Any], items: Sequence[Any], num_workers: int, label: str, unit: str = "volume"
+) -> Iterator[tuple[int, Any]]:
+    """Yields (index of the item, `function(item)`) for every item, in the order in which they are finished.
+
+    The processes are those of torch's DataLoader, which end with the process that started them, however that ends.
+
+    num_workers: processes; 0 computes in this one. label: text before the progress bar, which is shown on a terminal.
+    Raises UserError where `function` raises one, or where a process is killed, for instance for want of memory.
+    """
+    num_workers = min(num_workers, len(items))
+    options = {"prefetch_factor": 1, "in_order": False} if num_workers else {}
+    loader = DataLoader(_Calls(function, items), batch_size=None, num_workers=num_workers, collate_fn=_same, **options)
+    try:
+        yield from tqdm(loader, label, total=len(items), unit=unit, disable=None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"{label}: a process was killed, perhaps for want of memory: give fewer processes (num_workers) and start "
+            "again; what is done is kept"
+        ) from error
+
+
+def _same(result: Any) -> Any:
+    return result
