@@ -4,7 +4,7 @@
 class UserError(ValueError):
     """A mistake of the user's. The message is one line: which file or option, what was found, what to do.
 
-    Scripts print it without a traceback and exit with status 2 (`train/cli.py`).
+    Scripts print it without a traceback and exit with status 2 (`config/script.py`).
     """
 
     def __init__(self, message: str) -> None:

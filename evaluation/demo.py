@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config.errors import UserError  # noqa: E402
+from config.script import run_script  # noqa: E402
 from evaluation.demo_report import write_report  # noqa: E402
 from train.checkpoints import newest_checkpoint  # noqa: E402
-from train.cli import run_script  # noqa: E402
 
 PHANTOMS = {False: (40, 16), True: (4, 2)}  # short? -> training and held-out phantoms per class
 # What --short changes; everything else is as in the demo proper.

@@ -7,7 +7,7 @@ from config.cli import BIFLOWNET_FLAGS, GENERATION_FLAGS, LATENT_FLAGS, Flag, pa
 from config.errors import UserError
 from config.loading import load_config
 from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig
-from train.cli import run_script
+from config.script import run_script
 
 BIFLOWNET_COMMAND = (
     "--data-path latents.json --results-dir out --loss-type l1 --volume-channels 8 --timesteps 1000 --model-dim 72 "

@@ -27,11 +27,11 @@ from config.cli import LATENT_FLAGS, Flag, parse_command_line  # noqa: E402
 from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import LatentConfig  # noqa: E402
+from config.script import run_script  # noqa: E402
 from dataset.index import latent_folder  # noqa: E402
 from dataset.Singleres_dataset import Singleres_dataset  # noqa: E402
 from dataset.volume_io import read_latent, write_latent  # noqa: E402
 from train.checkpoints import load_autoencoder  # noqa: E402
-from train.cli import run_script  # noqa: E402
 from train.distributed import Distributed, cleanup, setup  # noqa: E402
 from train.latent_record import make_record, start_folder  # noqa: E402
 from train.logger import get_logger  # noqa: E402

@@ -29,6 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
 from config.errors import UserError  # noqa: E402
 from config.schema import BiFlowNetConfig  # noqa: E402
+from config.script import run_script  # noqa: E402
 from dataset.sampling import EpochSampler  # noqa: E402
 from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
@@ -41,7 +42,6 @@ from train.checkpoints import (  # noqa: E402
     save_checkpoint,
 )
 from train.checks import check_data, check_grid, check_options, known_autoencoder, load_matching_autoencoder  # noqa: E402
-from train.cli import run_script  # noqa: E402
 from train.distributed import Distributed, cleanup, setup  # noqa: E402
 from train.ema import EMA  # noqa: E402
 from train.logger import MetricsWriter, close_logger, get_logger  # noqa: E402

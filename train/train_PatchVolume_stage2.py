@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.cli import parse_command_line  # noqa: E402
 from config.schema import AutoencoderConfig  # noqa: E402
+from config.script import run_script  # noqa: E402
 from train.autoencoder import train  # noqa: E402
-from train.cli import run_script  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
