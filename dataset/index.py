@@ -30,7 +30,7 @@ def read_class_json(path: str | Path) -> dict[int, list[Path]]:
 def read_dataset_folders(path: str | Path) -> dict[str, list[Path]]:
     """The folders of a dataset JSON, each of which exists."""
     path = Path(path)
-    entries = _read_json_object(path)
+    entries = read_json_object(path)
     if not entries:
         raise UserError(f'{path}: names no folder: write {{"name": "folder"}}')
     return {name: _resolve_folders(path, name, value) for name, value in entries.items()}
@@ -103,7 +103,8 @@ def _list_all(folders: Sequence[Path]) -> list[Path]:
     return sorted({file for folder in folders for file in list_volumes(folder)})
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a dataset JSON. UserError: no such file, no JSON object, a name twice."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -25,6 +25,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.errors import UserError  # noqa: E402
+from config.script import run_script  # noqa: E402
+from dataset.classes import add_classes  # noqa: E402
 from dataset.index import LATENT_SUFFIX, VOLUME_SUFFIX  # noqa: E402
 from dataset.volume_io import (  # noqa: E402
     BACKGROUND,
@@ -258,7 +260,7 @@ def write_phantoms(
             phantom = make_phantom(class_id, index, size, seed)
             write_volume(path, nifti_to_tensor(phantom.data), affine_from_spacing(phantom.spacing_mm))
     for folder in sorted({path.parents[1] for path, _, _ in jobs}):
-        write_dataset_jsons(folder)
+        add_classes(folder, {class_id: name for class_id, (name, _) in enumerate(CLASSES)})
 
 
 def check_record(output_dir: Path, options: dict[str, int]) -> None:
@@ -276,18 +278,6 @@ def check_no_others(output_dir: Path, expected: set[Path]) -> None:
     others = [path for path in others if not path.parent.name.endswith(LATENT_SUFFIX)]
     if others:
         raise UserError(f"{output_dir}: {len(others)} files more than asked for, e.g. {others[0]}: name a new folder")
-
-
-def write_dataset_jsons(folder: Path) -> None:
-    """The dataset JSONs of the two training parts. Folders are relative to the JSON, so the data set can be moved."""
-    names = [name for name, _ in CLASSES]
-    contents = {
-        "PatchVolume_data.json": {name: name for name in names},
-        "Singleres_dataset.json": {str(class_id): name for class_id, name in enumerate(names)},
-        "Singleres_latents.json": {str(class_id): name + LATENT_SUFFIX for class_id, name in enumerate(names)},
-    }
-    for file_name, content in contents.items():
-        write_atomically(folder / file_name, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -313,8 +303,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
+    raise SystemExit(run_script(main))
