@@ -39,6 +39,10 @@ def _flags(names: str) -> tuple[Flag, ...]:
     return tuple(Flag(f"--{name}") for name in names.split())
 
 
+PREPROCESS_FLAGS = _flags(
+    "input output-dir preset name class-id select assume-orientation spacing size multiple interpolation modality "
+    "window percentiles num-workers dry-run"
+)
 LATENT_FLAGS = _flags("data-path AE-ckpt batch-size num-workers device")
 BIFLOWNET_FLAGS = _flags(
     "data-path results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn patch-size num-dit "

@@ -16,6 +16,61 @@ def key(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"meaning": meaning})
 
 
+# ----------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class VolumeClass:
+    """One row of the class table: what a class id stands for and in which sizes its volumes are made."""
+
+    id: int = key(0, "class id")
+    name: str = key("", "name of its folder, and the start of the file names of generated volumes")
+    modality: str | None = key(None, "CT | MR: how preprocessing maps intensities where it isn't told; null = MR")
+    grids: list[list[int]] = key([], "latent grids (z, x, y), one volume each")
+    spacings_mm: list[list[float]] = key([], "voxel spacing (x, y, z) in mm, one per grid")
+
+
+@dataclass
+class PreprocessConfig:
+    """Preparation of NIfTI files and DICOM series for training (dataset/preprocess.py)."""
+
+    # Files
+    input: str | None = key(None, "folder with NIfTI files or DICOM series, at any depth; required")
+    output_dir: str | None = key(None, "folder that gets one folder per class and the dataset JSONs; required")
+    preset: str | None = key(
+        None, "class of the table: its name, id, modality, size and spacing. NAME is its first size, NAME_XxYxZ any"
+    )
+    name: str | None = key(None, "name of the class and of its folder; null = that of the preset")
+    class_id: int | None = key(None, "class id; null = the preset's, else the next free one")
+    select: str | None = key(
+        None, "regular expression, searched in path and series description (any case): other volumes are left out"
+    )
+    assume_orientation: str | None = key(
+        None, "axes of NIfTI files that don't say theirs, e.g. LPS; null = such files are refused"
+    )
+    # Geometry
+    spacing: list[float] | None = key(None, "voxel size x y z in mm; null = the preset's, without preset as it is")
+    size: list[int] | None = key(
+        None, "voxels x y z, cropped around the foreground or padded; null = the preset's, without preset see multiple"
+    )
+    multiple: int = key(64, "without size: each axis is padded to the next multiple of it; the autoencoder's patch")
+    interpolation: str = key("linear", "linear | bspline")
+    # Intensities
+    modality: str | None = key(None, "CT | MR; of DICOM series only those of it are taken; null = the preset's")
+    window: list[float] | None = key(
+        None, "lowest and highest value, mapped to -1 and 1; null = -1000 1000 HU for CT without percentiles"
+    )
+    percentiles: list[float] | None = key(
+        None, "percentiles of each volume, mapped to -1 and 1; null = 0.5 99.5 for MR without window"
+    )
+    # Run
+    num_workers: int = key(4, "processes, at most one per core; 0 = work in the main process")
+    dry_run: bool = key(False, "list what is found, write nothing")
+    # Class table
+    downsample: int = key(8, "image voxels per latent voxel of the class table's grids: 8 | 4")
+    classes: list[VolumeClass] = key([], "what the presets are: id, name, modality, grids and spacings of each class")
+
+
 # ---------------------------------------------------------------------------------------------- autoencoder
 
 
@@ -176,16 +231,6 @@ class BiFlowNetConfig(DiffusionModelConfig):
 
 
 @dataclass
-class GenerationClass:
-    """One row of the class table: what a class id stands for and in which sizes it is generated."""
-
-    id: int = key(0, "class id")
-    name: str = key("", "name, the start of the file names")
-    grids: list[list[int]] = key([], "latent grids (z, x, y), one volume each")
-    spacings_mm: list[list[float]] = key([], "voxel spacing (x, y, z) in mm, one per grid")
-
-
-@dataclass
 class GenerationConfig(DiffusionModelConfig):
     """Class-conditional generation (evaluation/class_conditional_generation.py and _4x.py)."""
 
@@ -209,4 +254,4 @@ class GenerationConfig(DiffusionModelConfig):
     downsample: int = key(8, "compression of the autoencoder: 8 | 4")
     max_single_pass: int = key(32, "latents up to this many voxels cubed are decoded in one pass, larger ones in tiles")
     tile: int = key(256, "edge of a decoded tile in image voxels")
-    classes: list[GenerationClass] = key([], "what to generate: id, name, grids and spacings of each class")
+    classes: list[VolumeClass] = key([], "what to generate: id, name, grids and spacings of each class")

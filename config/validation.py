@@ -1,12 +1,13 @@
 """Checks of values and of combinations of values; everything wrong is reported in one line."""
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from config.errors import UserError
-from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig
+from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 # BiFlowNet cuts latents into sub-volumes of this edge.
@@ -163,17 +164,59 @@ def _generation(cfg: DictConfig) -> Iterator[str]:
     yield from _one_of(cfg, "downsample", (8, 4))
     if cfg.sampling_strategy == "ddim" and cfg.ddim_steps > cfg.timesteps:
         yield f"ddim_steps must be at most timesteps {cfg.timesteps}, got {cfg.ddim_steps}"
+    yield from _classes(cfg, cfg.num_classes)
+
+
+def _preprocess(cfg: DictConfig) -> Iterator[str]:
+    yield from _at_least(cfg, 1, "multiple")
+    yield from _not_negative(cfg, "num_workers class_id")
+    yield from _one_of(cfg, "modality", ("CT", "MR"))
+    yield from _one_of(cfg, "interpolation", ("linear", "bspline"))
+    yield from _one_of(cfg, "downsample", (8, 4))
+    positive_triple = lambda value: len(value) == 3 and all(0 < item < float("inf") for item in value)  # noqa: E731
+    yield from _check(cfg, "spacing", positive_triple, "three numbers above 0, x y z in mm")
+    yield from _check(cfg, "size", positive_triple, "three numbers above 0, x y z in voxels")
+    yield from _interval(cfg, "window percentiles")
+    yield from _check(cfg, "percentiles", lambda value: 0 <= min(value) and max(value) <= 100, "between 0 and 100")
+    yield from _check(cfg, "name", _is_file_name, "a name that a folder can have")
+    is_orientation = lambda value: sorted(_SIDES.get(letter, letter) for letter in value) == [*"ARS"]  # noqa: E731
+    yield from _check(cfg, "assume_orientation", is_orientation, "three letters, one each of L/R, P/A and I/S")
+    yield from _check(cfg, "select", _is_regular_expression, "a regular expression")
+    if cfg.window is not None and cfg.percentiles is not None:
+        yield "window and percentiles exclude each other: give one of them"
+    yield from _classes(cfg, None)
+
+
+_SIDES = {"L": "R", "P": "A", "I": "S"}
+
+
+def _is_regular_expression(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _is_file_name(value: str) -> bool:
+    return value not in ("", ".", "..") and not set(value) & set("/\\\0")
+
+
+def _classes(cfg: DictConfig, num_classes: int | None) -> Iterator[str]:
+    """The class table; num_classes: ids have to be lower, None = any."""
     for index, row in enumerate(cfg.classes):
-        yield from (f"classes[{index}]: {problem}" for problem in _generation_class(row, cfg.num_classes))
+        yield from (f"classes[{index}]: {problem}" for problem in _class_row(row, num_classes))
     ids = [row.id for row in cfg.classes]
     if len(set(ids)) != len(ids):
         yield f"classes must have different ids, got {ids}"
 
 
-def _generation_class(row: DictConfig, num_classes: int) -> Iterator[str]:
-    yield from _check(row, "id", lambda value: 0 <= value < num_classes, f"below num_classes {num_classes}")
-    is_name = lambda value: value != "" and not set(value) & set("/\\\0")  # noqa: E731
-    yield from _check(row, "name", is_name, "a name that a file can have")
+def _class_row(row: DictConfig, num_classes: int | None) -> Iterator[str]:
+    yield from _at_least(row, 0, "id")
+    if num_classes is not None:
+        yield from _check(row, "id", lambda value: value < num_classes, f"below num_classes {num_classes}")
+    yield from _check(row, "name", _is_file_name, "a name that a file can have")
+    yield from _one_of(row, "modality", ("CT", "MR"))
     are_grids = lambda value: len(value) > 0 and all(_is_grid(grid) for grid in value)  # noqa: E731
     yield from _check(row, "grids", are_grids, f"a list of grids, each three positive multiples of {SUB_VOLUME}")
     are_spacings = lambda value: all(len(item) == 3 and min(item) > 0 for item in value)  # noqa: E731
@@ -191,4 +234,5 @@ _RULES: dict[type, Callable[[DictConfig], Iterator[str]]] = {
     LatentConfig: _latents,
     BiFlowNetConfig: _biflownet,
     GenerationConfig: _generation,
+    PreprocessConfig: _preprocess,
 }

@@ -1,5 +1,6 @@
 """Work on many files in several processes, with a progress bar."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,10 +31,11 @@ def map_in_processes(
 
     The processes are those of torch's DataLoader, which end with the process that started them, however that ends.
 
-    num_workers: processes; 0 computes in this one. label: text before the progress bar, which is shown on a terminal.
+    num_workers: processes, at most one per core; 0 computes in this one.
+    label: text before the progress bar, which is shown on a terminal. unit: what the bar counts.
     Raises UserError where `function` raises one, or where a process is killed, for instance for want of memory.
     """
-    num_workers = min(num_workers, len(items))
+    num_workers = min(num_workers, len(items), _num_cores())
     options = {"prefetch_factor": 1, "in_order": False} if num_workers else {}
     loader = DataLoader(_Calls(function, items), batch_size=None, num_workers=num_workers, collate_fn=_same, **options)
     try:
@@ -45,6 +47,11 @@ def map_in_processes(
             f"{label}: a process was killed, perhaps for want of memory: give fewer processes (num_workers) and start "
             "again; what is done is kept"
         ) from error
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _same(result: Any) -> Any:

@@ -28,6 +28,7 @@ RESCALING = (
     "--intensity-range {found_low:g} {found_high:g} for latents); "
     "otherwise rescale the file, e.g. clip it to its 0.5 and 99.5 percentiles and map these to [{low:g}, {high:g}]"
 )
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
 GZIP_MAGIC = b"\x1f\x8b"
 HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
 NIFTI1_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"))
@@ -341,7 +342,7 @@ def _to_array(data: torch.Tensor | np.ndarray, dtype: type = np.float32) -> np.n
 
 def _write(path: str | Path, image: nib.Nifti1Image) -> None:
     path = Path(path)
-    if not path.name.endswith((".nii.gz", ".nii")):
+    if not path.name.endswith(NIFTI_SUFFIXES):
         raise UserError(f"{path}: the name of a NIfTI file ends in .nii.gz")
     image.header["qform_code"], image.header["sform_code"] = 1, 1
     content = image.to_bytes()

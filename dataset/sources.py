@@ -1,0 +1,242 @@
+"""The volumes in a folder tree of a hospital's files: NIfTI files and DICOM series, found by their content."""
+
+import gzip
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from config.errors import UserError
+from dataset.dicom import Series, Slice, check_series, group_series, is_dicom, read_slice, read_stack
+from dataset.parallel import map_in_processes
+from dataset.volume_io import (
+    GZIP_MAGIC,
+    HEADER_BYTES,
+    NIFTI1_STARTS,
+    NIFTI2_STARTS,
+    NIFTI_SUFFIXES,
+    read_header,
+    read_volume,
+    tensor_to_nifti,
+)
+
+# Voxels outside these are taken for a header in other units than it says, such as metres.
+SMALLEST_SPACING_MM, LARGEST_SPACING_MM = 0.05, 20.0
+MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One volume before preprocessing: a NIfTI file, or a DICOM series.
+
+    name: its path below the input folder, without suffix; of a series the folder and its number and key.
+    files: what it consists of. series: None for NIfTI.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    series: Series | None = None
+
+    @property
+    def label(self) -> str:
+        """For messages, and for `--select`: the path and of a series its description."""
+        return self.series.label if self.series else str(self.files[0])
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A volume as it was measured.
+
+    data: (X, Y, Z) float32, axes as stored; affine: voxels to mm in RAS, (4, 4); notes: what was handled on reading.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Found:
+    """What a folder tree holds. failed: (file, reason) of damaged files; num_other: files of other kinds."""
+
+    sources: list[Source] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    num_other: int = 0
+
+
+# Finding
+
+
+def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
+    """All NIfTI files and DICOM series below a folder, by their content, whatever their names; sorted by name.
+
+    A file that is named as NIfTI counts as one, so that a damaged one is not passed over. Hidden files are left out.
+    UserError: no such folder, or nothing of either kind in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"input: {folder}: no such folder")
+    files = sorted(
+        Path(parent) / name
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if not name.startswith(".") and name != "DICOMDIR"
+    )
+    found, slices = Found(), []
+    looks = dict(map_in_processes(_look, files, num_workers, "looking at files", unit="file"))
+    for index, path in enumerate(files):
+        look = looks[index]
+        if isinstance(look, Slice):
+            slices.append(look)
+        elif look == "nifti":
+            found.sources.append(Source(_stem(path.relative_to(folder)), (path,)))
+        elif look is None:
+            found.num_other += 1
+        else:
+            found.failed.append((str(path), look.removeprefix(f"{path}: ")))
+    for series in group_series(slices):
+        place = series.folder.relative_to(folder) / f"series{series.slices[0].number:03d}_{series.key}"
+        found.sources.append(Source(place.as_posix(), tuple(image.path for image in series.slices), series))
+    if not found.sources and not found.failed:
+        raise UserError(f"input: {folder}: no NIfTI file and no DICOM image below it ({len(files)} other files)")
+    found.sources.sort(key=lambda source: source.name)
+    return found
+
+
+def _look(path: Path) -> Slice | str | None:
+    """A DICOM image's header, "nifti", None for anything else, or what is wrong with the file."""
+    try:
+        start = _first_bytes(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if start[:4] in (*NIFTI1_STARTS, *NIFTI2_STARTS) or path.name.endswith(NIFTI_SUFFIXES):
+        return "nifti"
+    if not is_dicom(start):
+        return None
+    try:
+        return read_slice(path)
+    except UserError as error:
+        return str(error)
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        start = file.read(HEADER_BYTES)
+        if start[:2] != GZIP_MAGIC:
+            return start
+        file.seek(0)
+        try:
+            return gzip.GzipFile(fileobj=file).read(HEADER_BYTES)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            return start
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"\.nii(\.gz)?$", "", path.as_posix())
+
+
+# Reading
+
+
+def read_source(source: Source, orientation: str | None = None) -> Scan:
+    """The voxels of a source, after the check that it is a volume whose geometry is known.
+
+    orientation: axes of NIfTI files that don't say theirs, e.g. "LPS" (towards which x, y and z rise); None refuses
+        such files.
+    NotAVolume, UserError: as `dicom.check_series`, `dicom.read_stack` and `volume_io.read_volume`; NIfTI files without
+    orientation, with a spacing that is zero or no plausible size in mm.
+    """
+    if source.series is None:
+        return _read_nifti(source.files[0], orientation)
+    stack = check_series(source.series)
+    data = read_stack(stack)
+    if not np.isfinite(data).all():
+        raise UserError(f"{source.label}: NaN or infinite voxels")
+    return Scan(data, _plausible(stack.affine, source.label), stack.notes)
+
+
+def check_source(source: Source) -> None:
+    """What can be said of a source by its headers alone. NotAVolume, UserError: as `read_source`."""
+    if source.series is None:
+        read_header(source.files[0])
+    else:
+        check_series(source.series)
+
+
+def _read_nifti(path: Path, orientation: str | None) -> Scan:
+    volume = read_volume(path)
+    data = tensor_to_nifti(volume.data[0]).numpy()  # (X, Y, Z)
+    header, notes, affine = _raw_header(path), [], volume.affine
+    if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
+        if orientation is None:
+            raise UserError(
+                f"{path}: no orientation (qform and sform code are 0): which side is left is not known; if you know, "
+                "give assume_orientation, e.g. --assume-orientation LPS"
+            )
+        affine = _affine_of(orientation, header["pixdim"][1:4])
+        notes.append(f"orientation assumed to be {orientation}")
+    elif int(header["sform_code"]) == 0 and np.any(header["pixdim"][1:4] == 0):
+        raise UserError(f"{path}: a spacing of 0 in the header (pixdim {header['pixdim'][1:4].tolist()}): correct it")
+    unit = header.get_xyzt_units()[0]
+    if unit not in ("mm", "unknown"):
+        affine = np.diag([*[MM_PER_UNIT[unit]] * 3, 1.0]) @ affine
+        notes.append(f"header in {unit}, converted to mm")
+    return Scan(data, _plausible(affine, str(path)), tuple(notes))
+
+
+def _raw_header(path: Path) -> nib.Nifti1Header:
+    """The header as it stands in the file: nibabel's check would turn a spacing of 0 into 1."""
+    start = _first_bytes(path)
+    header_class = nib.Nifti2Header if start[:4] in NIFTI2_STARTS else nib.Nifti1Header
+    return header_class(start[: header_class.template_dtype.itemsize], check=False)
+
+
+def _affine_of(orientation: str, spacing_mm: Sequence[float]) -> np.ndarray:
+    """Affine of a volume with these axis codes and voxel sizes, its origin at 0."""
+    directions = nib.orientations.axcodes2ornt(tuple(orientation))  # of each array axis: world axis, sign
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, (world, sign) in enumerate(directions):
+        affine[int(world), axis] = sign * spacing_mm[axis]
+    return affine
+
+
+def _plausible(affine: np.ndarray, label: str) -> np.ndarray:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    shown = " x ".join(f"{length:g}" for length in spacing)
+    if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{label}: spacing {shown} mm: a voxel without extent, the header is damaged")
+    if spacing.min() < SMALLEST_SPACING_MM or spacing.max() > LARGEST_SPACING_MM:
+        raise UserError(
+            f"{label}: spacing {shown} mm is not that of a scan in mm ({SMALLEST_SPACING_MM:g} to "
+            f"{LARGEST_SPACING_MM:g}): wrong units in the header, correct it there"
+        )
+    return affine
+
+
+# Identity
+
+
+def fingerprint(source: Source) -> dict[str, int]:
+    """What tells cheaply that a source is unchanged: number of files, bytes, time of the newest change."""
+    stats = [path.stat() for path in source.files]
+    return {
+        "num_files": len(stats),
+        "bytes": sum(stat.st_size for stat in stats),
+        "mtime_ns": max(stat.st_mtime_ns for stat in stats),
+    }
+
+
+def source_sha256(source: Source) -> str:
+    """SHA-256 of a file's content; of several files that of their hashes, sorted, so that names don't matter."""
+    digests = []
+    for path in source.files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
