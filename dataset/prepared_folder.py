@@ -77,6 +77,7 @@ class PreparedFolder:
         What an earlier run made of a source that can't be used any more is removed. UserError where nothing can be
         written or a process is killed.
         """
+        self.tidy()  # a half-written last line would swallow the first new one
         threads = max(1, (os.cpu_count() or 1) // max(1, num_workers))
         job = _Job(self.folder, self.input, self.recipe, threads)
         for _, outcome in map_in_processes(job, todo, num_workers, "preparing"):

@@ -20,6 +20,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,6 +39,7 @@ from dataset.volume_io import write_atomically  # noqa: E402
 DEFAULT_WINDOW = (-1000.0, 1000.0)  # HU: air to dense bone
 DEFAULT_PERCENTILES = (0.5, 99.5)
 PROBLEMS_NAME = "problems.jsonl"
+PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}  # of lines on the console
 MAX_SHOWN = 20  # problems on the console; all are in problems.jsonl
 NOTABLE_LOSS = 0.02  # share of the foreground cut off from which a volume is mentioned
 
@@ -102,7 +104,7 @@ def preprocess(cfg: DictConfig) -> bool:
     console.print(
         f"{len(selected)} of {len(found.sources)} volumes in {cfg.input} -> {folder} (class {class_id}, "
         f"{target.modality}), {len(selected) - len(todo)} of them are there",
-        highlight=False,
+        **PLAIN,
     )
     outcomes += prepared.prepare(todo, cfg.num_workers)
     prepared.tidy()
@@ -188,7 +190,7 @@ def _listing(cfg: DictConfig, found: Found) -> Table:
     """What is in the input folder, and by their headers whether the volumes can be used."""
     preset = _find_preset(cfg)[0]
     modality = cfg.modality or (preset.modality if preset else None)
-    table = Table(title=f"{len(found.sources)} volumes in {cfg.input}, {found.num_other} other files")
+    table = Table(caption=f"{len(found.sources)} volumes, {found.num_other} other files")
     for column in ("source", "kind", "images", "description", "would be used"):
         table.add_column(column, overflow="fold")
     for source in found.sources:
@@ -200,11 +202,11 @@ def _listing(cfg: DictConfig, found: Found) -> Table:
         except NotAVolume as error:
             verdict = f"no: {str(error).removeprefix(source.label + ': ')}"
         except UserError as error:
-            verdict = f"[red]no:[/red] {str(error).removeprefix(source.label + ': ')}"
+            verdict = f"no: {str(error).removeprefix(source.label + ': ')}"
         description = source.series.description if source.series else ""
-        table.add_row(source.name, kind, str(len(source.files)), description, verdict)
+        _add_row(table, source.name, kind, str(len(source.files)), description, verdict)
     for path, reason in found.failed:
-        table.add_row(path, "damaged", "1", "", f"[red]no:[/red] {reason}")
+        _add_row(table, path, "damaged", "1", "", f"no: {reason}")
     return table
 
 
@@ -212,20 +214,21 @@ def _report(
     console: Console, folder: Path, outcomes: Sequence[Outcome], num_kept: int, prepared: PreparedFolder
 ) -> None:
     """Prints the table of what became of everything, and writes the problems beside the volumes."""
-    table = Table(title=f"{folder}: {len(prepared.entries)} volumes")
+    console.print(f"{folder}: {len(prepared.entries)} volumes", **PLAIN)
+    table = Table()
     for column in ("status", "volumes", "why"):
         table.add_column(column, overflow="fold")
     counts = Counter(outcome.status for outcome in outcomes)
-    table.add_row("prepared", str(counts["prepared"]), "")
-    table.add_row("were there", str(num_kept), "")
+    _add_row(table, "prepared", str(counts["prepared"]), "")
+    _add_row(table, "were there", str(num_kept), "")
     reasons = Counter(outcome.reason for outcome in outcomes if outcome.status == "left out")
     for reason, count in reasons.most_common():
-        table.add_row("left out", str(count), reason)
+        _add_row(table, "left out", str(count), reason)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     for outcome in failed[:MAX_SHOWN]:
-        table.add_row("[red]failed[/red]", "1", f"{outcome.source.label}: {outcome.reason}")
+        _add_row(table, "failed", "1", f"{outcome.source.label}: {outcome.reason}")
     if len(failed) > MAX_SHOWN:
-        table.add_row("[red]failed[/red]", str(len(failed) - MAX_SHOWN), f"more, see {folder / PROBLEMS_NAME}")
+        _add_row(table, "failed", str(len(failed) - MAX_SHOWN), f"more, see {folder / PROBLEMS_NAME}")
     console.print(table)
     cut = {file: e["foreground_lost"] for file, e in prepared.entries.items() if e["foreground_lost"] > NOTABLE_LOSS}
     if cut:
@@ -233,9 +236,14 @@ def _report(
         console.print(
             f"cropping cut off more than {NOTABLE_LOSS:.0%} of the foreground of {len(cut)} volumes, at most "
             f"{cut[worst]:.0%} ({worst}): foreground_lost in the manifest has all",
-            highlight=False,
+            **PLAIN,
         )
     _write_problems(folder / PROBLEMS_NAME, failed)
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """A row of plain text: a name in square brackets is no markup."""
+    table.add_row(*map(Text, cells), style="red" if cells[0] == "failed" else None)
 
 
 def _write_problems(path: Path, failed: Sequence[Outcome]) -> None:
