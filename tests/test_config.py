@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 
 from config.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, require, save_config
-from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig
+from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
 
 SCHEMAS = {"base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig, "BiFlowNet": BiFlowNetConfig}
-SCHEMAS["generation"] = GenerationConfig
+SCHEMAS |= {"generation": GenerationConfig, "classes": PreprocessConfig, "preprocess": PreprocessConfig}
 SHIPPED = sorted(CONFIG_FOLDER.rglob("*.yaml"))
 
 # All keys that published autoencoder configs have, without a defaults list.
@@ -106,13 +106,16 @@ def test_every_shipped_config_composes_and_validates(path):
     assert set(cfg) == set(load_config(schema_of(path), None))
 
 
-@pytest.mark.parametrize("name", ["base_cfg", "BiFlowNet_base", "generation_base"])
+@pytest.mark.parametrize("name", ["base_cfg", "BiFlowNet_base", "generation_base", "preprocess"])
 def test_base_files_hold_every_key_with_its_default_and_a_comment(name):
     path = CONFIG_FOLDER / f"{name}.yaml"
     schema = schema_of(path)
-    assert load_config(schema, path) == load_config(schema, None)
-    written = OmegaConf.load(path)
-    defaults = load_config(schema, None)
+    written, defaults = OmegaConf.load(path), load_config(schema, None)
+    if schema is PreprocessConfig:  # its class table is that of generation
+        written = OmegaConf.merge(OmegaConf.load(CONFIG_FOLDER / "classes_8x.yaml"), written)
+        del written["defaults"]
+        defaults = load_config(schema, CONFIG_FOLDER / "classes_8x.yaml")
+    assert load_config(schema, path) == defaults
     for section in ("model", "dataset") if schema is AutoencoderConfig else ("",):
         pick = (lambda cfg, section=section: cfg[section]) if section else (lambda cfg: cfg)
         assert set(pick(written)) == set(pick(defaults))
@@ -139,6 +142,7 @@ def test_class_table(name, factor):
     cfg = load_config(GenerationConfig, CONFIG_FOLDER / f"{name}.yaml")
     assert (cfg.patch_size, cfg.downsample, cfg.max_single_pass) == (factor, 8 // factor, 32 * factor)
     table = {row.id: (row.name, list(row.grids), list(row.spacings_mm)) for row in cfg.classes}
+    assert all(row.modality == row.name[:2] for row in cfg.classes)
     scaled = {
         class_id: (label, [[size * factor for size in grid] for grid in grids], spacings)
         for class_id, (label, grids, spacings) in CLASS_TABLE.items()

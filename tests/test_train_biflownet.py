@@ -20,15 +20,6 @@ from train.train_BiFlowNet_SingleRes import main, train
 TIME_LIMIT_S = 120
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Sums of floats depend on the number of threads; subprocesses use one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return runs.make_latents(tmp_path_factory.mktemp("latents"))
@@ -42,7 +33,6 @@ def ae_ckpt(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory) -> dict:
     """Weights after six steps of batch 2 with everything on that has state."""
-    torch.set_num_threads(1)
     return train(runs.config(data, tmp_path_factory.mktemp("uninterrupted"), **STATEFUL))
 
 

@@ -14,15 +14,6 @@ from train.checkpoints import latent_fingerprint, load_autoencoder
 from train.train_BiFlowNet_SingleRes import scheduled_learning_rate, train
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Sums of floats depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return runs.make_latents(tmp_path_factory.mktemp("latents"))
