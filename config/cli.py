@@ -51,7 +51,8 @@ BIFLOWNET_FLAGS = _flags(
 )
 GENERATION_FLAGS = _flags(
     "AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn sampling-strategy "
-    "ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta batch-size device"
+    "ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta batch-size device "
+    "denormalize"
 )
 
 

@@ -239,6 +239,9 @@ class GenerationConfig(DiffusionModelConfig):
     model_ckpt: str | None = key(None, "BiFlowNet checkpoint; required")
     output_dir: str | None = key(None, "folder that gets seed_S/NAME_XxYxZ.nii.gz; required")
     loss_type: str = key("l1", "l1 | l2; has no effect on sampling")
+    denormalize: str | None = key(
+        None, "JSON of prepared volumes (class id -> folder): writes in their units, HU or 0 ... 1; null = -1 ... 1"
+    )
     # Sampling
     sampling_strategy: str = key("ddpm", "ddpm (all timesteps) | ddim")
     ddim_steps: int = key(100, "DDIM steps; at most timesteps")

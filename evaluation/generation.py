@@ -1,6 +1,7 @@
 """Class-conditional generation: noise -> normalised latent -> volume on disk, for every class and grid of a config.
 
-    OUT/seed_S/NAME_XxYxZ.nii.gz    float32 intensities in [-1, 1]; XxYxZ voxels in NIfTI order, affine from the spacing
+    OUT/seed_S/NAME_XxYxZ.nii.gz    float32 in [-1, 1], with `denormalize` in HU (CT) or [0, 1] (MR); XxYxZ voxels in
+                                    NIfTI order, affine from the spacing
     OUT/seed_S/NAME_XxYxZ.json      what the volume depends on: class, grid, seed, sampler, checkpoints
     OUT/seed_S/config.yaml          the resolved configuration
 
@@ -25,7 +26,7 @@ from config.cli import GENERATION_FLAGS, parse_command_line
 from config.errors import UserError
 from config.loading import require, save_config
 from config.schema import GenerationConfig
-from dataset.volume_io import affine_from_spacing, write_atomically, write_volume
+from dataset.volume_io import affine_from_spacing, from_model_range, write_atomically, write_volume
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Progress, get_sampler
 from evaluation.volume_requests import (
@@ -113,6 +114,7 @@ def _generate_batches(
                 # The record first: a volume is only taken for done beside the record of how it was made.
                 record = json.dumps(request.record(settings), indent=2) + "\n"
                 write_atomically(record_path(request.path), record.encode())
+                volume = from_model_range(volume, request.intensity_range)
                 write_volume(request.path, volume, affine_from_spacing(request.spacing_mm))
             done += len(batch)
 

@@ -16,7 +16,9 @@ import torch
 from omegaconf import DictConfig
 
 from config.errors import UserError
-from dataset.volume_io import is_whole_volume, read_header
+from dataset.index import read_class_folders
+from dataset.manifest import Intensity, common_intensity
+from dataset.volume_io import MODEL_RANGE, is_whole_volume, read_header
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Request:
     path: Path  # where it goes
     voxels: tuple[int, int, int]  # its size (X, Y, Z)
     tile: int | None  # edge in voxels of the tiles it is decoded in; None: in one pass
+    intensity: Intensity | None = None  # how -1 and 1 are written; None: as they are
+
+    @property
+    def intensity_range(self) -> tuple[float, float]:
+        """What -1 and 1 become in the file."""
+        return MODEL_RANGE if self.intensity is None else (self.intensity.low, self.intensity.high)
 
     def record(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The content of the JSON beside the volume, in which `settings` are what the whole run has in common."""
@@ -42,9 +50,10 @@ class Request:
 def list_requests(cfg: DictConfig) -> list[Request]:
     """All volumes of the class table, `num_samples` of each class and grid.
 
-    Raises UserError for an empty table, or two volumes under one name.
+    Raises UserError for an empty table, two volumes under one name, or classes whose units `denormalize` doesn't tell.
     """
     requests = []
+    intensities = class_intensities(cfg)
     for row in cfg.classes:
         for grid, spacing in zip(row.grids, row.spacings_mm, strict=True):
             h, w, d = (grid[axis] * cfg.downsample for axis in (1, 2, 0))  # X, Y, Z
@@ -53,7 +62,11 @@ def list_requests(cfg: DictConfig) -> list[Request]:
                 number = f"_{sample}" if cfg.num_samples > 1 else ""
                 path = seed_folder(cfg) / f"{row.name}_{h}x{w}x{d}{number}.nii.gz"
                 spacing_mm = tuple(float(length) for length in spacing)
-                requests.append(Request(row.id, row.name, tuple(grid), spacing_mm, sample, path, (h, w, d), tile))
+                requests.append(
+                    Request(
+                        row.id, row.name, tuple(grid), spacing_mm, sample, path, (h, w, d), tile, intensities[row.id]
+                    )
+                )
     if not requests:
         raise UserError("classes is empty: name in the config what to generate, as config/generation_8x.yaml does")
     paths = [request.path for request in requests]
@@ -63,6 +76,18 @@ def list_requests(cfg: DictConfig) -> list[Request]:
             f"classes: two entries would both write {repeated}: give classes different names and grids different sizes"
         )
     return requests
+
+
+def class_intensities(cfg: DictConfig) -> dict[int, Intensity | None]:
+    """For each class id of the table the units of its data, from the manifests of its folders; None without."""
+    ids = [row.id for row in cfg.classes]
+    if cfg.denormalize is None:
+        return dict.fromkeys(ids)
+    folders = read_class_folders(cfg.denormalize)
+    for class_id in ids:
+        if class_id not in folders:
+            raise UserError(f"denormalize: {cfg.denormalize} has no class {class_id}: name its folder there")
+    return {class_id: common_intensity(folders[class_id]) for class_id in ids}
 
 
 def seed_folder(cfg: DictConfig) -> Path:

@@ -19,6 +19,8 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from config.errors import UserError
 from config.loading import load_config
 from config.schema import GenerationConfig
+from dataset.classes import add_classes
+from dataset.manifest import KEYS, Intensity, write_manifest
 from dataset.volume_io import read_volume
 from ddpm.diffusion import GaussianDiffusion
 from evaluation import class_conditional_generation, class_conditional_generation_4x, generation
@@ -103,6 +105,48 @@ def by_hand(cfg, class_id: int, grid: list[int]) -> torch.Tensor:
 # What is written ----------------------------------------------------------------------------------------------------
 
 
+def prepared(folder: Path, **classes: list[Intensity]) -> Path:
+    """A dataset JSON of classes 0, 1, ... whose manifests have these intensities."""
+    for name, intensities in classes.items():
+        (folder / name).mkdir(parents=True)
+        entries = [
+            {**dict.fromkeys(KEYS, 0), "file": f"{i}", "intensity": one.record()} for i, one in enumerate(intensities)
+        ]
+        write_manifest(folder / name, entries)
+    add_classes(folder, dict(enumerate(classes)))
+    return folder / "Singleres_dataset.json"
+
+
+def test_denormalize_writes_hounsfield_units_and_zero_to_one(models, tmp_path):
+    plain = [voxels(path) for path in generate(config(models, tmp_path / "plain"))]
+    window = Intensity("window", -200.0, 400.0, "HU")
+    data = prepared(tmp_path, Chest=[window, window], Head=[Intensity("percentiles", 3.0, 70.0)])
+    cfg = config(models, tmp_path / "units", denormalize=str(data))
+    chest, head = generate(cfg)
+    torch.testing.assert_close(voxels(chest), plain[0] * 300 + 100, atol=1e-2, rtol=0)
+    torch.testing.assert_close(voxels(head), (plain[1] + 1) / 2, atol=1e-5, rtol=0)
+    assert voxels(chest).max() > 100
+    record = json.loads(chest.with_name("Chest_32x32x32.json").read_text())
+    assert record["intensity"] == {"method": "window", "low": -200, "high": 400, "unit": "HU"}
+    before = chest.stat().st_mtime_ns
+    assert generate(cfg) == [chest, head]  # done already, and recognised as such
+    assert chest.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"other settings \(intensity"):
+        generate(config(models, tmp_path / "units"))
+
+
+def test_denormalize_needs_units_that_are_known(models, tmp_path):
+    data = prepared(tmp_path, Chest=[Intensity("window", 0.0, 1.0), Intensity("window", 0.0, 2.0)])
+    chest = [row(0, "Chest", CUBE)]
+    with pytest.raises(UserError, match="prepared in different ways"):
+        generate(config(models, tmp_path / "a", chest, denormalize=str(data)))
+    with pytest.raises(UserError, match=r"denormalize: .*Singleres_dataset\.json has no class 1"):
+        generate(config(models, tmp_path / "a", denormalize=str(data)))
+    with pytest.raises(UserError, match=r"missing\.json: no such dataset JSON"):
+        generate(config(models, tmp_path / "a", chest, denormalize=str(tmp_path / "missing.json")))
+    assert not (tmp_path / "a").exists()
+
+
 def test_files_axes_spacing_and_range(models, tmp_path):
     """Grid (z, x, y) = (8, 16, 24) at 4x is a NIfTI image of 64 x 96 x 32 voxels."""
     cfg = config(models, tmp_path, [row(1, "MRHead", WIDE, spacing=(0.7, 0.8, 2.0))], seed=5)
@@ -157,6 +201,7 @@ def test_record_beside_a_volume(models, tmp_path):
         "sample": 0,
         "voxels": [32, 32, 32],
         "tile": None,
+        "intensity": None,
         "seed": 3,
         "timesteps": 12,
         "sampling_strategy": "ddim",
