@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from dicom_files import write_series
+from dicom_files import AXIAL, write_series
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import BasicTextSRStorage, generate_uid
@@ -130,12 +130,15 @@ def test_key_depends_on_the_series_not_on_file_names(tmp_path):
     assert only_series(tmp_path / "a").key == only_series(tmp_path / "b").key
 
 
-def test_localiser_within_a_series_is_taken_apart(tmp_path):
+@pytest.mark.parametrize(
+    ("orientation", "kind"), [(AXIAL, "LOCALIZER"), ((0, 1, 0, 0, 0, -1), "LOCALIZER"), ((0, 1, 0, 0, 0, -1), "MPR")]
+)
+def test_other_images_within_a_series_are_taken_apart(tmp_path, orientation, kind):
     uid = generate_uid()
     write_series(tmp_path, volume(), uid=uid)
     write_series(
-        tmp_path, volume(1)[..., :1], uid=uid, prefix="loc", orientation=(0, 1, 0, 0, 0, -1),
-        tags={"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        tmp_path, volume(1)[:6, :6, :1], uid=uid, prefix="other", orientation=orientation, origin_mm=(0, 0, 50),
+        tags={"ImageType": ["ORIGINAL", "PRIMARY", kind], "Rows": 7, "PixelData": bytes(7 * 6 * 2)},
     )  # fmt: skip
     kinds = {len(one.slices) for one in all_series(tmp_path)}
     assert kinds == {8, 1}
@@ -195,13 +198,15 @@ def test_localisers(tmp_path):
     assert "a localiser" in leave_out(tmp_path / "b")
 
 
-def test_colour_images(tmp_path):
-    for path in write_series(tmp_path, volume()):
-        header = dcmread(path)
-        header.SamplesPerPixel, header.PhotometricInterpretation, header.PlanarConfiguration = 3, "RGB", 0
-        header.BitsAllocated = header.BitsStored = 8
-        header.PixelData = bytes(7 * 6 * 3)
-        header.save_as(path)
+@pytest.mark.parametrize(("samples", "kind"), [(3, "RGB"), (1, "PALETTE COLOR")])
+def test_colour_images(tmp_path, samples, kind):
+    write_series(
+        tmp_path, volume(),
+        tags={
+            "SamplesPerPixel": samples, "PhotometricInterpretation": kind, "PlanarConfiguration": 0,
+            "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": bytes(7 * 6 * samples),
+        },
+    )  # fmt: skip
     assert "colour images" in leave_out(tmp_path)
 
 
@@ -283,7 +288,7 @@ def test_truncated_image(tmp_path):
 
 def test_truncated_header_and_other_files(tmp_path):
     paths = write_series(tmp_path, volume())
-    paths[0].write_bytes(paths[0].read_bytes()[:200])  # within the file's meta information
+    paths[0].write_bytes(paths[0].read_bytes()[:140])  # within the file's meta information
     paths[7].write_bytes(paths[7].read_bytes()[:700])  # before the image's size
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
