@@ -87,6 +87,9 @@ def test_run_folder(stage_1):
     assert "last.ckpt" in names
     assert OmegaConf.load(stage_1 / "config.yaml").model.max_steps == 7
     assert list((stage_1 / "logs").glob("events*"))
+    split = json.loads((stage_1 / "split.json").read_text())
+    assert [len(split["files"]["box"][side]) for side in ("training", "validation")] == [4, 1]
+    assert (split["val_fraction"], split["split_seed"], split["subject_pattern"]) == (0.1, 0, None)
     checkpoint = load_checkpoint(stage_1 / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 7
     assert len(checkpoint["optimizer_states"]) == 2
@@ -256,6 +259,31 @@ def test_a_gpu_that_is_not_there(data, tmp_path):
 def test_other_options_for_the_same_folder_are_refused(data, stage_1):
     with pytest.raises(UserError, match=r"holds a run with other options: model.lr \(0.002 -> 0.1\)"):
         train(config(data, stage_1, "model.lr=0.1"), stage=1)
+
+
+def test_a_run_does_not_go_on_with_other_files(data, tmp_path):
+    folder = shutil.copytree(data.parent, tmp_path / "data")
+    cfg = config(folder / "data.json", tmp_path / "run", "model.max_steps=2")
+    train(cfg, stage=1)
+    shutil.copy(folder / "box" / "0.nii.gz", folder / "box" / "9.nii.gz")
+    with pytest.raises(UserError, match=r"split\.json: the run began with another split.*1 new \(e\.g\. box/9\.nii"):
+        train(cfg, stage=1)
+
+
+def test_subjects_are_not_parted(data, tmp_path):
+    """Volumes 0 to 4 as two visits of a subject, and one."""
+    for i in range(5):
+        path = tmp_path / "box" / f"sub-{i // 2}" / f"{i}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data.parent / "box" / f"{i}.nii.gz", path)
+    (tmp_path / "data.json").write_text(json.dumps({"box": "box"}))
+    pattern = r"dataset.subject_pattern=sub-\d+"
+    train(config(tmp_path / "data.json", tmp_path / "run", "model.max_steps=1", "dataset.val_fraction=0.4", pattern), 1)
+    sides = json.loads((tmp_path / "run" / "split.json").read_text())["files"]["box"]
+    training, validation = ({name[:5] for name in sides[side]} for side in ("training", "validation"))
+    assert len(training) == 2
+    assert len(validation) == 1
+    assert not training & validation
 
 
 def test_volumes_of_different_sizes_need_batches_of_one(data, stage_1, tmp_path):

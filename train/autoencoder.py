@@ -2,6 +2,7 @@
 
 Everything of a run lies in `model.default_root_dir`:
     config.yaml     the resolved configuration
+    split.json      which files train and which validate
     checkpoints/    last.ckpt, step-0003000.ckpt …, and best-… : the three best by val/recon_loss
     logs/           TensorBoard
     volumes/        input and reconstruction of the VolumeLogger
@@ -26,6 +27,7 @@ from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
 from config.errors import UserError
 from config.loading import require, save_config
 from dataset.sampling import EpochSampler
+from dataset.split import keep_split, split_dataset
 from dataset.vqgan import VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x
 from train.autoencoder_resume import global_step, load_weights
@@ -85,7 +87,8 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Trainer
         with quiet_lightning():
             trainer = _trainer(cfg, root, checkpoints, stage)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
+            _keep_split(cfg, root, is_resumed=any(checkpoints.glob("*.ckpt")))
             save_config(cfg, root)
             closing.enter_context(lock_run_folder(root))
         train_loader, val_loader = _loaders(cfg, trainer, train_data, val_data)
@@ -150,6 +153,7 @@ def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
         intensity_range=cfg.dataset.intensity_range,
         val_fraction=cfg.dataset.val_fraction,
         split_seed=cfg.dataset.split_seed,
+        subject_pattern=cfg.dataset.subject_pattern,
         seed=cfg.model.seed,
         background_keep=cfg.dataset.background_keep,
     )
@@ -162,6 +166,12 @@ def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
             "set model.batch_size=1"
         )
     return train_data, dataset(cfg.dataset.root_dir, False, "val", **options)
+
+
+def _keep_split(cfg: DictConfig, root: Path, is_resumed: bool) -> None:
+    keys = ("val_fraction", "split_seed", "subject_pattern")
+    split = split_dataset(cfg.dataset.root_dir, *(cfg.dataset[key] for key in keys))
+    keep_split(root, cfg.dataset.root_dir, split, {key: cfg.dataset[key] for key in keys}, is_resumed)
 
 
 def _build_perceptual(model: patchvolumeAE) -> None:
