@@ -59,7 +59,7 @@ from dataset.volume_io import (  # noqa: E402
 SHOWN = 5  # files of each kind of problem on the screen
 SHOWN_VALUES = 3  # sizes and spacings of each name
 KIND_SAMPLE = 8  # headers that decide whether files are latents
-VOLUME_TITLE = "Patient's right is on the right (axial, coronal); up is front (axial) or head; sagittal: front is right"
+VOLUME_TITLE = "Patient's right is right, front or head is up; sagittal: front is right"
 LATENT_TITLE = "Channel 0 of the latents, -1 black, 1 white"
 
 

@@ -48,12 +48,12 @@ NO_SUBJECT = "no subject"
 PREPROCESS = "run dataset/preprocess.py"
 ENCODE = "make the latents again with train/generate_training_latent.py"
 REMEDIES = {
-    UNREADABLE: "copy or make the files again, or leave them out",
+    UNREADABLE: "copy or make the files again, split series and channels into volumes, or leave them out",
     NOT_FINITE: "replace these voxels, e.g. by the background value, or leave the files out",
     OUTSIDE_RANGE: "if all files have this scale, declare it with dataset.intensity_range (--intensity-range), "
     f"otherwise {PREPROCESS}",
     EMPTY: "leave the files out",
-    UPPER_HALF: "declare the range that the files have",
+    UPPER_HALF: "background would be grey: declare the range that the files have",
     ORIENTATION: f"{PREPROCESS}, which turns the axes",
     MIXED_ORIENTATIONS: f"what is left in one file is right or up in another: {PREPROCESS}, which turns the axes",
     NO_ORIENTATION: "left and right are a guess: write the qform or sform, or make the files again from their source",
@@ -113,13 +113,13 @@ def examine_volume(path: Path, intensity_range: Sequence[float]) -> FileFacts:
     try:
         header = read_header(path)
     except UserError as error:
-        return FileFacts(path, (_without_path(UNREADABLE, path, error),))
+        return FileFacts(path, (_finding(UNREADABLE, path, error),))
     problems = header_problems(header)
     try:
         data = read_volume(path).data  # (1, D, H, W)
     except UserError as error:
         kind = NOT_FINITE if isinstance(error, NotFiniteError) else UNREADABLE
-        return FileFacts(path, (*problems, _without_path(kind, path, error)), header)
+        return FileFacts(path, (*problems, _finding(kind, path, error)), header)
     values = _values(data)
     share = None
     try:
@@ -143,7 +143,7 @@ def examine_latent(path: Path) -> FileFacts:
         data = read_latent(path)  # (C, d, h, w)
     except UserError as error:
         kind = NOT_FINITE if isinstance(error, NotFiniteError) else UNREADABLE
-        return FileFacts(path, (_without_path(kind, path, error),), header)
+        return FileFacts(path, (_finding(kind, path, error),), header)
     values = _values(data)
     problems = []
     if values["low"] == values["high"]:
@@ -184,8 +184,9 @@ def _values(data: torch.Tensor) -> dict[str, float | str]:
     return {"low": float(data.min()), "high": float(data.max()), "mean": mean, "digest": digest.hexdigest()}
 
 
-def _without_path(kind: str, path: Path, error: UserError) -> Problem:
-    return Problem(kind, str(error).removeprefix(f"{path}: "), path)
+def _finding(kind: str, path: Path, error: UserError) -> Problem:
+    """The finding alone: the path is known, and the remedy that ends the message is that of the kind."""
+    return Problem(kind, str(error).removeprefix(f"{path}: ").rsplit(": ", 1)[0], path)
 
 
 # Many files
@@ -243,9 +244,8 @@ def _upper_half(files: Sequence[FileFacts], intensity_range: Sequence[float]) ->
         return None
     lowest, highest = min(file.low for file in sound), max(file.high for file in sound)
     return (
-        f"intensities from {lowest:g} to {highest:g} use only the upper half of the declared range "
-        f"[{low:g}, {high:g}], so that background is no background: declare "
-        f"dataset.intensity_range=[{middle:g},{high:g}] (--intensity-range {middle:g} {high:g}), if that is their range"
+        f"intensities from {lowest:g} to {highest:g}, only the upper half of the declared range [{low:g}, {high:g}], "
+        f"dataset.intensity_range=[{middle:g},{high:g}] fits (--intensity-range {middle:g} {high:g})"
     )
 
 

@@ -94,7 +94,8 @@ class VQGANDataset(EpochDataset):
         self.intensity_range = check_intensity_range(intensity_range)
         self.background_keep = background_keep
         self.files = select_files(root_dir, split, val_fraction, split_seed, subject_pattern)
-        self.shapes = [read_header(path).tensor_shape for path in self.files]  # (D, H, W) of each file
+        self.headers = [read_header(path) for path in self.files]
+        self.shapes = [header.tensor_shape for header in self.headers]  # (D, H, W) of each file
         if self.patches:
             self._warn_of_small_volumes()
 

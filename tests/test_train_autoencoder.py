@@ -22,6 +22,7 @@ from config.schema import AutoencoderConfig
 from dataset.sampling import EpochSampler
 from dataset.volume_io import read_volume, write_volume
 from train import autoencoder as training
+from train import sample_check
 from train.autoencoder import EpochBatches, train
 from train.callbacks import VolumeLogger
 from train.checkpoints import load_autoencoder, load_checkpoint, save_checkpoint
@@ -232,7 +233,7 @@ def other_kind(folder: Path) -> Path:
         (1, ["model.perceptual_weight=1", "model.perceptual_weights={empty}"], "vgg"),
         (1, ["dataset.image_channels=3"], "dataset.image_channels is 3, but volumes are read with 1 channel"),
         (1, ["dataset.intensity_range=[0,1]"], r"lie outside the declared range \[0, 1\]"),
-        (1, ["dataset.intensity_range=[0,1]", "model.num_workers=1"], r"lie outside the declared range \[0, 1\]"),
+        (1, ["dataset.intensity_range=[-3,1]"], r"data.json: box: intensities from -1 to 0.9, only the upper half"),
     ],
 )
 def test_mistakes_end_in_one_line(data, stage_1, tmp_path, monkeypatch, stage, overrides, message):
@@ -244,6 +245,29 @@ def test_mistakes_end_in_one_line(data, stage_1, tmp_path, monkeypatch, stage, o
     with pytest.raises(UserError, match=f"(?i){message}") as caught:
         train(config(data, tmp_path / "run", *overrides, stage=stage), stage=stage)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_wrong_file_that_the_sample_missed(data, tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(sample_check, "SAMPLE_SIZE", 0)
+    cfg = config(data, tmp_path / "run", "dataset.intensity_range=[0,1]", f"model.num_workers={num_workers}")
+    with pytest.raises(UserError, match=r"lie outside the declared range \[0, 1\]") as caught:
+        train(cfg, stage=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sample_is_read_whole_before_the_model_is_built(data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data.parent / "box", tmp_path / "box")
+    write_volume(tmp_path / "box" / "2.nii.gz", torch.full((1, 16, 16, 16), -1.0), np.eye(4))
+    write_volume(tmp_path / "box" / "3.nii.gz", torch.rand(1, 16, 16, 16) - 0.5, np.diag([-1.0, 1.0, 1.0, 1.0]))
+    (tmp_path / "data.json").write_text(json.dumps({"box": "box"}))
+    monkeypatch.delattr(training, "build_autoencoder")
+    with pytest.raises(UserError, match=r"box/2\.nii\.gz: all background .*`python dataset/check\.py .*data\.json`"):
+        train(config(tmp_path / "data.json", tmp_path / "run"), stage=1)
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.count("1 of 5 files have odd headers, axes not in the order RAS: 1 (axes mixed: 4 RAS, 1 LAS)") == 1
+    assert f"{tmp_path}/box/3.nii.gz: its axes are LAS" in err
+    assert not (tmp_path / "run").exists()
 
 
 def _no_network(*args, **kwargs):

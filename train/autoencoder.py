@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
 from config.errors import UserError
 from config.loading import require, save_config
+from dataset.index import read_dataset_json
 from dataset.sampling import EpochSampler
 from dataset.split import keep_split, split_dataset
 from dataset.vqgan import VQGANDataset
@@ -40,6 +41,7 @@ from train.checkpoints import (
 )
 from train.logger import close_logger, get_logger
 from train.run_folder import lock_run_folder
+from train.sample_check import check_volumes
 from train.signals import ignore_signals
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -69,14 +71,18 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
     _check_options(cfg, stage)
     root = Path(cfg.model.default_root_dir)
     checkpoints = root / "checkpoints"
-    logger = get_logger(int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))))
+    logger = get_logger(_rank())
 
     with ExitStack() as closing:
         closing.callback(close_logger)
 
-        # Data: headers only
+        # Data: headers, and a few files whole
         train_data, val_data = _datasets(cfg)
         logger.info("stage %d: %d training and %d validation files", stage, len(train_data), len(val_data))
+        if _rank() == 0:  # where it fails, the launcher ends the others too
+            headers = {header.path: header for header in (*train_data.headers, *val_data.headers)}
+            files = read_dataset_json(cfg.dataset.root_dir)
+            check_volumes(cfg.dataset.root_dir, files, headers.values(), cfg.dataset.intensity_range, logger)
 
         # Model; the seed makes all ranks start from the same weights
         pl.seed_everything(cfg.model.seed, verbose=False)
@@ -179,6 +185,11 @@ def _build_perceptual(model: patchvolumeAE) -> None:
         model.setup("fit")
     except (ValueError, OSError) as error:
         raise UserError(f"{error}; or set model.perceptual_weight=0 to train without it") from error
+
+
+def _rank() -> int:
+    """This process's place among all, before the trainer knows it."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
 
 
 def _processes_per_node(cfg: DictConfig) -> int:
