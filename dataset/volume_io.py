@@ -5,6 +5,7 @@ Latents are stored without permutation: a (C, d, h, w) tensor is a NIfTI image (
 tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
 """
 
+import contextlib
 import gzip
 import os
 import zlib
@@ -278,10 +279,7 @@ def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
         raise UserError(
             f"{path}: voxels of type {header.get_data_dtype()} (colour or complex): one number a voxel is needed"
         )
-    try:
-        affine = header.get_best_affine()
-    except ValueError as error:  # a quaternion that is none
-        raise UserError(f"{path}: the header's qform is damaged ({error}): write the file again") from error
+    affine = header.get_best_affine()
     if header["sform_code"] > 0:
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
     else:  # `header` has them repaired, 0 became 1
@@ -397,4 +395,5 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # e.g. where its folder is a file
+            temporary.unlink(missing_ok=True)
