@@ -137,6 +137,12 @@ def test_a_name_of_one_subject_trains_and_two_subjects_are_parted(tmp_path):
     assert (len(split.training["two"]), len(split.validation["two"])) == (20, 20)  # far from 2, but each side has one
 
 
+def test_subjects_are_taken_only_where_that_comes_nearer_to_the_share(tmp_path):
+    path = make_set(tmp_path, {"A": scans(range(8), 2)})
+    shares = {fraction: len(split_dataset(path, fraction, 0, PATTERN).validation["A"]) for fraction in (0.2, 0.26, 0.4)}
+    assert shares == {0.2: 2, 0.26: 4, 0.4: 6}  # of 16 files 3 (one subject or two are as near), 4, 6
+
+
 def test_whole_match_without_a_group(tmp_path):
     path = make_set(tmp_path, {"A": ["p1_a.nii.gz", "p1_b.nii.gz", "p2_a.nii.gz", "p2_b.nii.gz"]})
     split = split_dataset(path, 0.5, 0, r"^p\d")

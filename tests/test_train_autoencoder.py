@@ -302,12 +302,14 @@ def test_subjects_are_not_parted(data, tmp_path):
         shutil.copy(data.parent / "box" / f"{i}.nii.gz", path)
     (tmp_path / "data.json").write_text(json.dumps({"box": "box"}))
     pattern = r"dataset.subject_pattern=sub-\d+"
-    train(config(tmp_path / "data.json", tmp_path / "run", "model.max_steps=1", "dataset.val_fraction=0.4", pattern), 1)
+    cfg = config(tmp_path / "data.json", tmp_path / "run", "model.max_steps=1", "dataset.val_fraction=0.4", pattern)
+    train(cfg, stage=1)
     sides = json.loads((tmp_path / "run" / "split.json").read_text())["files"]["box"]
-    training, validation = ({name[:5] for name in sides[side]} for side in ("training", "validation"))
-    assert len(training) == 2
-    assert len(validation) == 1
-    assert not training & validation
+    train_data, val_data = training._datasets(cfg)
+    for data, names in ((train_data, sides["training"]), (val_data, sides["validation"])):
+        assert [path.relative_to(tmp_path / "box").as_posix() for path in data.files] == names
+    train_subjects, val_subjects = ({path.parent.name for path in data.files} for data in (train_data, val_data))
+    assert (len(train_subjects), len(val_subjects), train_subjects & val_subjects) == (2, 1, set())
 
 
 def test_volumes_of_different_sizes_need_batches_of_one(data, stage_1, tmp_path):
