@@ -7,7 +7,7 @@ seconds, for the largest CT about a minute.
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
 from config.errors import UserError
@@ -69,7 +69,10 @@ def check_latents(root_dir: str | Path, files: Mapping[Hashable, Sequence[Path]]
     _raise_first(problems, LATENT_KINDS, root_dir, f"python dataset/check.py {root_dir}")
 
 
-def _read(files: Mapping, function, logger: logging.Logger) -> dict[Hashable, list[FileFacts]]:
+def _read(
+    files: Mapping[Hashable, Sequence[Path]], function: Callable[[Path], FileFacts], logger: logging.Logger
+) -> dict[Hashable, list[FileFacts]]:
+    """The facts of the sample, by name."""
     begin = time.monotonic()
     facts: dict[Hashable, list[FileFacts]] = {}
     for name, path in choose_sample(files, SAMPLE_SIZE):
