@@ -9,4 +9,5 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A data loading process hands its error on with its own traceback around the message.
-        super().__init__(message.rsplit("UserError: ", 1)[-1].strip() if "Original Traceback" in message else message)
+        name = f"{type(self).__name__}: "
+        super().__init__(message.rsplit(name, 1)[-1].strip() if "Original Traceback" in message else message)

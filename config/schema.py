@@ -139,6 +139,9 @@ class AutoencoderDataConfig:
     intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity of the files")
     val_fraction: float = key(0.1, "share of the files held out for validation")
     split_seed: int = key(0, "seed of the split into training and validation files")
+    subject_pattern: str | None = key(
+        None, "regular expression, finds a file's subject in its path below the class folder; null = each file its own"
+    )
     background_keep: float = key(1.0, "probability of keeping a patch that is nearly all background")
     augmentation: bool = key(True, "random flips and quarter turns of training data")
 

@@ -69,6 +69,18 @@ def _interval(cfg: DictConfig, names: str) -> Iterator[str]:
     return _check(cfg, names, fits, "two numbers, the lower one first")
 
 
+def _regular_expression(cfg: DictConfig, names: str) -> Iterator[str]:
+    return _check(cfg, names, _is_regular_expression, "a regular expression that Python can read")
+
+
+def _is_regular_expression(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
 # -------------------------------------------------------------------------------------------------- schemas
 
 
@@ -93,6 +105,7 @@ def _autoencoder(cfg: DictConfig) -> Iterator[str]:
     yield from _fraction(cfg, "dataset.background_keep")
     yield from _betas(cfg, "model.adam_betas")
     yield from _interval(cfg, "dataset.intensity_range")
+    yield from _regular_expression(cfg, "dataset.subject_pattern")
     yield from _one_of(cfg, "model.stage", (1, 2))
     yield from _one_of(cfg, "model.precision", ("32", "bf16", "16"))
     yield from _one_of(cfg, "model.norm_type", ("group", "batch"))

@@ -39,7 +39,7 @@ class Singleres_dataset(Dataset):
         generate_latents: (volume (1, D, H, W) float32 in [-1, 1], path str).
 
     Attributes: `files`, `labels` and `shapes`, one entry per item; shapes are (C, d, h, w) of latents or (D, H, W) of
-    volumes. With generate_latents also `latent_paths`, where each latent belongs.
+    volumes. With generate_latents also `headers` of the volumes and `latent_paths`, where each latent belongs.
 
     Raises:
         UserError: a JSON or folder that does not fit, latents of several sizes, of another size than `resolution` or of
@@ -71,7 +71,8 @@ class Singleres_dataset(Dataset):
         self.labels = [class_id for _, class_id, _ in entries]
         if generate_latents:
             self.latent_paths = [latent_path(path, folder) for path, _, folder in entries]
-            self.shapes = [read_header(path).tensor_shape for path in self.files]
+            self.headers = [read_header(path) for path in self.files]
+            self.shapes = [header.tensor_shape for header in self.headers]
         else:
             self.shapes = [read_latent_header(path).latent_shape for path in self.files]
             self._check_shapes()
@@ -91,6 +92,12 @@ class Singleres_dataset(Dataset):
             return read_model_volume(path, self.intensity_range).data, str(path)
         resolution = torch.tensor(self.resolution, dtype=torch.float32) / RESOLUTION_UNIT
         return read_latent(path), torch.tensor(self.labels[index]), resolution
+
+    def files_by_label(self) -> dict[int, list[Path]]:
+        """The files of each class."""
+        return {
+            label: [f for f, of in zip(self.files, self.labels, strict=True) if of == label] for label in self.folders
+        }
 
     def latent_records(self) -> dict[Path, dict[str, Any] | None]:
         """For each folder the record of the autoencoder that made its latents, None where there is none."""

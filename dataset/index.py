@@ -1,6 +1,5 @@
-"""Which files a data set consists of: the dataset JSONs, their folders, the split and the names of latents."""
+"""Which files a data set consists of: the dataset JSONs, their folders and the names of latents."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -61,24 +60,6 @@ def list_volumes(folder: str | Path) -> list[Path]:
     return sorted(files)
 
 
-def split_files(files: Sequence[Path], fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
-    """Splits one class's files into training and validation files; the same for every rank, run and machine.
-
-    fraction: share for validation, 0 <= fraction < 1; 0 leaves validation empty. Otherwise a class of two or more files
-    gives at least one file to each side, and a class of one file keeps it for training.
-    The choice depends on the seed and the files' names below their common folder, not on where that folder lies.
-    """
-    if not 0 <= fraction < 1:
-        raise UserError(f"dataset.val_fraction is {fraction}: a share from 0 to less than 1 is needed")
-    files = sorted(files)
-    count = min(len(files) - 1, max(1, round(fraction * len(files)))) if fraction > 0 and files else 0
-    if count <= 0:
-        return files, []
-    common = Path(os.path.commonpath([file.parent for file in files]))
-    validation = set(sorted(files, key=lambda file: _shuffle_key(file.relative_to(common), seed))[:count])
-    return [file for file in files if file not in validation], [file for file in files if file in validation]
-
-
 def latent_folder(folder: str | Path) -> Path:
     """The folder of the latents of a class folder: `X_latents` beside `X`."""
     folder = Path(os.path.normpath(folder))
@@ -93,10 +74,6 @@ def latent_path(volume: str | Path, folder: str | Path) -> Path:
     Only the class folder itself is renamed, not other parts of the path of the same name.
     """
     return latent_folder(folder) / Path(os.path.normpath(volume)).relative_to(os.path.normpath(folder))
-
-
-def _shuffle_key(name: Path, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{name.as_posix()}".encode()).digest()
 
 
 def _list_all(folders: Sequence[Path]) -> list[Path]:

@@ -3,6 +3,7 @@
 Axes of a volume: D = z, H = x, W = y (see dataset/volume_io.py).
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,4 +92,5 @@ def _write_png(canvas: FigureCanvasAgg, path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: the picture cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # e.g. where its folder is a file
+            temporary.unlink(missing_ok=True)

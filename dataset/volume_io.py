@@ -5,6 +5,7 @@ Latents are stored without permutation: a (C, d, h, w) tensor is a NIfTI image (
 tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
 """
 
+import contextlib
 import gzip
 import os
 import zlib
@@ -36,23 +37,38 @@ NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
 COMPRESSION_LEVEL = 1  # higher levels save about 5 % on volumes and take several times as long
 
 
+class NotFiniteError(UserError):
+    """A file with NaN or infinite voxels."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What a file says of itself, without its voxels.
 
     shape: the array's axes as stored, trailing axes of length 1 after the third removed, e.g. (X, Y, Z).
     affine: voxel indices to millimetres in RAS, (4, 4) float64.
+    spacing_mm: voxel size (x, y, z); without an affine in the header the plain numbers stated there, whatever they are.
+    is_oriented: whether the header has an affine (qform or sform); without one the directions of the axes are a guess.
     """
 
     path: Path
     shape: tuple[int, ...]
     affine: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    is_oriented: bool
 
     @property
     def tensor_shape(self) -> tuple[int, int, int]:
         """(D, H, W) of a volume."""
         x, y, z = self.shape
         return (z, x, y)
+
+    @property
+    def orientation(self) -> str:
+        """Where the axes x, y, z point, nearest directions of the patient: "RAS" is right, anterior, superior."""
+        if not np.isfinite(self.affine).all():
+            return "???"
+        return "".join(code or "?" for code in nib.aff2axcodes(self.affine))
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -143,6 +159,12 @@ def foreground(data: torch.Tensor) -> torch.Tensor:
     return data > BACKGROUND + BACKGROUND_TOLERANCE
 
 
+def is_empty(data: torch.Tensor) -> bool:
+    """Whether a volume in the model's range shows nothing: all background, or one value everywhere."""
+    low, high = float(data.min()), float(data.max())
+    return high - low <= BACKGROUND_TOLERANCE or high <= BACKGROUND + BACKGROUND_TOLERANCE
+
+
 # Volumes
 
 
@@ -152,15 +174,17 @@ def read_header(path: str | Path) -> Header:
     UserError: missing file, no NIfTI, cut off within the header, 2D, 4D, several channels, an empty axis.
     """
     path = Path(path)
-    header = _parse(path, _read_bytes(path, HEADER_BYTES)).header
-    return _check_volume(_describe(path, header), header)
+    content = _read_bytes(path, HEADER_BYTES)
+    header = _parse(path, content).header
+    return _check_volume(_describe(path, header, content), header)
 
 
 def read_volume(path: str | Path) -> Volume:
     """A volume with the values it has on disk. UserError: as `read_header`, and truncated files, NaN or infinity."""
     path = Path(path)
-    image = _parse(path, _read_bytes(path))
-    header = _check_volume(_describe(path, image.header), image.header)
+    content = _read_bytes(path)
+    image = _parse(path, content)
+    header = _check_volume(_describe(path, image.header, content), image.header)
     array = _voxels(path, image).reshape(header.shape)
     return Volume(_to_tensor(nifti_to_tensor(array))[None], header.affine, path)  # (1, D, H, W)
 
@@ -173,8 +197,7 @@ def read_model_volume(path: str | Path, intensity_range: Sequence[float]) -> Vol
     """
     volume = read_volume(path)
     data = to_model_range(volume.data, intensity_range, path)
-    low, high = float(data.min()), float(data.max())
-    if high - low <= BACKGROUND_TOLERANCE or high <= BACKGROUND + BACKGROUND_TOLERANCE:
+    if is_empty(data):
         raise UserError(f"{path}: all background (every voxel is {float(volume.data.max()):g}): remove the file")
     return Volume(data, volume.affine, volume.path)
 
@@ -200,15 +223,17 @@ def write_volume(path: str | Path, data: torch.Tensor | np.ndarray, affine: np.n
 def read_latent_header(path: str | Path) -> Header:
     """The header of a latent: NIfTI (d, h, w, C), TorchIO's (d, h, w, 1, C) or, with one channel, (d, h, w)."""
     path = Path(path)
-    header = _parse(path, _read_bytes(path, HEADER_BYTES)).header
-    return _check_latent(_describe(path, header), header)
+    content = _read_bytes(path, HEADER_BYTES)
+    header = _parse(path, content).header
+    return _check_latent(_describe(path, header, content), header)
 
 
 def read_latent(path: str | Path) -> torch.Tensor:
     """A latent (C, d, h, w), float32. UserError: as `read_volume`."""
     path = Path(path)
-    image = _parse(path, _read_bytes(path))
-    channels, *grid = _check_latent(_describe(path, image.header), image.header).latent_shape
+    content = _read_bytes(path)
+    image = _parse(path, content)
+    channels, *grid = _check_latent(_describe(path, image.header, content), image.header).latent_shape
     array = _voxels(path, image).reshape(*grid, channels)
     return _to_tensor(np.moveaxis(array, -1, 0))  # (C, d, h, w)
 
@@ -245,7 +270,7 @@ def _is_sound(read: Any, path: str | Path) -> bool:
 # Checks
 
 
-def _describe(path: Path, header: nib.Nifti1Header) -> Header:
+def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
     shape = tuple(int(n) for n in header.get_data_shape())
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -255,7 +280,13 @@ def _describe(path: Path, header: nib.Nifti1Header) -> Header:
         raise UserError(
             f"{path}: voxels of type {header.get_data_dtype()} (colour or complex): one number a voxel is needed"
         )
-    return Header(path, shape, header.get_best_affine())
+    affine = header.get_best_affine()
+    if header["sform_code"] > 0:
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    else:  # `header` has them repaired, 0 became 1
+        spacing = type(header)(content[: header.sizeof_hdr], check=False)["pixdim"][1:4]
+    is_oriented = bool(header["sform_code"] > 0 or header["qform_code"] > 0)
+    return Header(path, shape, affine, tuple(float(length) for length in spacing), is_oriented)
 
 
 def _check_volume(found: Header, header: nib.Nifti1Header) -> Header:
@@ -326,7 +357,7 @@ def _voxels(path: Path, image: nib.Nifti1Image) -> np.ndarray:
         raise UserError(f"{path}: the file is truncated, its voxels are incomplete: copy or make it again") from error
     if not np.isfinite(array.sum(dtype=np.float64)):  # NaN or infinity anywhere; needs no mask as large as the volume
         count = array.size - np.count_nonzero(np.isfinite(array))
-        raise UserError(f"{path}: {count} NaN or infinite voxels: replace them, e.g. by the background value")
+        raise NotFiniteError(f"{path}: {count} NaN or infinite voxels: replace them, e.g. by the background value")
     return array
 
 
@@ -365,4 +396,5 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # e.g. where its folder is a file
+            temporary.unlink(missing_ok=True)

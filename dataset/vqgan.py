@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from config.errors import UserError
-from dataset.index import read_dataset_json, split_files
 from dataset.sampling import EpochDataset, augment, centre_crop_start, random_crop_start, window
+from dataset.split import split_dataset
 from dataset.volume_io import (
     BACKGROUND,
     MODEL_RANGE,
@@ -52,6 +52,8 @@ class VQGANDataset(EpochDataset):
         intensity_range: lowest and highest intensity of the files, mapped to [-1, 1].
         val_fraction: share of each class's files in "val"; 0 leaves it empty.
         split_seed: seed of that choice.
+        subject_pattern: regular expression that finds a file's subject in its path, so that no subject is on both
+            sides (see `dataset/split.py`); None: every file is a subject.
         seed: seed of crops and augmentation.
         background_keep: probability of keeping a stage-1 patch with less than 10 % foreground; 1 keeps all but patches
             of nothing but background, which are never given.
@@ -79,6 +81,7 @@ class VQGANDataset(EpochDataset):
         intensity_range: Sequence[float] = MODEL_RANGE,
         val_fraction: float = 0.1,
         split_seed: int = 0,
+        subject_pattern: str | None = None,
         seed: int = 0,
         background_keep: float = 1.0,
     ):
@@ -90,8 +93,9 @@ class VQGANDataset(EpochDataset):
         self.patch_size = patch_size
         self.intensity_range = check_intensity_range(intensity_range)
         self.background_keep = background_keep
-        self.files = select_files(root_dir, split, val_fraction, split_seed)
-        self.shapes = [read_header(path).tensor_shape for path in self.files]  # (D, H, W) of each file
+        self.files = select_files(root_dir, split, val_fraction, split_seed, subject_pattern)
+        self.headers = [read_header(path) for path in self.files]
+        self.shapes = [header.tensor_shape for header in self.headers]  # (D, H, W) of each file
         if self.patches:
             self._warn_of_small_volumes()
 
@@ -137,15 +141,17 @@ class VQGANDataset(EpochDataset):
             )
 
 
-def select_files(root_dir: str | Path, split: str, val_fraction: float, split_seed: int) -> list[Path]:
+def select_files(
+    root_dir: str | Path, split: str, val_fraction: float, split_seed: int, subject_pattern: str | None = None
+) -> list[Path]:
     """The files of one side of the split, over all names of a dataset JSON."""
-    sides = [split_files(files, val_fraction, split_seed) for files in read_dataset_json(root_dir).values()]
-    training = [path for side, _ in sides for path in side]
-    validation = [path for _, side in sides for path in side]
+    sides = split_dataset(root_dir, val_fraction, split_seed, subject_pattern)
+    training = [path for files in sides.training.values() for path in files]
+    validation = [path for files in sides.validation.values() for path in files]
     if split == "train":
         return training
     if val_fraction > 0 and not validation:
-        logger.warning("%s: no folder has a second file to validate on: validation uses the training files", root_dir)
+        logger.warning("%s: no name has a second subject to validate on: validation uses the training files", root_dir)
         return training
     return validation
 

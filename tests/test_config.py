@@ -300,6 +300,7 @@ BAD_VALUES = [
     (AutoencoderConfig, "dataset.val_fraction=1.5", "dataset.val_fraction must be at least 0 and below 1"),
     (AutoencoderConfig, "dataset.background_keep=-0.1", "dataset.background_keep must be between 0 and 1"),
     (AutoencoderConfig, "dataset.intensity_range=[1,0]", "dataset.intensity_range must be two numbers, the lower one"),
+    (AutoencoderConfig, "dataset.subject_pattern=sub-(", r"dataset.subject_pattern must be .*, got 'sub-\('"),
     (LatentConfig, "sliding_window=0", "sliding_window must be at least 1"),
     (BiFlowNetConfig, "loss_type=l3", r"loss_type must be one of l1 \| l2"),
     (BiFlowNetConfig, "resolution=[32,32,30]", "resolution must be three positive multiples of 8"),

@@ -21,7 +21,7 @@ from config.loading import load_config
 from config.schema import LatentConfig
 from dataset import volume_io
 from dataset.volume_io import read_latent, read_volume, write_latent, write_volume
-from train import generate_training_latent
+from train import generate_training_latent, sample_check
 from train.checkpoints import load_autoencoder, save_checkpoint
 from train.generate_training_latent import batches_of_one_shape, generate_latents, main
 
@@ -279,9 +279,9 @@ def test_stage_2_of_the_same_autoencoder_shares_its_latents(dataset, checkpoint,
 def test_latents_of_another_range_are_refused(tmp_path, checkpoint):
     save_volume(tmp_path / "CT" / "a.nii.gz", low=0.0)
     data = save_json(tmp_path, {"0": "CT"})
-    generate_latents(config(data, checkpoint))
-    with pytest.raises(UserError, match=r"made with intensity_range \[-1.0, 1.0\], not \[0.0, 1.0\]"):
-        generate_latents(config(data, checkpoint, intensity_range=[0.0, 1.0]))
+    generate_latents(config(data, checkpoint, intensity_range=[0.0, 1.0]))
+    with pytest.raises(UserError, match=r"made with intensity_range \[0.0, 1.0\], not \[-0.5, 1.0\]"):
+        generate_latents(config(data, checkpoint, intensity_range=[-0.5, 1.0]))
 
 
 def test_latents_without_a_record_are_refused(dataset, checkpoint):
@@ -302,7 +302,9 @@ def test_headers_are_checked_before_anything_is_encoded(dataset, checkpoint):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_nan_stops_in_one_line_and_a_repaired_volume_goes_on(dataset, checkpoint, num_workers):
+def test_nan_stops_in_one_line_and_a_repaired_volume_goes_on(dataset, checkpoint, num_workers, monkeypatch):
+    """A volume that the sample read at the start has missed."""
+    monkeypatch.setattr(sample_check, "SAMPLE_SIZE", 0)
     bad = dataset.parent / "MR" / "b.nii.gz"
     good = bad.read_bytes()
     poisoned = torch.zeros(16, 16, 16)
@@ -313,6 +315,24 @@ def test_nan_stops_in_one_line_and_a_repaired_volume_goes_on(dataset, checkpoint
     bad.write_bytes(good)
     generate_latents(config(dataset, checkpoint, num_workers=num_workers))
     assert len(contents(dataset.parent)) == 5 + 2
+
+
+def test_a_sample_is_read_whole_before_anything_is_encoded(dataset, checkpoint, capsys):
+    broken = dataset.parent / "MR" / "b.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"MR/b.nii.gz: .*truncated.*`python dataset/check.py .*data.json` reads all"):
+        generate_latents(config(dataset, checkpoint))
+    assert contents(dataset.parent) == {}
+    assert "read 5 of 5 files whole" in capsys.readouterr().err
+
+
+def test_half_of_the_range_is_a_wrong_range(dataset, checkpoint):
+    save_volume(dataset.parent / "low" / "a.nii.gz", low=0.0)
+    data = save_json(dataset.parent, {"0": "CT", "1": "low"})
+    expected = r"data.json: 1: intensities from .*, only the upper half .*--intensity-range 0 1\)"
+    with pytest.raises(UserError, match=expected):
+        generate_latents(config(data, checkpoint))
+    assert contents(dataset.parent) == {}
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from config.schema import AutoencoderConfig
 from dataset.sampling import EpochSampler
 from dataset.volume_io import read_volume, write_volume
 from train import autoencoder as training
+from train import sample_check
 from train.autoencoder import EpochBatches, train
 from train.callbacks import VolumeLogger
 from train.checkpoints import load_autoencoder, load_checkpoint, save_checkpoint
@@ -87,6 +88,9 @@ def test_run_folder(stage_1):
     assert "last.ckpt" in names
     assert OmegaConf.load(stage_1 / "config.yaml").model.max_steps == 7
     assert list((stage_1 / "logs").glob("events*"))
+    split = json.loads((stage_1 / "split.json").read_text())
+    assert [len(split["files"]["box"][side]) for side in ("training", "validation")] == [4, 1]
+    assert (split["val_fraction"], split["split_seed"], split["subject_pattern"]) == (0.1, 0, None)
     checkpoint = load_checkpoint(stage_1 / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 7
     assert len(checkpoint["optimizer_states"]) == 2
@@ -229,7 +233,7 @@ def other_kind(folder: Path) -> Path:
         (1, ["model.perceptual_weight=1", "model.perceptual_weights={empty}"], "vgg"),
         (1, ["dataset.image_channels=3"], "dataset.image_channels is 3, but volumes are read with 1 channel"),
         (1, ["dataset.intensity_range=[0,1]"], r"lie outside the declared range \[0, 1\]"),
-        (1, ["dataset.intensity_range=[0,1]", "model.num_workers=1"], r"lie outside the declared range \[0, 1\]"),
+        (1, ["dataset.intensity_range=[-3,1]"], r"data.json: box: intensities from -1 to 0.9, only the upper half"),
     ],
 )
 def test_mistakes_end_in_one_line(data, stage_1, tmp_path, monkeypatch, stage, overrides, message):
@@ -241,6 +245,29 @@ def test_mistakes_end_in_one_line(data, stage_1, tmp_path, monkeypatch, stage, o
     with pytest.raises(UserError, match=f"(?i){message}") as caught:
         train(config(data, tmp_path / "run", *overrides, stage=stage), stage=stage)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_wrong_file_that_the_sample_missed(data, tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(sample_check, "SAMPLE_SIZE", 0)
+    cfg = config(data, tmp_path / "run", "dataset.intensity_range=[0,1]", f"model.num_workers={num_workers}")
+    with pytest.raises(UserError, match=r"lie outside the declared range \[0, 1\]") as caught:
+        train(cfg, stage=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sample_is_read_whole_before_the_model_is_built(data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data.parent / "box", tmp_path / "box")
+    write_volume(tmp_path / "box" / "2.nii.gz", torch.full((1, 16, 16, 16), -1.0), np.eye(4))
+    write_volume(tmp_path / "box" / "3.nii.gz", torch.rand(1, 16, 16, 16) - 0.5, np.diag([-1.0, 1.0, 1.0, 1.0]))
+    (tmp_path / "data.json").write_text(json.dumps({"box": "box"}))
+    monkeypatch.delattr(training, "build_autoencoder")
+    with pytest.raises(UserError, match=r"box/2\.nii\.gz: all background .*`python dataset/check\.py .*data\.json`"):
+        train(config(tmp_path / "data.json", tmp_path / "run"), stage=1)
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.count("1 of 5 files have odd headers, axes not in the order RAS: 1 (axes mixed: 4 RAS, 1 LAS)") == 1
+    assert f"{tmp_path}/box/3.nii.gz: its axes are LAS" in err
+    assert not (tmp_path / "run").exists()
 
 
 def _no_network(*args, **kwargs):
@@ -256,6 +283,33 @@ def test_a_gpu_that_is_not_there(data, tmp_path):
 def test_other_options_for_the_same_folder_are_refused(data, stage_1):
     with pytest.raises(UserError, match=r"holds a run with other options: model.lr \(0.002 -> 0.1\)"):
         train(config(data, stage_1, "model.lr=0.1"), stage=1)
+
+
+def test_a_run_does_not_go_on_with_other_files(data, tmp_path):
+    folder = shutil.copytree(data.parent, tmp_path / "data")
+    cfg = config(folder / "data.json", tmp_path / "run", "model.max_steps=2")
+    train(cfg, stage=1)
+    shutil.copy(folder / "box" / "0.nii.gz", folder / "box" / "9.nii.gz")
+    with pytest.raises(UserError, match=r"split\.json: the run began with another split.*1 new \(e\.g\. box/9\.nii"):
+        train(cfg, stage=1)
+
+
+def test_subjects_are_not_parted(data, tmp_path):
+    """Volumes 0 to 4 as two visits of a subject, and one."""
+    for i in range(5):
+        path = tmp_path / "box" / f"sub-{i // 2}" / f"{i}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data.parent / "box" / f"{i}.nii.gz", path)
+    (tmp_path / "data.json").write_text(json.dumps({"box": "box"}))
+    pattern = r"dataset.subject_pattern=sub-\d+"
+    cfg = config(tmp_path / "data.json", tmp_path / "run", "model.max_steps=1", "dataset.val_fraction=0.4", pattern)
+    train(cfg, stage=1)
+    sides = json.loads((tmp_path / "run" / "split.json").read_text())["files"]["box"]
+    train_data, val_data = training._datasets(cfg)
+    for data, names in ((train_data, sides["training"]), (val_data, sides["validation"])):
+        assert [path.relative_to(tmp_path / "box").as_posix() for path in data.files] == names
+    train_subjects, val_subjects = ({path.parent.name for path in data.files} for data in (train_data, val_data))
+    assert (len(train_subjects), len(val_subjects), train_subjects & val_subjects) == (2, 1, set())
 
 
 def test_volumes_of_different_sizes_need_batches_of_one(data, stage_1, tmp_path):

@@ -101,7 +101,7 @@ def test_non_finite_loss_of_one_rank_stops_all_and_names_its_files(tmp_path):
     """One poisoned latent among ten; the rank that has it in its batch is named, and nothing hangs."""
     data = runs.make_latents(tmp_path)
     poison = data.parent / "class1_latents" / "3.nii.gz"
-    write_latent(poison, torch.full((4, *runs.GRID), 3e38))
+    write_latent(poison, 3e38 * torch.rand(4, *runs.GRID))
     process = runs.start(runs.torchrun(runs.arguments(data, tmp_path / "results")))
     output = process.communicate(timeout=TIME_LIMIT_S)[0]
     assert process.returncode != 0

@@ -9,7 +9,8 @@ from biflownet_runs import assert_same_training, checkpoint, crash_at
 
 import train.train_BiFlowNet_SingleRes as script
 from config.errors import UserError
-from train import run_folder
+from dataset.volume_io import write_latent
+from train import run_folder, sample_check
 from train.checkpoints import latent_fingerprint, load_autoencoder
 from train.train_BiFlowNet_SingleRes import scheduled_learning_rate, train
 
@@ -197,11 +198,41 @@ def test_checkpoint_of_another_model(data, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_truncated_latent_is_named_in_one_line(tmp_path, num_workers):
-    """Its header is whole, so only reading it shows."""
+def test_truncated_latent_is_named_in_one_line(tmp_path, num_workers, monkeypatch):
+    """Its header is whole, so only reading it shows; the sample read at the start has missed it."""
+    monkeypatch.setattr(sample_check, "SAMPLE_SIZE", 0)
     data = runs.make_latents(tmp_path)
     path = data.parent / "class0_latents" / "4.nii.gz"
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"^\S*class0_latents/4\.nii\.gz: .*truncated") as refused:
         train(runs.config(data, tmp_path / "results", num_workers=num_workers))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.5, r"0\.nii\.gz: every value is 0\.5: leave"),
+        (torch.nan, r"0\.nii\.gz: 2048 NaN or infinite voxels: replace"),
+    ],
+)
+def test_a_sample_is_read_whole_before_the_model_is_built(tmp_path, monkeypatch, value, message):
+    data = runs.make_latents(tmp_path)
+    write_latent(data.parent / "class0_latents" / "0.nii.gz", torch.full((4, *runs.GRID), value))
+    monkeypatch.delattr(script, "build_biflownet")
+    with pytest.raises(UserError, match=rf"{message}.*`python dataset/check\.py {data}` reads all") as refused:
+        train(runs.config(data, tmp_path / "results"))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_all_processes_stop_for_a_bad_sample(tmp_path):
+    """Rank 0 alone reads it."""
+    data = runs.make_latents(tmp_path)
+    write_latent(data.parent / "class0_latents" / "0.nii.gz", torch.zeros(4, *runs.GRID))
+    process = runs.start(runs.torchrun(runs.arguments(data, tmp_path / "results")))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert output.count("files whole as a check") == 1
+    assert "every value is 0: leave the files out" in output
+    assert not (tmp_path / "results").exists()

@@ -19,7 +19,6 @@ from dataset.index import (
     list_volumes,
     read_class_json,
     read_dataset_json,
-    split_files,
 )
 from dataset.volume_io import (
     affine_from_spacing,
@@ -398,33 +397,6 @@ def test_unfit_dataset_json(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         read_class_json(tmp_path / "set.json")
     assert "set.json" in str(caught.value) or "empty" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("count", "fraction", "expected"),
-    [(1, 0.1, 0), (2, 0.1, 1), (5, 0.1, 1), (40, 0.1, 4), (40, 0.0, 0), (3, 0.99, 2), (100, 0.25, 25)],
-)
-def test_split_is_a_share(count, fraction, expected):
-    files = [Path(f"/data/{i:03d}.nii.gz") for i in range(count)]
-    training, validation = split_files(files, fraction, seed=0)
-    assert len(validation) == expected
-    assert sorted(training + validation) == files
-
-
-def test_split_is_deterministic():
-    files = [Path(f"/data/s{i:03d}/scan.nii.gz") for i in range(40)]
-    validation = split_files(files, 0.2, seed=0)[1]
-    assert split_files(files[::-1], 0.2, seed=0)[1] == validation
-    moved = [Path("/elsewhere") / path.relative_to("/data") for path in files]
-    assert [path.parent.name for path in split_files(moved, 0.2, seed=0)[1]] == [p.parent.name for p in validation]
-    assert split_files(files, 0.2, seed=1)[1] != validation
-    assert validation not in (files[-8:], files[:8])
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, 2])
-def test_split_share_is_checked(fraction):
-    with pytest.raises(UserError, match=r"dataset\.val_fraction"):
-        split_files([Path("a.nii.gz")], fraction, 0)
 
 
 def test_latent_path_renames_only_the_class_folder():

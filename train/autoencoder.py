@@ -2,6 +2,7 @@
 
 Everything of a run lies in `model.default_root_dir`:
     config.yaml     the resolved configuration
+    split.json      which files train and which validate
     checkpoints/    last.ckpt, step-0003000.ckpt …, and best-… : the three best by val/recon_loss
     logs/           TensorBoard
     volumes/        input and reconstruction of the VolumeLogger
@@ -25,7 +26,9 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
 from config.errors import UserError
 from config.loading import require, save_config
+from dataset.index import read_dataset_json
 from dataset.sampling import EpochSampler
+from dataset.split import keep_split, split_dataset
 from dataset.vqgan import VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x
 from train.autoencoder_resume import global_step, load_weights
@@ -38,6 +41,7 @@ from train.checkpoints import (
 )
 from train.logger import close_logger, get_logger
 from train.run_folder import lock_run_folder
+from train.sample_check import check_volumes
 from train.signals import ignore_signals
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -67,14 +71,18 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
     _check_options(cfg, stage)
     root = Path(cfg.model.default_root_dir)
     checkpoints = root / "checkpoints"
-    logger = get_logger(int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))))
+    logger = get_logger(_rank())
 
     with ExitStack() as closing:
         closing.callback(close_logger)
 
-        # Data: headers only
+        # Data: headers, and a few files whole
         train_data, val_data = _datasets(cfg)
         logger.info("stage %d: %d training and %d validation files", stage, len(train_data), len(val_data))
+        if _rank() == 0:  # where it fails, the launcher ends the others too
+            headers = {header.path: header for header in (*train_data.headers, *val_data.headers)}
+            files = read_dataset_json(cfg.dataset.root_dir)
+            check_volumes(cfg.dataset.root_dir, files, headers.values(), cfg.dataset.intensity_range, logger)
 
         # Model; the seed makes all ranks start from the same weights
         pl.seed_everything(cfg.model.seed, verbose=False)
@@ -85,7 +93,8 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Trainer
         with quiet_lightning():
             trainer = _trainer(cfg, root, checkpoints, stage)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
+            _keep_split(cfg, root, is_resumed=any(checkpoints.glob("*.ckpt")))
             save_config(cfg, root)
             closing.enter_context(lock_run_folder(root))
         train_loader, val_loader = _loaders(cfg, trainer, train_data, val_data)
@@ -150,6 +159,7 @@ def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
         intensity_range=cfg.dataset.intensity_range,
         val_fraction=cfg.dataset.val_fraction,
         split_seed=cfg.dataset.split_seed,
+        subject_pattern=cfg.dataset.subject_pattern,
         seed=cfg.model.seed,
         background_keep=cfg.dataset.background_keep,
     )
@@ -164,11 +174,22 @@ def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
     return train_data, dataset(cfg.dataset.root_dir, False, "val", **options)
 
 
+def _keep_split(cfg: DictConfig, root: Path, is_resumed: bool) -> None:
+    keys = ("val_fraction", "split_seed", "subject_pattern")
+    split = split_dataset(cfg.dataset.root_dir, *(cfg.dataset[key] for key in keys))
+    keep_split(root, cfg.dataset.root_dir, split, {key: cfg.dataset[key] for key in keys}, is_resumed)
+
+
 def _build_perceptual(model: patchvolumeAE) -> None:
     try:
         model.setup("fit")
     except (ValueError, OSError) as error:
         raise UserError(f"{error}; or set model.perceptual_weight=0 to train without it") from error
+
+
+def _rank() -> int:
+    """This process's place among all, before the trainer knows it."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
 
 
 def _processes_per_node(cfg: DictConfig) -> int:

@@ -35,6 +35,7 @@ from train.checkpoints import load_autoencoder  # noqa: E402
 from train.distributed import Distributed, cleanup, setup  # noqa: E402
 from train.latent_record import make_record, start_folder  # noqa: E402
 from train.logger import get_logger  # noqa: E402
+from train.sample_check import check_volumes  # noqa: E402
 
 FLAGS = (*LATENT_FLAGS, Flag("--sliding-window"), Flag("--intensity-range"))
 
@@ -60,6 +61,10 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         intensity_range = list(cfg.intensity_range or autoencoder.cfg.dataset.get("intensity_range") or (-1.0, 1.0))
         dataset = Singleres_dataset(cfg.data_path, generate_latents=True, intensity_range=intensity_range)
         folders = latent_folders(dataset)
+        files = dataset.files_by_label()
+        distributed.on_main(
+            lambda: check_volumes(cfg.data_path, files, dataset.headers, intensity_range, logger), share=False
+        )
         record = make_record(autoencoder, cfg.AE_ckpt, intensity_range)
         distributed.on_main(lambda: [start_folder(folder, record) for folder in folders])
         _log_plan(logger, dataset, folders, autoencoder.patch_size)

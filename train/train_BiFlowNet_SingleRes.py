@@ -47,6 +47,7 @@ from train.ema import EMA  # noqa: E402
 from train.logger import MetricsWriter, close_logger, get_logger  # noqa: E402
 from train.noise import draw  # noqa: E402
 from train.preview import write_preview  # noqa: E402
+from train.sample_check import check_latents  # noqa: E402
 from train.signals import StopRequest  # noqa: E402
 from train.state import TrainingState  # noqa: E402
 
@@ -86,6 +87,7 @@ def train(cfg: DictConfig) -> dict:
         check_options(cfg, logger)
         dataset = Singleres_dataset(cfg.data_path, cfg.resolution)
         check_data(cfg, dataset, distributed)
+        distributed.on_main(lambda: check_latents(cfg.data_path, dataset.files_by_label(), logger), share=False)
         place = {"rank": distributed.rank, "world_size": distributed.world_size}
         batches = GlobalBatchSampler(
             EpochSampler(len(dataset), seed=cfg.global_seed, drop_last=True, **place), cfg.batch_size
