@@ -127,26 +127,47 @@ def test_nothing_outside_becomes_anything_but_background():
         assert (voxels.min(), voxels.max() <= 1) == (-1, True)
 
 
+def test_coarser_grids_are_smoothed_first():
+    """Stripes finer than the new voxels become their mean, not whichever stripe is hit."""
+    data = np.where(np.arange(60) % 2, 600, -600).astype(np.float32)[:, None, None] + np.zeros((60, 12, 12), np.float32)
+    recipe = Recipe(window=(-1000, 1000), multiple=1, spacing_mm=(4, 1, 1))
+    _, voxels = prepared(data, recipe)
+    assert np.abs(voxels[3:-3]).max() < 0.1
+
+
+def test_interpolation_is_that_of_the_recipe():
+    data = ball(shape=(20, 20, 20), middle=(10, 10, 10), radius=5)
+    spline, linear = (
+        prepared(data, Recipe(window=(-1000, 1000), spacing_mm=(0.8,) * 3, interpolation=kind, multiple=1))[1]
+        for kind in ("bspline", "linear")
+    )
+    assert np.abs(spline - linear).max() > 0.05
+    assert (spline.min(), spline.max() <= 1) == (-1, True)  # a spline overshoots: clipped to the range
+
+
 def test_volume_smaller_than_the_spacing():
     with pytest.raises(UserError, match="6 x 5 x 4 mm large as a whole: too small for voxels of 10 x 10 x 10 mm"):
         prepared(ramp(), Recipe(window=(-1000, 1000), spacing_mm=(10, 10, 10)))
 
 
-def test_sheared_volume_is_straightened():
-    """A ball in a volume of shifted slices is a ball again, where it was."""
-    shape, shift = (30, 30, 24), 0.5
+@pytest.mark.parametrize(("shift", "size_y"), [(0.5, 42), (-0.5, 42)])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_sheared_volume_is_straightened(shift, size_y, direction):
+    """A ball in a volume of shifted slices is a ball again, where it was; also where slices run downwards."""
+    shape = (30, 30, 24)
     affine = np.eye(4)
-    affine[1, 2] = shift
+    affine[1:3, 2] = (shift, direction)
+    centre = np.array([15, 15 + 12 * shift, 12 * direction])
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     mm = index @ affine[:3, :3].T
-    data = np.where(np.linalg.norm(mm - [15, 20, 12], axis=-1) < 7, 800, -1000).astype(np.float32)
+    data = np.where(np.linalg.norm(mm - centre, axis=-1) < 7, 800, -1000).astype(np.float32)
     result, voxels = prepared(data, Recipe(window=(-1000, 1000), multiple=1), affine)
     assert "sheared slices resampled to a straight grid" in result.steps
     np.testing.assert_allclose(result.affine[:3, :3], np.eye(3), atol=1e-6)
-    assert voxels.shape == (30, 42, 24)
+    assert voxels.shape == (30, size_y, 24)
     inside = np.argwhere(voxels > 0) @ result.affine[:3, :3].T + result.affine[:3, 3]
-    np.testing.assert_allclose(inside.mean(axis=0), [15, 20, 12], atol=0.2)
-    radius = np.linalg.norm(inside - [15, 20, 12], axis=1).max()
+    np.testing.assert_allclose(inside.mean(axis=0), centre, atol=0.2)
+    radius = np.linalg.norm(inside - centre, axis=1).max()
     assert 6.5 < radius < 7.6
 
 
@@ -172,10 +193,10 @@ def test_foreground_that_is_cut_off_is_measured():
 
 
 def test_a_bright_speck_does_not_move_the_crop():
-    data = ball(middle=(12, 12, 12))
-    data[38, 38, 38] = 1000
+    data = ball(middle=(28, 28, 28))
+    data[1, 1, 1] = data[38, 1, 38] = 1000
     result, _ = prepared(data, Recipe(window=(-1000, 1000), size=(20, 20, 20)))
-    np.testing.assert_allclose(result.affine[:3, 3], [2, 2, 2])
+    np.testing.assert_allclose(result.affine[:3, 3], [18, 18, 18])
 
 
 def test_padding_is_on_both_sides():
@@ -191,6 +212,14 @@ def test_padding_to_the_next_multiple(shape, expected):
     result, voxels = prepared(ramp(shape), Recipe(window=(-1000, 1000), multiple=32))
     assert voxels.shape == expected
     assert result.foreground_lost == 0
+
+
+def test_crop_of_a_large_volume_is_centred_too():
+    """There the foreground is looked for on a grid with gaps."""
+    data = ball(shape=(300, 40, 40), middle=(200, 20, 20), radius=15)
+    result, voxels = prepared(data, Recipe(window=(-1000, 1000), size=(40, 40, 40)))
+    assert result.affine[0, 3] == pytest.approx(180, abs=2)
+    assert (voxels > 0).sum() == (data > 0).sum()
 
 
 def test_foreground_of_a_large_volume_is_found_on_a_coarse_grid():
