@@ -81,20 +81,13 @@ def test_codebook_training_steps():
         close(getattr(codebook, name), golden[name])
 
 
-@pytest.mark.parametrize(
-    ("case", "steps", "exact_steps", "options", "shape"),
-    [
-        ("train_stage1", 10, 6, dict(stage=1, discriminator_iter_start=3), (2, 1, 32, 32, 32)),
-        ("train_stage2", 6, 4, dict(stage=2, discriminator_iter_start=-1), (1, 1, 64, 32, 32)),
-    ],
-)
-def test_first_training_steps(case, steps, exact_steps, options, shape, tmp_path):
-    """Steps of both kinds agree to 1e-3; then rounding, which Adam's first steps blow up, decides the digits.
-
-    (Summing the same products in another order, e.g. with another number of threads, moves the last steps as much.)
-    """
-    golden = load_golden(case)
+def train_steps(tmp_path, steps: int, options: dict, shape: tuple, change: float = 0.0):
+    """Logged values of each step and the final state, after a relative change of all weights by random `change`."""
     model = fill_module(patchvolumeAE(official_autoencoder(patch_size=32, **TRAINING, **options)))
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(i)
+            parameter.mul_(1 + change * torch.randn(parameter.shape, generator=generator))
     batches = [{"data": golden_normal(GOLDEN_SEED, f"batch{i}", shape).clamp(-1, 1)} for i in range(steps)]
     logged = []
     model.log_dict = lambda values, **_: logged.append({name: value.item() for name, value in values.items()})
@@ -108,17 +101,38 @@ def test_first_training_steps(case, steps, exact_steps, options, shape, tmp_path
         default_root_dir=tmp_path,
     )
     trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
+    assert trainer.global_step == steps
+    return logged, model.state_dict()
 
-    assert trainer.global_step == golden["global_step"] == steps
+
+@pytest.mark.parametrize(
+    ("case", "steps", "exact_steps", "options", "shape"),
+    [
+        ("train_stage1", 10, 6, dict(stage=1, discriminator_iter_start=3), (2, 1, 32, 32, 32)),
+        ("train_stage2", 6, 4, dict(stage=2, discriminator_iter_start=-1), (1, 1, 64, 32, 32)),
+    ],
+)
+def test_first_training_steps(case, steps, exact_steps, options, shape, tmp_path):
+    """Steps of both kinds agree to 1e-3; then rounding, which Adam's first steps blow up, decides the digits.
+
+    So the end is compared with what the last digit of the weights does to it, on this machine: the reference may lie no
+    further off than a few times that.
+    """
+    golden = load_golden(case)
+    logged, state = train_steps(tmp_path, steps, options, shape)
+    _, changed = train_steps(tmp_path, steps, options, shape, change=1e-7)
+    assert golden["global_step"] == steps
     keys = golden["history_keys"].tolist()
     history = np.array([[values.get(key, np.nan) for key in keys] for values in logged])
     np.testing.assert_array_equal(np.isnan(history), np.isnan(golden["history"]))
     exact = slice(None, exact_steps)
     np.testing.assert_allclose(history[exact], golden["history"][exact], rtol=1e-3, atol=2e-4)
     np.testing.assert_allclose(history, golden["history"], rtol=5e-3, atol=0.05)
-    state = model.state_dict()
     for name in [key.removeprefix("final/") for key in golden if key.startswith("final/")]:
         difference = np.abs(state[name].numpy() - golden[f"final/{name}"])
-        frozen = options["stage"] == 2 and name.startswith(("encoder.", "pre_vq_conv.", "codebook."))
-        assert difference.max() <= (1e-6 if frozen else 0.5 if name == "codebook.N" else 0.06), name
-        assert difference.mean() <= (0.05 if name == "codebook.N" else 6e-3), name
+        rounding = np.abs(state[name].numpy() - changed[name].numpy())
+        if options["stage"] == 2 and name.startswith(("encoder.", "pre_vq_conv.", "codebook.")):  # frozen
+            assert difference.max() <= 1e-6, name
+        else:
+            assert difference.max() <= 4 * rounding.max() + 2e-4, name
+            assert difference.mean() <= 3 * rounding.mean() + 1e-4, name
