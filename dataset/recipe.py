@@ -152,7 +152,6 @@ def _straighten(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tio
     second = axes[:, 1] - (axes[:, 1] @ first) * first
     second /= np.linalg.norm(second)
     third = np.cross(first, second)
-    third *= np.sign(third @ axes[:, 2])
     grid = np.stack([first * spacing[0], second * spacing[1], third * (spacing[2] * abs(third @ axes[:, 2]))], axis=1)
     corners = np.array(np.meshgrid(*[(0, extent - 1) for extent in image.spatial_shape], indexing="ij")).reshape(3, -1)
     places = np.linalg.solve(grid, image.affine[:3, :3] @ corners)  # (3, 8) in voxels of the new grid

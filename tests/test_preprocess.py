@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,15 @@ def test_damaged_results_are_made_again(raw):
     assert {name: (folder / name).read_bytes() for name in times(folder)} == whole
 
 
+def test_entries_of_volumes_that_are_gone_go(raw):
+    folder = raw.parent / "data" / "Thorax"
+    assert run(raw, *CT) == 0
+    (folder / "p2" / "a.nii.gz").unlink()
+    assert run(raw, *CT, "--select", "P1|p3") == 0
+    assert set(read_manifest(folder)) == set(times(folder))
+    assert len(times(folder)) == 2
+
+
 def test_a_killed_run_goes_on(raw):
     for i in range(12):
         add_nifti(raw / "more" / f"{i:02d}.nii.gz", ct(10 + i, (64, 64, 64)))
@@ -259,19 +269,25 @@ def test_a_failing_file_is_reported_and_skipped(raw, capsys):
     path = raw / "p2" / "a.nii.gz"
     path.write_bytes(path.read_bytes()[:-40])
     add_nifti(raw / "p5" / "offset.nii.gz", ct(5) + 1100)
+    series = write_series(raw / "p6", ct(6), number=7, description="Gap")
+    series[3].unlink()
     assert run(raw, *CT) == 1
     folder = raw.parent / "data" / "Thorax"
     assert sorted(times(folder))[0] == "p1/a.nii.gz"
     assert len(times(folder)) == 2
     problems = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
-    assert {Path(problem["source"]).name for problem in problems} == {"a.nii.gz", "offset.nii.gz"}
+    assert {Path(problem["source"]).name for problem in problems} == {
+        "a.nii.gz", "offset.nii.gz", "p6 [series 7 Gap]",
+    }  # fmt: skip
     assert any("truncated" in problem["reason"] for problem in problems)
     said = " ".join(capsys.readouterr().err.split())
     assert "failed" in said
+    assert "[series 7 Gap]" in said
     assert "no Hounsfield units" in said
 
     add_nifti(path, ct(1))
     (raw / "p5" / "offset.nii.gz").unlink()
+    shutil.rmtree(raw / "p6")
     assert run(raw, *CT) == 0
     assert not (folder / "problems.jsonl").exists()
 

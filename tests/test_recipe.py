@@ -130,7 +130,7 @@ def test_nothing_outside_becomes_anything_but_background():
 def test_coarser_grids_are_smoothed_first():
     """Stripes finer than the new voxels become their mean, not whichever stripe is hit."""
     data = np.where(np.arange(60) % 2, 600, -600).astype(np.float32)[:, None, None] + np.zeros((60, 12, 12), np.float32)
-    recipe = Recipe(window=(-1000, 1000), multiple=1, spacing_mm=(4, 1, 1))
+    recipe = Recipe(window=(-1000, 1000), multiple=1, spacing_mm=(3, 1, 1))
     _, voxels = prepared(data, recipe)
     assert np.abs(voxels[3:-3]).max() < 0.1
 
@@ -167,6 +167,8 @@ def test_sheared_volume_is_straightened(shift, size_y, direction):
     assert voxels.shape == (30, size_y, 24)
     inside = np.argwhere(voxels > 0) @ result.affine[:3, :3].T + result.affine[:3, 3]
     np.testing.assert_allclose(inside.mean(axis=0), centre, atol=0.2)
+    _, whole = prepared(np.full(shape, 500, np.float32) + ramp(shape, -50, 50), Recipe(window=(-1000, 1000)), affine)
+    assert (whole > 0).sum() == pytest.approx(np.prod(shape), rel=0.05)  # nothing lies outside of the grid
     radius = np.linalg.norm(inside - centre, axis=1).max()
     assert 6.5 < radius < 7.6
 
@@ -182,6 +184,14 @@ def test_crop_is_centred_on_the_foreground():
     np.testing.assert_allclose(result.affine[:3, 3], [2, 10, 20])
     assert result.foreground_lost == 0
     assert result.steps[-1] == "cropped from 40x40x40 to 20x20x20 at 2x10x20"
+
+
+def test_foreground_that_fits_exactly_is_kept():
+    data = np.full((40, 12, 12), -1000, np.float32)
+    data[5:15] = 300
+    result, voxels = prepared(data, Recipe(window=(-1000, 1000), size=(10, 12, 12)))
+    assert (voxels > 0).all()
+    assert result.foreground_lost == 0
 
 
 def test_foreground_that_is_cut_off_is_measured():
