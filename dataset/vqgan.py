@@ -10,17 +10,10 @@ import numpy as np
 import torch
 
 from config.errors import UserError
+from dataset.crops import CroppedVolume
 from dataset.index import read_dataset_json, split_files
-from dataset.sampling import EpochDataset, augment, centre_crop_start, random_crop_start, window
-from dataset.volume_io import (
-    BACKGROUND,
-    MODEL_RANGE,
-    check_intensity_range,
-    crop_affine,
-    foreground,
-    read_header,
-    read_model_volume,
-)
+from dataset.sampling import EpochDataset, augment, centre_crop_start, random_crop
+from dataset.volume_io import MODEL_RANGE, check_intensity_range, crop_affine, read_header, read_model_volume
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +53,12 @@ class VQGANDataset(EpochDataset):
     of a crop where `train_crop` or `val_crop` asks for it (random in training, of the middle in validation). In
     validation also "affine" (4, 4) float32 of what is given, voxels (x, y, z) to mm, and "path" (str).
 
+    Attributes: `files`, `shapes` (D, H, W) of each.
+
     Raises:
         UserError: at once for files that are no volumes by their headers, on access for unreadable voxels, NaN,
-            intensities outside the range, or nothing but background. The message names the file.
+            intensities outside the range, or nothing but background. The message names the
+            file.
     """
 
     train_crop = CropRule(256 * 256 * 128, (192, 192, 192))
@@ -105,25 +101,17 @@ class VQGANDataset(EpochDataset):
         return (self.train_crop if self.training else self.val_crop).crop_size(self.shapes[index])
 
     def _item(self, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor | str]:
-        path = self.files[index]
-        volume = read_model_volume(path, self.intensity_range)
-        data, padding = pad_to(volume.data, self.patch_size) if self.patches else (volume.data, (0, 0, 0))
-        shape, size = data.shape[-3:], self.item_shape(index)
-        if not self.training:
-            start = centre_crop_start(shape, size)
-        elif tuple(shape) == size:
-            start = (0, 0, 0)
-        else:
-            keep = self.background_keep if self.patches else 1.0
-            start = random_crop_start(foreground(data)[0].numpy(), size, rng, keep)
-        data = data[(..., *window(start, size))].contiguous()  # (1, D, H, W)
-        if self.augmentation:
-            data = augment(data, rng)
+        volume, size = self._open(index), self.item_shape(index)
         if self.training:
-            return {"data": data}
-        origin = np.subtract(start, padding)
-        affine = torch.from_numpy(crop_affine(volume.affine, origin)).float()
-        return {"data": data, "affine": affine, "path": str(path)}
+            _, data = random_crop(volume, size, rng, self.background_keep if self.patches else 1.0)
+            return {"data": augment(data, rng) if self.augmentation else data}
+        start = centre_crop_start(volume.shape, size)
+        affine = torch.from_numpy(crop_affine(volume.affine, start)).float()
+        return {"data": volume.crop(start, size), "affine": affine, "path": str(self.files[index])}
+
+    def _open(self, index: int) -> CroppedVolume:
+        volume = read_model_volume(self.files[index], self.intensity_range)
+        return CroppedVolume(volume.data[0].numpy(), volume.affine)
 
     def _warn_of_small_volumes(self) -> None:
         small = [path for path, shape in zip(self.files, self.shapes, strict=True) if min(shape) < self.patch_size]
@@ -148,18 +136,6 @@ def select_files(root_dir: str | Path, split: str, val_fraction: float, split_se
         logger.warning("%s: no folder has a second file to validate on: validation uses the training files", root_dir)
         return training
     return validation
-
-
-def pad_to(data: torch.Tensor, size: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Pads (1, D, H, W) on both sides with background to at least `size` along each axis.
-
-    Returns the padded volume and how many voxels were added in front, (d, h, w).
-    """
-    missing = [max(size - extent, 0) for extent in data.shape[-3:]]
-    before = [amount // 2 for amount in missing]
-    widths = [width for front, amount in zip(before, missing, strict=True) for width in (front, amount - front)]
-    padding = [*widths[4:6], *widths[2:4], *widths[0:2]]  # the last axis first
-    return torch.nn.functional.pad(data, padding, value=BACKGROUND), tuple(before)
 
 
 def _check_options(split: str, stage: int, patch_size: int, background_keep: float) -> None:
