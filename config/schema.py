@@ -144,6 +144,9 @@ class AutoencoderDataConfig:
     )
     background_keep: float = key(1.0, "probability of keeping a patch that is nearly all background")
     augmentation: bool = key(True, "random flips and quarter turns of training data")
+    cache: str = key("int16", "uncompressed copies of the volumes: int16 (2 bytes a voxel) | float32 (4, exact) | none")
+    cache_dir: str | None = key(None, "folder for these copies; null = FOLDER_cache beside each folder")
+    cache_limit_gb: float | None = key(None, "largest size of these copies in GB; null = what the disk holds")
 
 
 @dataclass

@@ -100,7 +100,7 @@ def _autoencoder(cfg: DictConfig) -> Iterator[str]:
         "model.log_volume_every model.seed dataset.split_seed",
     )
     yield from _at_least(cfg, -1, "model.max_steps model.max_epochs")
-    yield from _positive(cfg, "model.lr")
+    yield from _positive(cfg, "model.lr dataset.cache_limit_gb")
     yield from _decay(cfg, "model.codebook_decay dataset.val_fraction")
     yield from _fraction(cfg, "dataset.background_keep")
     yield from _betas(cfg, "model.adam_betas")
@@ -112,6 +112,7 @@ def _autoencoder(cfg: DictConfig) -> Iterator[str]:
     yield from _one_of(cfg, "model.disc_loss_type", ("hinge", "vanilla"))
     yield from _one_of(cfg, "model.lr_schedule", ("constant", "cosine"))
     yield from _one_of(cfg, "model.accelerator", ("auto", "cpu", "gpu"))
+    yield from _one_of(cfg, "dataset.cache", ("int16", "float32", "none"))
     expected = "three equal powers of two above 1, e.g. [8,8,8]"
     fits = list(_check(cfg, "model.downsample", _is_downsample, expected))
     yield from fits

@@ -1,5 +1,6 @@
 """Which files a data set consists of: the dataset JSONs, their folders and the names of latents."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from config.errors import UserError
 
 VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
+CACHE_SUFFIX = "_cache"
 
 
 def read_dataset_json(path: str | Path) -> dict[str, list[Path]]:
@@ -62,10 +64,7 @@ def list_volumes(folder: str | Path) -> list[Path]:
 
 def latent_folder(folder: str | Path) -> Path:
     """The folder of the latents of a class folder: `X_latents` beside `X`."""
-    folder = Path(os.path.normpath(folder))
-    if folder.name in ("", ".."):  # the current folder and those above have their names only in the full path
-        folder = Path(os.path.abspath(folder))
-    return folder.with_name(folder.name + LATENT_SUFFIX)
+    return _folder_beside(folder, LATENT_SUFFIX)
 
 
 def latent_path(volume: str | Path, folder: str | Path) -> Path:
@@ -73,7 +72,32 @@ def latent_path(volume: str | Path, folder: str | Path) -> Path:
 
     Only the class folder itself is renamed, not other parts of the path of the same name.
     """
-    return latent_folder(folder) / Path(os.path.normpath(volume)).relative_to(os.path.normpath(folder))
+    return latent_folder(folder) / _name_below(volume, folder)
+
+
+def cache_folder(folder: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """The folder of the cached volumes of a class folder: `X_cache` beside `X`, or one of its own below `cache_dir`."""
+    if cache_dir is None:
+        return _folder_beside(folder, CACHE_SUFFIX)
+    place = Path(os.path.abspath(folder))  # folders of the same name differ by where they lie
+    return Path(cache_dir) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+
+
+def cache_path(volume: str | Path, folder: str | Path, settings: str, cache_dir: str | Path | None = None) -> Path:
+    """The cached voxels of `volume`, a file below the class folder `folder`: `X_cache/SETTINGS/NAME.npy`."""
+    name = _name_below(volume, folder)
+    return cache_folder(folder, cache_dir) / settings / name.with_name(name.name.removesuffix(VOLUME_SUFFIX) + ".npy")
+
+
+def _folder_beside(folder: str | Path, suffix: str) -> Path:
+    folder = Path(os.path.normpath(folder))
+    if folder.name in ("", ".."):  # the current folder and those above have their names only in the full path
+        folder = Path(os.path.abspath(folder))
+    return folder.with_name(folder.name + suffix)
+
+
+def _name_below(volume: str | Path, folder: str | Path) -> Path:
+    return Path(os.path.normpath(volume)).relative_to(os.path.normpath(folder))
 
 
 def _list_all(folders: Sequence[Path]) -> list[Path]:

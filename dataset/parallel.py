@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -29,7 +30,8 @@ def map_in_processes(
 ) -> Iterator[tuple[int, Any]]:
     """Yields (index of the item, `function(item)`) for every item, in the order in which they are finished.
 
-    The processes are those of torch's DataLoader, which end with the process that started them, however that ends.
+    The processes are those of torch's DataLoader, which end with the process that started them, however that ends. No
+    global random state is changed.
 
     num_workers: processes, at most one per core; 0 computes in this one.
     label: text before the progress bar, which is shown on a terminal. unit: what the bar counts.
@@ -37,9 +39,11 @@ def map_in_processes(
     """
     num_workers = min(num_workers, len(items), _num_cores())
     options = {"prefetch_factor": 1, "in_order": False} if num_workers else {}
+    options["generator"] = torch.Generator()  # a pass draws a number: not from the global generator
     loader = DataLoader(_Calls(function, items), batch_size=None, num_workers=num_workers, collate_fn=_same, **options)
+    results = iter(loader)
     try:
-        yield from tqdm(loader, label, total=len(items), unit=unit, disable=None)
+        yield from tqdm(results, label, total=len(items), unit=unit, disable=None)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -47,6 +51,9 @@ def map_in_processes(
             f"{label}: a process was killed, perhaps for want of memory: give fewer processes (num_workers) and start "
             "again; what is done is kept"
         ) from error
+    finally:
+        if num_workers:  # now, so that nothing is being written when an error reaches the caller
+            results._shutdown_workers()  # there is no public way
 
 
 def _num_cores() -> int:

@@ -17,7 +17,6 @@ import torchio as tio
 
 from config.errors import UserError
 from dataset.manifest import Intensity
-from dataset.sampling import window
 from dataset.sources import Scan
 from dataset.volume_io import MODEL_RANGE, nifti_to_tensor
 
@@ -195,7 +194,8 @@ def _crop_or_pad(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tu
         middle = (places.min(axis=0) + places.max(axis=0) + stride) / 2
         kept = np.minimum(shape, size)
         start = np.clip(np.round(middle - kept / 2), 0, shape - kept).astype(int)
-        inside = mask[window(start // stride, -(-kept // stride))].sum()
+        ends = start // stride - (-kept // stride)
+        inside = mask[tuple(map(slice, start // stride, ends))].sum()
         lost = float(1 - inside / mask.sum())
         steps.append(f"cropped from {_voxels(shape)} to {_voxels(kept)} at {_voxels(start)}")
         image = tio.Crop(_both_sides(start, shape - kept - start))(image)

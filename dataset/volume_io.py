@@ -154,7 +154,7 @@ def crop_affine(affine: np.ndarray, start: Sequence[int]) -> np.ndarray:
     return cropped
 
 
-def foreground(data: torch.Tensor) -> torch.Tensor:
+def foreground(data: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
     """Mask of the voxels of a volume in the model's range that are not background."""
     return data > BACKGROUND + BACKGROUND_TOLERANCE
 
@@ -382,14 +382,17 @@ def _write(path: str | Path, image: nib.Nifti1Image) -> None:
     write_atomically(path, content)
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes a file beside its place and renames it, so that nothing partial is ever seen under its name."""
+def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
+    """Writes the parts of a file beside its place and renames it, so that nothing partial is ever seen under its name.
+
+    UserError, with the OSError as its cause, if it cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -10,17 +10,12 @@ import numpy as np
 import torch
 
 from config.errors import UserError
-from dataset.sampling import EpochDataset, augment, centre_crop_start, random_crop_start, window
+from dataset.cache import VolumeCache
+from dataset.crops import CroppedVolume
+from dataset.index import read_dataset_folders
+from dataset.sampling import EpochDataset, augment, centre_crop_start, random_crop
 from dataset.split import split_dataset
-from dataset.volume_io import (
-    BACKGROUND,
-    MODEL_RANGE,
-    check_intensity_range,
-    crop_affine,
-    foreground,
-    read_header,
-    read_model_volume,
-)
+from dataset.volume_io import MODEL_RANGE, check_intensity_range, crop_affine, read_header, read_model_volume
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +52,19 @@ class VQGANDataset(EpochDataset):
         seed: seed of crops and augmentation.
         background_keep: probability of keeping a stage-1 patch with less than 10 % foreground; 1 keeps all but patches
             of nothing but background, which are never given.
+        cache: where items are cut from; its `build(data.class_folders)` comes before the first item. None reads and
+            checks the whole file for every item. With a float32 cache the items are the same bit for bit.
 
     Items: {"data": float32 in [-1, 1]}, (1, p, p, p) in stage-1 training, otherwise (1, D, H, W) of the whole volume or
     of a crop where `train_crop` or `val_crop` asks for it (random in training, of the middle in validation). In
     validation also "affine" (4, 4) float32 of what is given, voxels (x, y, z) to mm, and "path" (str).
 
+    Attributes: `files`, `shapes` (D, H, W) of each, `class_folders`, the folder of the JSON that each file lies in.
+
     Raises:
         UserError: at once for files that are no volumes by their headers, on access for unreadable voxels, NaN,
-            intensities outside the range, or nothing but background. The message names the file.
+            intensities outside the range, or nothing but background (with `cache`: in `build`). The message names the
+            file.
     """
 
     train_crop = CropRule(256 * 256 * 128, (192, 192, 192))
@@ -84,6 +84,7 @@ class VQGANDataset(EpochDataset):
         subject_pattern: str | None = None,
         seed: int = 0,
         background_keep: float = 1.0,
+        cache: VolumeCache | None = None,
     ):
         super().__init__(seed)
         _check_options(split, stage, patch_size, background_keep)
@@ -93,7 +94,12 @@ class VQGANDataset(EpochDataset):
         self.patch_size = patch_size
         self.intensity_range = check_intensity_range(intensity_range)
         self.background_keep = background_keep
+        self.cache = cache
+        if cache is not None and cache.intensity_range != self.intensity_range:
+            raise ValueError(f"intensity_range {self.intensity_range}, but the cache has {cache.intensity_range}")
         self.files = select_files(root_dir, split, val_fraction, split_seed, subject_pattern)
+        folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
+        self.class_folders = {path: next(folder for folder in folders if folder in path.parents) for path in self.files}
         self.headers = [read_header(path) for path in self.files]
         self.shapes = [header.tensor_shape for header in self.headers]  # (D, H, W) of each file
         if self.patches:
@@ -109,25 +115,19 @@ class VQGANDataset(EpochDataset):
         return (self.train_crop if self.training else self.val_crop).crop_size(self.shapes[index])
 
     def _item(self, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor | str]:
-        path = self.files[index]
-        volume = read_model_volume(path, self.intensity_range)
-        data, padding = pad_to(volume.data, self.patch_size) if self.patches else (volume.data, (0, 0, 0))
-        shape, size = data.shape[-3:], self.item_shape(index)
-        if not self.training:
-            start = centre_crop_start(shape, size)
-        elif tuple(shape) == size:
-            start = (0, 0, 0)
-        else:
-            keep = self.background_keep if self.patches else 1.0
-            start = random_crop_start(foreground(data)[0].numpy(), size, rng, keep)
-        data = data[(..., *window(start, size))].contiguous()  # (1, D, H, W)
-        if self.augmentation:
-            data = augment(data, rng)
+        volume, size = self._open(index), self.item_shape(index)
         if self.training:
-            return {"data": data}
-        origin = np.subtract(start, padding)
-        affine = torch.from_numpy(crop_affine(volume.affine, origin)).float()
-        return {"data": data, "affine": affine, "path": str(path)}
+            _, data = random_crop(volume, size, rng, self.background_keep if self.patches else 1.0)
+            return {"data": augment(data, rng) if self.augmentation else data}
+        start = centre_crop_start(volume.shape, size)
+        affine = torch.from_numpy(crop_affine(volume.affine, start)).float()
+        return {"data": volume.crop(start, size), "affine": affine, "path": str(self.files[index])}
+
+    def _open(self, index: int) -> CroppedVolume:
+        if self.cache is not None:
+            return self.cache.open(self.files[index])
+        volume = read_model_volume(self.files[index], self.intensity_range)
+        return CroppedVolume(volume.data[0].numpy(), volume.affine)
 
     def _warn_of_small_volumes(self) -> None:
         small = [path for path, shape in zip(self.files, self.shapes, strict=True) if min(shape) < self.patch_size]
@@ -154,18 +154,6 @@ def select_files(
         logger.warning("%s: no name has a second subject to validate on: validation uses the training files", root_dir)
         return training
     return validation
-
-
-def pad_to(data: torch.Tensor, size: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Pads (1, D, H, W) on both sides with background to at least `size` along each axis.
-
-    Returns the padded volume and how many voxels were added in front, (d, h, w).
-    """
-    missing = [max(size - extent, 0) for extent in data.shape[-3:]]
-    before = [amount // 2 for amount in missing]
-    widths = [width for front, amount in zip(before, missing, strict=True) for width in (front, amount - front)]
-    padding = [*widths[4:6], *widths[2:4], *widths[0:2]]  # the last axis first
-    return torch.nn.functional.pad(data, padding, value=BACKGROUND), tuple(before)
 
 
 def _check_options(split: str, stage: int, patch_size: int, background_keep: float) -> None:

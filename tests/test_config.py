@@ -211,6 +211,7 @@ def test_result_is_closed_plain_and_resolved(tmp_path):
         ("model.downsample=[4,4,4]", "model.downsample", [4, 4, 4]),
         ("dataset.augmentation=false", "dataset.augmentation", False),
         ("model.precision=16", "model.precision", "16"),
+        ("dataset.cache=none", "dataset.cache", "none"),
         (
             "model.resume_from_checkpoint=a b/epoch=3-step=5.ckpt",
             "model.resume_from_checkpoint",
@@ -301,6 +302,8 @@ BAD_VALUES = [
     (AutoencoderConfig, "dataset.background_keep=-0.1", "dataset.background_keep must be between 0 and 1"),
     (AutoencoderConfig, "dataset.intensity_range=[1,0]", "dataset.intensity_range must be two numbers, the lower one"),
     (AutoencoderConfig, "dataset.subject_pattern=sub-(", r"dataset.subject_pattern must be .*, got 'sub-\('"),
+    (AutoencoderConfig, "dataset.cache=off", r"dataset.cache must be one of int16 \| float32 \| none"),
+    (AutoencoderConfig, "dataset.cache_limit_gb=0", "dataset.cache_limit_gb must be above 0"),
     (LatentConfig, "sliding_window=0", "sliding_window must be at least 1"),
     (BiFlowNetConfig, "loss_type=l3", r"loss_type must be one of l1 \| l2"),
     (BiFlowNetConfig, "resolution=[32,32,30]", "resolution must be three positive multiples of 8"),

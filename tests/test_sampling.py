@@ -1,21 +1,21 @@
 """Order, crops and augmentation: functions of (seed, epoch, index), whatever the workers and processes."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 
 from config.errors import UserError
+from dataset.crops import CroppedVolume, decode, encode, find_foreground
 from dataset.sampling import (
+    MAX_DRAWS,
     EpochSampler,
     SampleKey,
     augment,
     centre_crop_start,
-    random_crop_start,
+    random_crop,
     sample_generator,
-    window,
 )
+from dataset.volume_io import foreground
 
 
 def indices(sampler: EpochSampler) -> list[int]:
@@ -105,10 +105,9 @@ def test_generator_depends_on_seed_epoch_and_index_only():
 def test_no_global_random_state_is_touched():
     torch.manual_seed(0)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    mask = np.ones((8, 8, 8), dtype=bool)
     rng = sample_generator(0, 0, 0)
     augment(torch.zeros(1, 8, 8, 8), rng)
-    random_crop_start(mask, (4, 4, 4), rng)
+    random_crop(masked(np.ones((8, 8, 8), dtype=bool)), (4, 4, 4), rng)
     indices(EpochSampler(8))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
@@ -117,35 +116,86 @@ def test_no_global_random_state_is_touched():
 # Crops
 
 
+class CountingVolume(CroppedVolume):
+    """Knows how many crops were read."""
+
+    reads = 0
+
+    def crop(self, start, size):
+        self.reads += 1
+        return super().crop(start, size)
+
+
+def masked(mask: np.ndarray) -> CountingVolume:
+    """A volume with the value 0.5 in the mask and background elsewhere."""
+    return CountingVolume(np.where(mask, np.float32(0.5), np.float32(-1)), np.eye(4))
+
+
+def crop_start(volume: CroppedVolume, size: tuple[int, int, int], rng: np.random.Generator, keep: float = 1.0):
+    """Where `random_crop` begins, after a look at whether that is what it gives."""
+    start, data = random_crop(volume, size, rng, keep)
+    assert torch.equal(data, volume.crop(start, size))
+    assert (data > -1).any()
+    return start
+
+
 @pytest.mark.parametrize(
     ("voxel", "num_crops"), [((0, 0, 0), 1), ((31, 31, 31), 1), ((31, 0, 16), 4), ((1, 0, 30), 4), ((17, 3, 30), 32)]
 )
 def test_one_foreground_voxel_is_found(voxel, num_crops):
     mask = np.zeros((32, 32, 32), dtype=bool)
     mask[voxel] = True
-    starts = {random_crop_start(mask, (4, 4, 4), np.random.default_rng(seed)) for seed in range(400)}
-    for start in starts:
-        assert mask[window(start, (4, 4, 4))].any()
-        assert all(0 <= first <= 28 for first in start)
+    volume = masked(mask)
+    starts = {crop_start(volume, (4, 4, 4), np.random.default_rng(seed)) for seed in range(400)}
+    assert all(0 <= first <= 28 for start in starts for first in start)
     assert len(starts) == num_crops  # every crop that holds the voxel occurs
 
 
-def test_search_for_foreground_is_bounded():
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_search_for_foreground_is_bounded(keep):
+    """Two voxels in opposite corners: nearly all crops that overlap their box are all background."""
     mask = np.zeros((64, 64, 64), dtype=bool)
-    mask[0, 0, 0] = True
-    began = time.perf_counter()
-    assert random_crop_start(mask, (2, 2, 2), np.random.default_rng(0)) == (0, 0, 0)
-    assert time.perf_counter() - began < 1
+    mask[0, 0, 0] = mask[63, 63, 63] = True
+    starts = set()
+    for seed in range(20):
+        volume = masked(mask)
+        start, crop = random_crop(volume, (2, 2, 2), np.random.default_rng(seed), keep)
+        assert (crop > -1).sum() == 1
+        assert volume.reads == MAX_DRAWS + 1
+        starts.add(start)
+    assert starts == {(0, 0, 0), (62, 62, 62)}
 
 
 def test_crops_are_uniform_where_all_is_foreground():
-    mask = np.ones((6, 5, 4), dtype=bool)
+    volume = masked(np.ones((6, 5, 4), dtype=bool))
     rng = np.random.default_rng(0)
-    starts = [random_crop_start(mask, (3, 3, 4), rng) for _ in range(1200)]
+    starts = [crop_start(volume, (3, 3, 4), rng) for _ in range(1200)]
     counts = np.unique(np.array(starts), axis=0, return_counts=True)[1]
     assert len(counts) == 4 * 3 * 1
     assert counts.min() > 60
     assert counts.max() < 145
+
+
+def test_crops_with_foreground_are_uniform_wherever_it_lies():
+    """Two voxels on one line, whose box has background between them: 4 + 4 crops of 12 hold one."""
+    mask = np.zeros((20, 1, 1), dtype=bool)
+    mask[[5, 13]] = True
+    volume, rng = masked(mask), np.random.default_rng(0)
+    starts = [crop_start(volume, (4, 1, 1), rng)[0] for _ in range(1200)]
+    places, counts = np.unique(starts, return_counts=True)
+    assert places.tolist() == [2, 3, 4, 5, 10, 11, 12, 13]
+    assert counts.min() > 105
+    assert counts.max() < 195
+
+
+def test_only_crops_that_overlap_the_foreground_are_looked_at():
+    """A solid block in a large volume: the first draw has foreground, wherever it falls."""
+    mask = np.zeros((48, 48, 48), dtype=bool)
+    mask[20:24, 30:34, 3:7] = True
+    for seed in range(50):
+        volume = masked(mask)
+        random_crop(volume, (4, 4, 4), np.random.default_rng(seed))
+        assert volume.reads == 1
 
 
 @pytest.mark.parametrize(("keep", "low", "high"), [(0.0, 0.0, 0.0), (0.3, 0.4, 0.57), (1.0, 0.69, 0.83)])
@@ -154,9 +204,9 @@ def test_sparse_crops_are_thinned(keep, low, high):
     mask = np.zeros((32, 8, 8), dtype=bool)
     mask[4:8] = True
     mask[::4, 0, 0] = True  # every crop has a little foreground
-    rng = np.random.default_rng(0)
-    starts = [random_crop_start(mask, (4, 8, 8), rng, keep) for _ in range(400)]
-    sparse = np.mean([mask[window(start, (4, 8, 8))].mean() < 0.1 for start in starts])
+    volume, rng = masked(mask), np.random.default_rng(0)
+    starts = [crop_start(volume, (4, 8, 8), rng, keep) for _ in range(400)]
+    sparse = np.mean([mask[start[0] : start[0] + 4].mean() < 0.1 for start in starts])
     assert low <= sparse <= high
 
 
@@ -164,15 +214,55 @@ def test_volume_of_sparse_crops_only_gives_the_fullest():
     mask = np.zeros((16, 4, 4), dtype=bool)
     mask[::4, 0, 0] = True
     mask[6, 1, :3] = True  # 4 of 64 voxels at most
-    start = random_crop_start(mask, (4, 4, 4), np.random.default_rng(0), background_keep=0.0)
+    start = crop_start(masked(mask), (4, 4, 4), np.random.default_rng(0), 0.0)
     assert start[0] in (3, 4, 5, 6)
-    assert mask[window(start, (4, 4, 4))].sum() == 4
+    assert mask[start[0] : start[0] + 4].sum() == 4
 
 
-@pytest.mark.parametrize(("shape", "size"), [((4, 4, 4), (5, 4, 4)), ((4, 4, 4), (4, 4, 4))])
-def test_impossible_crops(shape, size):
-    with pytest.raises(ValueError, match="no crop of"):
-        random_crop_start(np.zeros(shape, dtype=bool), size, np.random.default_rng(0))
+def test_the_only_crop_is_taken_without_a_look_at_the_foreground():
+    volume = masked(np.zeros((4, 4, 4), dtype=bool))
+    start, data = random_crop(volume, (4, 4, 4), np.random.default_rng(0))
+    assert (start, data.shape, volume.reads) == ((0, 0, 0), (1, 4, 4, 4), 1)
+
+
+def test_short_axes_get_background_on_both_sides():
+    mask = np.ones((3, 9, 4), dtype=bool)
+    starts = {crop_start(masked(mask), (8, 6, 4), np.random.default_rng(seed)) for seed in range(40)}
+    assert starts == {(-2, h, 0) for h in range(4)}
+    data = masked(mask).crop((-2, 0, 0), (8, 6, 4))
+    assert (data[0, [0, 1, 5, 6, 7]] == -1).all()
+    assert (data[0, 2:5] == 0.5).all()
+
+
+def test_foreground_of_a_volume():
+    mask = np.zeros((6, 5, 4), dtype=bool)
+    mask[2, 1:4, 3] = mask[4, 2, 1] = True
+    found = find_foreground(mask)
+    assert (found.first.tolist(), found.last.tolist()) == ([2, 1, 1], [4, 3, 3])
+    assert found.voxels.tolist() == [[2, 1, 3], [2, 2, 3], [2, 3, 3], [4, 2, 1]]
+    with pytest.raises(ValueError, match="without foreground"):
+        find_foreground(np.zeros((2, 2, 2), dtype=bool))
+
+
+def test_remembered_voxels_are_bounded_different_and_everywhere():
+    mask = np.random.default_rng(0).random((32, 32, 32)) < 0.5
+    voxels = find_foreground(mask).voxels
+    assert voxels.shape == (256, 3)
+    assert mask[tuple(voxels.T)].all()
+    assert len(np.unique(voxels, axis=0)) == 256
+    assert (np.abs(voxels.mean(axis=0) - 15.5) < 2).all()
+    assert np.array_equal(find_foreground(mask).voxels, voxels)
+
+
+def test_codes_are_exact_at_the_ends_and_keep_the_foreground():
+    values = np.concatenate([np.linspace(-1, 1, 100_001), -0.998 + np.linspace(-1e-4, 1e-4, 20_001)])
+    values = values.astype(np.float32)
+    decoded = decode(encode(values, "int16"))
+    assert decoded.dtype == np.float32
+    assert 1e-5 < np.abs(decoded - values).max() < 1.6e-5
+    assert decode(encode(np.array([-1, 0, 1], dtype=np.float32), "int16")).tolist() == [-1, 0, 1]
+    assert (foreground(decoded) >= foreground(values)).all()
+    assert np.array_equal(decode(encode(values, "float32")), values)
 
 
 def test_centre_crop():

@@ -118,6 +118,33 @@ def test_a_finished_run_is_left_alone(data, stage_1, tmp_path):
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+def test_how_the_data_are_read_may_change_when_a_run_goes_on(data, stage_1, tmp_path, capsys):
+    """From the cache, then from the files: the exact cache, so that the weights are those of a run without one."""
+    options = ["dataset.cache=float32", f"dataset.cache_dir={tmp_path / 'fast'}", "dataset.cache_limit_gb=1"]
+    train(config(data, tmp_path / "run", "model.max_steps=4", "model.num_workers=1", *options), stage=1)
+    assert "cache: building 5 of 5 volumes" in capsys.readouterr().err
+    assert len(list((tmp_path / "fast").rglob("*.npy"))) == 5
+    cfg = config(data, tmp_path / "run", "model.max_steps=7", "dataset.cache=none", "dataset.cache_limit_gb=1")
+    train(cfg, stage=1)
+    assert (
+        "dataset.cache is none: dataset.cache_dir and dataset.cache_limit_gb have no effect" in capsys.readouterr().err
+    )
+    train(config(data, tmp_path / "plain", "model.max_steps=7", "dataset.cache=none"), stage=1)
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+
+
+def test_a_bad_file_is_found_before_training(data, tmp_path):
+    """A file of the validation part, which training itself would read only after its first steps."""
+    shutil.copytree(data.parent / "box", tmp_path / "box")
+    (tmp_path / "data.json").write_text(json.dumps({"box": "box"}))
+    cfg = config(tmp_path / "data.json", tmp_path / "run", "model.max_steps=4")
+    (path,) = training._datasets(cfg, training.get_logger())[1].files
+    write_volume(path, torch.full((1, 16, 16, 16), 3.0), np.eye(4))
+    with pytest.raises(UserError, match=rf"{path.name}: intensities from 3 to 3 lie outside the declared range"):
+        train(cfg, stage=1)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+
+
 def test_resuming_from_a_named_checkpoint(data, stage_1, tmp_path):
     source = stage_1 / "checkpoints" / "step-0000004.ckpt"
     train(config(data, tmp_path / "run", "model.max_steps=7", f"model.resume_from_checkpoint={source}"), stage=1)

@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
 from config.errors import UserError
 from config.loading import require, save_config
+from dataset.cache import VolumeCache
 from dataset.index import read_dataset_json
 from dataset.sampling import EpochSampler
 from dataset.split import keep_split, split_dataset
@@ -77,7 +78,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         closing.callback(close_logger)
 
         # Data: headers, and a few files whole
-        train_data, val_data = _datasets(cfg)
+        train_data, val_data = _datasets(cfg, logger)
         logger.info("stage %d: %d training and %d validation files", stage, len(train_data), len(val_data))
         if _rank() == 0:  # where it fails, the launcher ends the others too
             headers = {header.path: header for header in (*train_data.headers, *val_data.headers)}
@@ -110,6 +111,11 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
                 logger.info("%s: finished at step %d; raise model.max_steps or max_epochs to go on", root, step)
                 return {}
             logger.info("resuming from %s at step %d", resume, step)
+
+        # Cache, once for all runs and ranks; with it all files are checked
+        if train_data.cache is not None:
+            folders = {**train_data.class_folders, **val_data.class_folders}
+            train_data.cache.build(folders, cfg.model.num_workers, logger)
 
         # Train
         try:
@@ -151,7 +157,7 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
         raise UserError(f"dataset.image_channels is {cfg.dataset.image_channels}, but volumes are read with 1 channel")
 
 
-def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
+def _datasets(cfg: DictConfig, logger: logging.Logger) -> tuple[VQGANDataset, VQGANDataset]:
     dataset = VQGANDataset_4x if cfg.model.downsample[0] == 4 else VQGANDataset
     options = dict(
         stage=cfg.model.stage,
@@ -162,6 +168,7 @@ def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
         subject_pattern=cfg.dataset.subject_pattern,
         seed=cfg.model.seed,
         background_keep=cfg.dataset.background_keep,
+        cache=_cache(cfg, logger),
     )
     train_data = dataset(cfg.dataset.root_dir, cfg.dataset.augmentation, "train", **options)
     shapes = {train_data.item_shape(index) for index in range(len(train_data))}
@@ -172,6 +179,15 @@ def _datasets(cfg: DictConfig) -> tuple[VQGANDataset, VQGANDataset]:
             "set model.batch_size=1"
         )
     return train_data, dataset(cfg.dataset.root_dir, False, "val", **options)
+
+
+def _cache(cfg: DictConfig, logger: logging.Logger) -> VolumeCache | None:
+    dtype, folder, limit_gb = cfg.dataset.cache, cfg.dataset.cache_dir, cfg.dataset.cache_limit_gb
+    if dtype != "none":
+        return VolumeCache(dtype, cfg.dataset.intensity_range, folder, limit_gb)
+    if folder is not None or limit_gb is not None:
+        logger.warning("dataset.cache is none: dataset.cache_dir and dataset.cache_limit_gb have no effect")
+    return None
 
 
 def _keep_split(cfg: DictConfig, root: Path, is_resumed: bool) -> None:

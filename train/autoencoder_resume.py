@@ -9,10 +9,10 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from config.errors import UserError
 from train.checkpoints import load_autoencoder_weights, load_checkpoint, newest_checkpoint
 
-# What may differ when a run goes on: how long and where it runs, and how often it reports.
+# What may differ when a run goes on: how long and where it runs, how it reads its data, and how often it reports.
 CHANGEABLE = (
     "max_steps max_epochs num_workers gpus accelerator checkpoint_every val_every log_every log_volume_every "
-    "perceptual_weights default_root_dir resume_from_checkpoint"
+    "perceptual_weights default_root_dir resume_from_checkpoint cache cache_dir cache_limit_gb"
 ).split()
 
 
