@@ -10,15 +10,9 @@ from torch.utils.data import Dataset
 
 from config.errors import UserError
 from dataset.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
+from dataset.intensity import MODEL_RANGE, check_intensity_range
 from dataset.sampling import SampleKey
-from dataset.volume_io import (
-    MODEL_RANGE,
-    check_intensity_range,
-    read_header,
-    read_latent,
-    read_latent_header,
-    read_model_volume,
-)
+from dataset.volume_io import read_header, read_latent, read_latent_header, read_model_volume
 
 RECORD_NAME = "latents.json"  # in each folder of latents: which autoencoder made them
 RESOLUTION_UNIT = 64  # the model is told resolution / 64

@@ -20,8 +20,9 @@ from config.errors import UserError
 from dataset.cache_entry import RECORD_BYTES, CachedVolume, CacheEntry, array_bytes, read_entry, write_entry
 from dataset.crops import STORED, CroppedVolume
 from dataset.index import VOLUME_SUFFIX, cache_folder, cache_path
+from dataset.intensity import MODEL_RANGE, check_intensity_range
 from dataset.parallel import map_in_processes
-from dataset.volume_io import MODEL_RANGE, check_intensity_range, read_header
+from dataset.volume_io import read_header
 
 logger = logging.getLogger(__name__)
 

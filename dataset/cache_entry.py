@@ -13,7 +13,8 @@ import numpy as np
 
 from config.errors import UserError
 from dataset.crops import STORED, CroppedVolume, Foreground, decode, encode, find_foreground
-from dataset.volume_io import foreground, read_model_volume, write_atomically
+from dataset.intensity import foreground
+from dataset.volume_io import read_model_volume, write_atomically
 
 VERSION = 1  # of the format: entries of another one are made again
 RECORD_BYTES = 8192  # about the largest JSON

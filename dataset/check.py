@@ -27,6 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.errors import UserError  # noqa: E402
+from config.script import run_script  # noqa: E402
 from dataset.examine import (  # noqa: E402
     NO_SUBJECT,
     REMEDIES,
@@ -44,17 +45,12 @@ from dataset.examine import (  # noqa: E402
     volume_set_problems,
 )
 from dataset.index import read_dataset_folders, read_dataset_json  # noqa: E402
+from dataset.intensity import MODEL_RANGE, check_intensity_range  # noqa: E402
 from dataset.parallel import map_in_processes  # noqa: E402
 from dataset.pictures import PLANES, central_slices, save_slice_grid  # noqa: E402
 from dataset.Singleres_dataset import RECORD_NAME  # noqa: E402
 from dataset.split import files_below, find_subject  # noqa: E402
-from dataset.volume_io import (  # noqa: E402
-    MODEL_RANGE,
-    check_intensity_range,
-    read_latent,
-    read_model_volume,
-    write_atomically,
-)
+from dataset.volume_io import read_latent, read_model_volume, write_atomically  # noqa: E402
 
 SHOWN = 5  # files of each kind of problem on the screen
 SHOWN_VALUES = 3  # sizes and spacings of each name
@@ -279,8 +275,4 @@ def choose_pictures(files: Mapping[str, Sequence[Path]], count: int, seed: int) 
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
+    raise SystemExit(run_script(main))

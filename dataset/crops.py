@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dataset.volume_io import BACKGROUND, foreground
+from dataset.intensity import BACKGROUND, foreground
 
 MAX_VOXELS = 256  # foreground voxels that are remembered of a volume
 STORED = {"int16": np.dtype("<i2"), "float32": np.dtype("<f4")}

@@ -15,17 +15,15 @@ import numpy as np
 import torch
 
 from config.errors import UserError
+from dataset.geometry import LARGEST_SPACING_MM, SHEAR, SMALLEST_SPACING_MM, is_plausible_spacing, shear_of
+from dataset.intensity import RANGE_TOLERANCE, foreground, is_empty, to_model_range
 from dataset.volume_io import (
-    RANGE_TOLERANCE,
     Header,
     NotFiniteError,
-    foreground,
-    is_empty,
     read_header,
     read_latent,
     read_latent_header,
     read_volume,
-    to_model_range,
 )
 
 # Kinds of problems
@@ -68,8 +66,6 @@ REMEDIES = {
 # What the headers tell. Training uses voxels alone, so there it is no mistake.
 HEADER_KINDS = (ORIENTATION, MIXED_ORIENTATIONS, NO_ORIENTATION, SPACING, SHEARED)
 
-SPACING_MM = (0.05, 20.0)  # beyond them a spacing is a mistake of units
-SHEAR = 0.01  # cosine between two axes, about 0.6 degrees; a tilted CT gantry gives 0.1 and more
 # Encodings are not quantised, so some lie beyond the codebook's range, which is [-1, 1]. Raw latents do by far.
 LATENT_BOUND = 1.05
 LATENT_SHARE = 0.05  # of the values may lie beyond
@@ -158,23 +154,17 @@ def examine_latent(path: Path) -> FileFacts:
 def header_problems(header: Header) -> list[Problem]:
     """What is wrong with the geometry of a volume, by its header."""
     problems = []
-    lowest, highest = SPACING_MM
     if not header.is_oriented:
         problems.append(Problem(NO_ORIENTATION, "qform and sform code are 0", header.path))
     elif header.orientation != "RAS":
         problems.append(Problem(ORIENTATION, f"its axes are {header.orientation}", header.path))
-    if not all(lowest <= spacing <= highest for spacing in header.spacing_mm):
-        found = f"spacing {format_numbers(header.spacing_mm)} mm is not within {lowest:g} to {highest:g} mm"
+    if not is_plausible_spacing(header.spacing_mm):
+        limits = f"{SMALLEST_SPACING_MM:g} to {LARGEST_SPACING_MM:g} mm"
+        found = f"spacing {format_numbers(header.spacing_mm)} mm is not within {limits}"
         problems.append(Problem(SPACING, found, header.path))
-    elif (cosine := _largest_cosine(header.affine)) > SHEAR:
+    elif (cosine := shear_of(header.affine)) > SHEAR:
         problems.append(Problem(SHEARED, f"two axes are {90 - np.degrees(np.arccos(cosine)):.1f}° off", header.path))
     return problems
-
-
-def _largest_cosine(affine: np.ndarray) -> float:
-    """Largest cosine between two axes of an affine: 0 where all are at right angles."""
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return float(np.abs(axes.T @ axes - np.eye(3)).max())
 
 
 def _values(data: torch.Tensor) -> dict[str, float | str]:

@@ -31,6 +31,7 @@ from config.schema import PreprocessConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
 from dataset.classes import add_classes, choose_class_id  # noqa: E402
 from dataset.dicom import NotAVolume  # noqa: E402
+from dataset.locks import lock_folder  # noqa: E402
 from dataset.prepared_folder import Outcome, PreparedFolder  # noqa: E402
 from dataset.recipe import Recipe  # noqa: E402
 from dataset.sources import Found, Source, check_source, find_sources  # noqa: E402
@@ -54,10 +55,10 @@ class Target:
     recipe: Recipe
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepares what the command line asks for. Returns 1 where a file could not be used, else 0."""
     cfg = parse_command_line(argv, PreprocessConfig, "preprocess.yaml", __doc__, PREPROCESS_FLAGS)
-    if not preprocess(cfg):
-        raise SystemExit(1)
+    return 0 if preprocess(cfg) else 1
 
 
 def preprocess(cfg: DictConfig) -> bool:
@@ -106,8 +107,10 @@ def preprocess(cfg: DictConfig) -> bool:
         f"{target.modality}), {len(selected) - len(todo)} of them are there",
         **PLAIN,
     )
-    outcomes += prepared.prepare(todo, cfg.num_workers)
-    prepared.tidy()
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder, "preparing volumes"):
+        outcomes += prepared.prepare(todo, cfg.num_workers)
+        prepared.tidy()
     if prepared.entries:
         add_classes(output_dir, {class_id: target.name})
     _report(console, folder, outcomes, len(selected) - len(todo), prepared)

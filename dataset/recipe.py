@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 import torch
 import torchio as tio
 
 from config.errors import UserError
+from dataset.geometry import SHEAR, orientation_of, shear_of, spacing_of
+from dataset.intensity import MODEL_RANGE
 from dataset.manifest import Intensity
 from dataset.sources import Scan
-from dataset.volume_io import MODEL_RANGE, nifti_to_tensor
+from dataset.volume_io import nifti_to_tensor
 
 VERSION = 1  # rises when the same recipe gives other volumes
 MIN_VOXELS = 4  # per axis: what smoothing before resampling needs
 SAME_SPACING = 1e-3  # relative: a smaller difference isn't worth an interpolation
-SHEAR = 0.01  # cosine between two axes above which they are not taken for perpendicular
 LEAST_CONTRAST = 0.01  # share of the range between the 0.5 and 99.5 percentiles below which there is nothing to see
 LARGEST_HU = 32_767  # beyond any metal; more are signed voxels that were stored as unsigned
 COARSE_EDGE = 128  # voxels per axis at which the foreground is looked for
@@ -87,8 +87,8 @@ def describe(data: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
     """Size, spacing, orientation and range of a volume (X, Y, Z), as the manifest has them."""
     return {
         "size": list(data.shape),
-        "spacing_mm": [round(float(length), 6) for length in _spacing(affine)],
-        "orientation": "".join(nib.aff2axcodes(affine)),
+        "spacing_mm": [round(float(length), 6) for length in spacing_of(affine)],
+        "orientation": orientation_of(affine),
         "range": [float(data.min()), float(data.max())],
     }
 
@@ -141,11 +141,10 @@ def _to_unit_range(data: np.ndarray, intensity: Intensity) -> np.ndarray:
 
 def _straighten(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tio.ScalarImage:
     """A volume of a tilted gantry, whose slices are shifted against each other, on a grid with right angles."""
-    spacing = _spacing(image.affine)
-    axes = image.affine[:3, :3] / spacing
-    gram = axes.T @ axes
-    if np.abs(gram - np.eye(3)).max() < SHEAR:
+    if shear_of(image.affine) < SHEAR:
         return image
+    spacing = spacing_of(image.affine)
+    axes = image.affine[:3, :3] / spacing
     # The plane of the first two axes stays, as does the distance between slices.
     first = axes[:, 0]
     second = axes[:, 1] - (axes[:, 1] @ first) * first
@@ -170,7 +169,7 @@ def _reorient(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tio.S
 
 
 def _resample(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tio.ScalarImage:
-    spacing, wanted = _spacing(image.affine), recipe.spacing_mm
+    spacing, wanted = spacing_of(image.affine), recipe.spacing_mm
     if wanted is None or np.allclose(spacing, wanted, rtol=SAME_SPACING, atol=0):
         return image
     sizes = np.array(image.spatial_shape) * spacing
@@ -223,10 +222,6 @@ def _coarse(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every n-th voxel along each axis, so that none has more than COARSE_EDGE; and n, (3,)."""
     stride = np.array([math.ceil(extent / COARSE_EDGE) for extent in data.shape])
     return np.ascontiguousarray(data[tuple(slice(None, None, step) for step in stride)]), stride
-
-
-def _spacing(affine: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(affine[:3, :3], axis=0)
 
 
 def _both_sides(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from config.errors import UserError
 from dataset.crops import CroppedVolume
-from dataset.volume_io import foreground
+from dataset.intensity import foreground
 
 MAX_DRAWS = 32  # crops tried before one is placed on a foreground voxel
 SPARSE_SHARE = 0.1  # a crop with a smaller share of foreground counts as mostly background

@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from config.errors import UserError
 from dataset.dicom import Series, Slice, check_series, group_series, is_dicom, read_slice, read_stack
+from dataset.geometry import (
+    LARGEST_SPACING_MM,
+    SMALLEST_SPACING_MM,
+    affine_of_orientation,
+    is_plausible_spacing,
+    spacing_of,
+)
 from dataset.parallel import map_in_processes
 from dataset.volume_io import (
     GZIP_MAGIC,
@@ -26,9 +32,7 @@ from dataset.volume_io import (
     tensor_to_nifti,
 )
 
-# Voxels outside these are taken for a header in other units than it says, such as metres.
-SMALLEST_SPACING_MM, LARGEST_SPACING_MM = 0.05, 20.0
-MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 
 
 @dataclass(frozen=True)
@@ -171,53 +175,38 @@ def check_source(source: Source) -> None:
 
 def _read_nifti(path: Path, orientation: str | None) -> Scan:
     volume = read_volume(path)
-    data = tensor_to_nifti(volume.data[0]).numpy()  # (X, Y, Z)
-    header, notes, affine = _raw_header(path), [], volume.affine
-    if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
+    header, notes, affine = volume.header, [], volume.affine
+    if not header.is_oriented:
         if orientation is None:
             raise UserError(
                 f"{path}: no orientation (qform and sform code are 0): which side is left is not known; if you know, "
                 "give assume_orientation, e.g. --assume-orientation LPS"
             )
-        affine = _affine_of(orientation, header["pixdim"][1:4])
+        affine = affine_of_orientation(orientation, header.spacing_mm)
         notes.append(f"orientation assumed to be {orientation}")
-    elif int(header["sform_code"]) == 0 and np.any(header["pixdim"][1:4] == 0):
-        raise UserError(f"{path}: a spacing of 0 in the header (pixdim {header['pixdim'][1:4].tolist()}): correct it")
-    unit = header.get_xyzt_units()[0]
-    if unit not in ("mm", "unknown"):
-        affine = np.diag([*[MM_PER_UNIT[unit]] * 3, 1.0]) @ affine
-        notes.append(f"header in {unit}, converted to mm")
+    if 0 in header.spacing_mm:
+        raise UserError(f"{path}: a spacing of 0 in the header ({_mm(header.spacing_mm)}): correct it")
+    if header.unit not in ("mm", "unknown"):
+        affine = np.diag([*[MM_PER_UNIT[header.unit]] * 3, 1.0]) @ affine
+        notes.append(f"header in {header.unit}, converted to mm")
+    data = tensor_to_nifti(volume.data[0]).numpy()  # (X, Y, Z)
     return Scan(data, _plausible(affine, str(path)), tuple(notes))
 
 
-def _raw_header(path: Path) -> nib.Nifti1Header:
-    """The header as it stands in the file: nibabel's check would turn a spacing of 0 into 1."""
-    start = _first_bytes(path)
-    header_class = nib.Nifti2Header if start[:4] in NIFTI2_STARTS else nib.Nifti1Header
-    return header_class(start[: header_class.template_dtype.itemsize], check=False)
-
-
-def _affine_of(orientation: str, spacing_mm: Sequence[float]) -> np.ndarray:
-    """Affine of a volume with these axis codes and voxel sizes, its origin at 0."""
-    directions = nib.orientations.axcodes2ornt(tuple(orientation))  # of each array axis: world axis, sign
-    affine = np.eye(4)
-    affine[:3, :3] = 0
-    for axis, (world, sign) in enumerate(directions):
-        affine[int(world), axis] = sign * spacing_mm[axis]
-    return affine
-
-
 def _plausible(affine: np.ndarray, label: str) -> np.ndarray:
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    shown = " x ".join(f"{length:g}" for length in spacing)
-    if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise UserError(f"{label}: spacing {shown} mm: a voxel without extent, the header is damaged")
-    if spacing.min() < SMALLEST_SPACING_MM or spacing.max() > LARGEST_SPACING_MM:
+    spacing = spacing_of(affine)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{label}: spacing {_mm(spacing)}: a voxel without extent, the header is damaged")
+    if not is_plausible_spacing(spacing):
         raise UserError(
-            f"{label}: spacing {shown} mm is not that of a scan in mm ({SMALLEST_SPACING_MM:g} to "
-            f"{LARGEST_SPACING_MM:g}): wrong units in the header, correct it there"
+            f"{label}: spacing {_mm(spacing)} is not that of a scan ({SMALLEST_SPACING_MM:g} to "
+            f"{LARGEST_SPACING_MM:g} mm): wrong units in the header, correct it there"
         )
     return affine
+
+
+def _mm(lengths: Sequence[float]) -> str:
+    return " x ".join(f"{length:g}" for length in lengths) + " mm"
 
 
 # Identity

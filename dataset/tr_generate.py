@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset.index import list_volumes
-from dataset.volume_io import MODEL_RANGE, check_intensity_range, read_header, read_model_volume, read_volume
+from dataset.intensity import MODEL_RANGE, check_intensity_range
+from dataset.volume_io import read_header, read_model_volume, read_volume
 
 
 class GenerateTrData_dataset(Dataset):

@@ -1,4 +1,4 @@
-"""Reading and writing NIfTI files: the only place that knows axes, intensity ranges and what a sound file is.
+"""Reading and writing NIfTI files: the only place that knows their axes and what a sound file is.
 
 Axes: a NIfTI volume is (X, Y, Z); a tensor is (1, D, H, W) with D = Z, H = X, W = Y.
 Latents are stored without permutation: a (C, d, h, w) tensor is a NIfTI image (d, h, w, C), which TorchIO reads as that
@@ -19,16 +19,9 @@ import numpy as np
 import torch
 
 from config.errors import UserError
+from dataset.geometry import orientation_of, spacing_of
+from dataset.intensity import is_empty, to_model_range
 
-MODEL_RANGE = (-1.0, 1.0)
-BACKGROUND = MODEL_RANGE[0]
-BACKGROUND_TOLERANCE = 2e-3  # voxels up to this above the background are background too
-RANGE_TOLERANCE = 1e-3  # share of the declared range by which a voxel may lie outside it (rounding, interpolation)
-RESCALING = (
-    "if all files have this scale, declare it (dataset.intensity_range=[{found_low:g},{found_high:g}] in training, "
-    "--intensity-range {found_low:g} {found_high:g} for latents); "
-    "otherwise rescale the file, e.g. clip it to its 0.5 and 99.5 percentiles and map these to [{low:g}, {high:g}]"
-)
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 GZIP_MAGIC = b"\x1f\x8b"
 HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
@@ -49,6 +42,7 @@ class Header:
     affine: voxel indices to millimetres in RAS, (4, 4) float64.
     spacing_mm: voxel size (x, y, z); without an affine in the header the plain numbers stated there, whatever they are.
     is_oriented: whether the header has an affine (qform or sform); without one the directions of the axes are a guess.
+    unit: what the header counts lengths in: "mm", "meter", "micron" or "unknown"; affine and spacing are as stated.
     """
 
     path: Path
@@ -56,6 +50,7 @@ class Header:
     affine: np.ndarray
     spacing_mm: tuple[float, float, float]
     is_oriented: bool
+    unit: str = "unknown"
 
     @property
     def tensor_shape(self) -> tuple[int, int, int]:
@@ -66,9 +61,7 @@ class Header:
     @property
     def orientation(self) -> str:
         """Where the axes x, y, z point, nearest directions of the patient: "RAS" is right, anterior, superior."""
-        if not np.isfinite(self.affine).all():
-            return "???"
-        return "".join(code or "?" for code in nib.aff2axcodes(self.affine))
+        return orientation_of(self.affine)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -81,11 +74,18 @@ class Volume:
     """data: (1, D, H, W) float32, values as on disk; affine: (4, 4) float64."""
 
     data: torch.Tensor
-    affine: np.ndarray
-    path: Path
+    header: Header
+
+    @property
+    def affine(self) -> np.ndarray:
+        return self.header.affine
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
 
 
-# Axes and ranges
+# Axes
 
 
 def nifti_to_tensor(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
@@ -100,69 +100,6 @@ def tensor_to_nifti(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Ten
 
 def _move_axis(array: np.ndarray | torch.Tensor, source: int, destination: int) -> np.ndarray | torch.Tensor:
     return (torch if isinstance(array, torch.Tensor) else np).moveaxis(array, source, destination)
-
-
-def check_intensity_range(intensity_range: Sequence[float]) -> tuple[float, float]:
-    """The range as two floats. UserError unless it is two finite numbers, the lower one first."""
-    values = tuple(float(value) for value in intensity_range)
-    if len(values) != 2 or not np.all(np.isfinite(values)) or values[0] >= values[1]:
-        raise UserError(
-            f"dataset.intensity_range is {list(values)}: give the lowest and the highest intensity of the files, "
-            "lower one first, e.g. dataset.intensity_range=[-1,1]"
-        )
-    return values
-
-
-def to_model_range(data: torch.Tensor, intensity_range: Sequence[float], path: str | Path) -> torch.Tensor:
-    """Maps `intensity_range` linearly to [-1, 1].
-
-    Values that lie outside by no more than 0.1 % of the range are clamped; anything further out is a UserError that
-    names the file, because the scale of such a file is unknown.
-    """
-    low, high = check_intensity_range(intensity_range)
-    found_low, found_high = float(data.min()), float(data.max())
-    tolerance = RANGE_TOLERANCE * (high - low)
-    if found_low < low - tolerance or found_high > high + tolerance:
-        raise UserError(
-            f"{path}: intensities from {found_low:g} to {found_high:g} lie outside the declared range "
-            f"[{low:g}, {high:g}]: {RESCALING.format(found_low=found_low, found_high=found_high, low=low, high=high)}"
-        )
-    if (low, high) != MODEL_RANGE:
-        data = (data - low) * ((MODEL_RANGE[1] - MODEL_RANGE[0]) / (high - low)) + MODEL_RANGE[0]
-    return data.clamp(*MODEL_RANGE)
-
-
-def from_model_range(data: torch.Tensor, intensity_range: Sequence[float]) -> torch.Tensor:
-    """Maps [-1, 1] linearly to `intensity_range`, the inverse of `to_model_range`."""
-    low, high = check_intensity_range(intensity_range)
-    return (data - MODEL_RANGE[0]) * ((high - low) / (MODEL_RANGE[1] - MODEL_RANGE[0])) + low
-
-
-def affine_from_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
-    """(4, 4) affine of a RAS volume with the given voxel size (x, y, z) in millimetres and its origin at 0."""
-    spacing = np.asarray(spacing_mm, dtype=np.float64)
-    if spacing.shape != (3,) or not np.all(np.isfinite(spacing)) or np.any(spacing <= 0):
-        raise UserError(f"spacing {list(spacing_mm)}: three positive numbers in mm are needed, x y z")
-    return np.diag([*spacing, 1.0])
-
-
-def crop_affine(affine: np.ndarray, start: Sequence[int]) -> np.ndarray:
-    """The affine of a crop that begins at voxel `start` = (d, h, w) of the tensor; negative where it was padded."""
-    cropped = np.array(affine, dtype=np.float64)
-    d, h, w = start
-    cropped[:3, 3] += cropped[:3, :3] @ np.array([h, w, d], dtype=np.float64)
-    return cropped
-
-
-def foreground(data: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
-    """Mask of the voxels of a volume in the model's range that are not background."""
-    return data > BACKGROUND + BACKGROUND_TOLERANCE
-
-
-def is_empty(data: torch.Tensor) -> bool:
-    """Whether a volume in the model's range shows nothing: all background, or one value everywhere."""
-    low, high = float(data.min()), float(data.max())
-    return high - low <= BACKGROUND_TOLERANCE or high <= BACKGROUND + BACKGROUND_TOLERANCE
 
 
 # Volumes
@@ -186,7 +123,7 @@ def read_volume(path: str | Path) -> Volume:
     image = _parse(path, content)
     header = _check_volume(_describe(path, image.header, content), image.header)
     array = _voxels(path, image).reshape(header.shape)
-    return Volume(_to_tensor(nifti_to_tensor(array))[None], header.affine, path)  # (1, D, H, W)
+    return Volume(_to_tensor(nifti_to_tensor(array))[None], header)  # (1, D, H, W)
 
 
 def read_model_volume(path: str | Path, intensity_range: Sequence[float]) -> Volume:
@@ -199,7 +136,7 @@ def read_model_volume(path: str | Path, intensity_range: Sequence[float]) -> Vol
     data = to_model_range(volume.data, intensity_range, path)
     if is_empty(data):
         raise UserError(f"{path}: all background (every voxel is {float(volume.data.max()):g}): remove the file")
-    return Volume(data, volume.affine, volume.path)
+    return Volume(data, volume.header)
 
 
 def write_volume(path: str | Path, data: torch.Tensor | np.ndarray, affine: np.ndarray | torch.Tensor) -> None:
@@ -282,11 +219,12 @@ def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
         )
     affine = header.get_best_affine()
     if header["sform_code"] > 0:
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        spacing = spacing_of(affine)
     else:  # `header` has them repaired, 0 became 1
         spacing = type(header)(content[: header.sizeof_hdr], check=False)["pixdim"][1:4]
     is_oriented = bool(header["sform_code"] > 0 or header["qform_code"] > 0)
-    return Header(path, shape, affine, tuple(float(length) for length in spacing), is_oriented)
+    unit = header.get_xyzt_units()[0]
+    return Header(path, shape, affine, tuple(float(length) for length in spacing), is_oriented, unit)
 
 
 def _check_volume(found: Header, header: nib.Nifti1Header) -> Header:

@@ -12,10 +12,12 @@ import torch
 from config.errors import UserError
 from dataset.cache import VolumeCache
 from dataset.crops import CroppedVolume
+from dataset.geometry import crop_affine
 from dataset.index import read_dataset_folders
+from dataset.intensity import MODEL_RANGE, check_intensity_range
 from dataset.sampling import EpochDataset, augment, centre_crop_start, random_crop
 from dataset.split import split_dataset
-from dataset.volume_io import MODEL_RANGE, check_intensity_range, crop_affine, read_header, read_model_volume
+from dataset.volume_io import read_header, read_model_volume
 
 logger = logging.getLogger(__name__)
 

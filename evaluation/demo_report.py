@@ -19,7 +19,8 @@ from AutoEncoder.latents import denormalise_latents
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from config.errors import UserError
 from dataset.index import read_class_json
-from dataset.volume_io import MODEL_RANGE, read_model_volume, write_atomically
+from dataset.intensity import MODEL_RANGE
+from dataset.volume_io import read_model_volume, write_atomically
 from evaluation.metrics.distances import median_bandwidth, mmd_rbf, nearest_class_mean
 from evaluation.metrics.reconstruction import psnr
 from evaluation.pictures import save_comparison

@@ -26,7 +26,9 @@ from config.cli import GENERATION_FLAGS, parse_command_line
 from config.errors import UserError
 from config.loading import require, save_config
 from config.schema import GenerationConfig
-from dataset.volume_io import affine_from_spacing, from_model_range, write_atomically, write_volume
+from dataset.geometry import affine_from_spacing
+from dataset.intensity import from_model_range
+from dataset.volume_io import write_atomically, write_volume
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Progress, get_sampler
 from evaluation.volume_requests import (

@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 
 from config.errors import UserError
 from dataset.index import read_class_folders
+from dataset.intensity import MODEL_RANGE
 from dataset.manifest import Intensity, common_intensity
-from dataset.volume_io import MODEL_RANGE, is_whole_volume, read_header
+from dataset.volume_io import is_whole_volume, read_header
 
 
 @dataclass(frozen=True)

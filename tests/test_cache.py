@@ -23,9 +23,10 @@ from config.errors import UserError
 from dataset import cache as cache_module
 from dataset import cache_entry
 from dataset.cache import VolumeCache
+from dataset.geometry import affine_from_spacing
 from dataset.index import cache_folder
 from dataset.sampling import EpochSampler, SampleKey
-from dataset.volume_io import affine_from_spacing, read_volume, write_volume
+from dataset.volume_io import read_volume, write_volume
 from dataset.vqgan import CropRule, VQGANDataset
 
 ROOT = Path(__file__).parents[1]

@@ -11,11 +11,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from config.errors import UserError
+from dataset.geometry import affine_from_spacing
 from dataset.index import latent_folder
 from dataset.sampling import EpochSampler, SampleKey
 from dataset.Singleres_dataset import Singleres_dataset, read_latent_record
 from dataset.tr_generate import GenerateTrData_dataset
-from dataset.volume_io import affine_from_spacing, tensor_to_nifti, write_latent, write_volume
+from dataset.volume_io import tensor_to_nifti, write_latent, write_volume
 from dataset.vqgan import CropRule, VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x
 

@@ -18,11 +18,12 @@ from config.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
 from config.schema import GenerationConfig, PreprocessConfig
 from dataset import prepared_folder
+from dataset.geometry import affine_from_spacing
 from dataset.index import read_class_json, read_dataset_json
 from dataset.manifest import MANIFEST_NAME, read_manifest
 from dataset.preprocess import main, resolve_target
 from dataset.sources import find_sources
-from dataset.volume_io import affine_from_spacing, nifti_to_tensor, read_model_volume, read_volume, write_volume
+from dataset.volume_io import nifti_to_tensor, read_model_volume, read_volume, write_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / "dataset" / "preprocess.py")]
@@ -61,11 +62,7 @@ def raw(tmp_path) -> Path:
 def run(raw: Path, *options: object, output: str = "data") -> int:
     """Runs the script in this process on raw/ and returns its exit status."""
     words = ["--input", raw, "--output-dir", raw.parent / output, "--num-workers", 0, *options]
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        return end.code
-    return 0
+    return main([str(word) for word in words])
 
 
 CT = ("--name", "Thorax", "--modality", "CT", "--multiple", 4)
@@ -393,6 +390,24 @@ def test_two_sources_of_one_name(raw):
     assert "would overwrite it" in fails(other, *CT)
     (other / "p1" / "a.nii.gz").write_bytes(data)  # the same file elsewhere is no other one
     assert run(other, *CT) == 0
+
+
+def test_two_runs_at_once_into_one_folder(raw):
+    folder = raw.parent / "data" / "Thorax"
+    folder.mkdir(parents=True)
+    code = (
+        "import pathlib, sys, time; sys.path.insert(0, sys.argv[2]); from dataset.locks import lock_folder\n"
+        "lock = lock_folder(pathlib.Path(sys.argv[1]), 'preparing volumes'); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder), str(ROOT)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        assert f"another process (process {other.pid} on " in fails(raw, *CT)
+        assert not times(folder)
+    finally:
+        other.kill()
+        other.communicate()
+    assert run(raw, *CT) == 0
 
 
 def test_damaged_manifest(raw):

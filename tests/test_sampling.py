@@ -6,6 +6,7 @@ import torch
 
 from config.errors import UserError
 from dataset.crops import CroppedVolume, decode, encode, find_foreground
+from dataset.intensity import foreground
 from dataset.sampling import (
     MAX_DRAWS,
     EpochSampler,
@@ -15,7 +16,6 @@ from dataset.sampling import (
     random_crop,
     sample_generator,
 )
-from dataset.volume_io import foreground
 
 
 def indices(sampler: EpochSampler) -> list[int]:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from config.errors import UserError
 from config.loading import load_config
 from config.schema import AutoencoderConfig
+from dataset.locks import lock_folder
 from dataset.sampling import EpochSampler
 from dataset.volume_io import read_volume, write_volume
 from train import autoencoder as training
@@ -26,7 +27,6 @@ from train import sample_check
 from train.autoencoder import EpochBatches, train
 from train.callbacks import VolumeLogger
 from train.checkpoints import load_autoencoder, load_checkpoint, save_checkpoint
-from train.run_folder import lock_run_folder
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -403,7 +403,10 @@ def test_sigterm_saves_a_checkpoint_and_the_command_goes_on(data, stage_1, tmp_p
 
 
 def test_a_second_run_in_the_same_folder_is_refused(data, stage_1):
-    with lock_run_folder(stage_1), pytest.raises(UserError, match="another process .* is training in this run folder"):
+    with (
+        lock_folder(stage_1, "training"),
+        pytest.raises(UserError, match="another process .* is training in this folder"),
+    ):
         subprocess_lock(data, stage_1)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from config.errors import UserError
+from dataset.locks import lock_folder
 from dataset.sampling import EpochSampler
 from ddpm.diffusion import GaussianDiffusion
 from train import run_folder
@@ -70,16 +71,16 @@ def test_results_folder_that_is_a_file(tmp_path):
 
 def test_locked_folder_is_refused_until_its_process_ends(tmp_path):
     """Held by another process, as a torchrun worker that outlived its launcher would."""
-    code = "import sys, pathlib; from train.run_folder import lock_run_folder as lock; "
-    code += "held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    code = "import sys, pathlib; from dataset.locks import lock_folder as lock; "
+    code += "held = lock(pathlib.Path(sys.argv[1]), 'training'); print('held', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=runs.ROOT, **pipes)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=rf"another process \(process {holder.pid} on .*\) is training in this run"):
-        run_folder.lock_run_folder(tmp_path)
+    with pytest.raises(UserError, match=rf"another process \(process {holder.pid} on .*\) is training in this folder"):
+        lock_folder(tmp_path, "training")
     holder.kill()
     holder.communicate()
-    run_folder.lock_run_folder(tmp_path).close()
+    lock_folder(tmp_path, "training").close()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from config.errors import UserError
 from config.loading import require, save_config
 from dataset.cache import VolumeCache
 from dataset.index import read_dataset_json
+from dataset.locks import lock_folder
 from dataset.sampling import EpochSampler
 from dataset.split import keep_split, split_dataset
 from dataset.vqgan import VQGANDataset
@@ -41,7 +42,6 @@ from train.checkpoints import (
     save_checkpoint,
 )
 from train.logger import close_logger, get_logger
-from train.run_folder import lock_run_folder
 from train.sample_check import check_volumes
 from train.signals import ignore_signals
 
@@ -97,7 +97,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
             _keep_split(cfg, root, is_resumed=any(checkpoints.glob("*.ckpt")))
             save_config(cfg, root)
-            closing.enter_context(lock_run_folder(root))
+            closing.enter_context(lock_folder(root, "training"))
         train_loader, val_loader = _loaders(cfg, trainer, train_data, val_data)
         for loader in filter(None, (train_loader, val_loader)):
             closing.callback(close_loader, loader)

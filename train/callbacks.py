@@ -7,8 +7,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 
+from dataset.geometry import affine_from_spacing
 from dataset.pictures import PLANES, central_slices, save_slice_grid
-from dataset.volume_io import affine_from_spacing, write_volume
+from dataset.volume_io import write_volume
 from train.signals import StopRequest
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from AutoEncoder.latents import denormalise_latents
 from config.errors import UserError
+from dataset.geometry import affine_from_spacing
 from dataset.pictures import central_slices, save_slice_grid
-from dataset.volume_io import affine_from_spacing, write_volume
+from dataset.volume_io import write_volume
 
 TIME_LIMIT_S = 120.0  # for sampling; decoding one volume comes on top
 SINGLE_PASS_EDGE = 256  # edge in voxels of a volume that is decoded in one pass; larger ones go tile by tile

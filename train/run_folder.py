@@ -12,11 +12,8 @@ A repeated command finds its folder by `config.yaml`. Everything here runs on ra
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 from pathlib import Path
-from typing import IO
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,30 +62,6 @@ def open_run_folder(config: dict, name: str = "BiFlowNet") -> Path:
             f"results_dir {results}: the run folder cannot be written ({error.strerror or error})"
         ) from error
     return folder
-
-
-def lock_run_folder(folder: Path) -> IO:
-    """Hold the folder against a second process; the lock ends with the process, however that ends.
-
-    Raises:
-        UserError: another process trains in this folder, for instance one that a killed torchrun left behind.
-    """
-    file = (folder / ".lock").open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise UserError(
-            f"{folder}: another process ({owner}) is training in this run folder; wait for it or end it"
-        ) from None
-    except OSError:  # a file system without locks: go on without
-        return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
-    file.flush()
-    return file
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

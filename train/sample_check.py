@@ -27,7 +27,8 @@ from dataset.examine import (
     header_problems,
     volume_set_problems,
 )
-from dataset.volume_io import MODEL_RANGE, Header
+from dataset.intensity import MODEL_RANGE
+from dataset.volume_io import Header
 
 SAMPLE_SIZE = 8
 VOLUME_KINDS = (UNREADABLE, NOT_FINITE, OUTSIDE_RANGE, EMPTY, UPPER_HALF)

@@ -30,6 +30,7 @@ from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
 from config.errors import UserError  # noqa: E402
 from config.schema import BiFlowNetConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
+from dataset.locks import lock_folder  # noqa: E402
 from dataset.sampling import EpochSampler  # noqa: E402
 from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
@@ -230,7 +231,7 @@ def train(cfg: DictConfig) -> dict:
 def open_run_folder(config: dict, closing: contextlib.ExitStack) -> Path:
     """The run folder for this configuration, locked until `closing` closes, without half-written files."""
     folder = run_folder.open_run_folder(config, config["model"])
-    closing.enter_context(run_folder.lock_run_folder(folder))
+    closing.enter_context(lock_folder(folder, "training"))
     run_folder.remove_partial_files(folder)
     return folder
 
