@@ -255,23 +255,23 @@ def draw(
     unfit = {problem.path for problem in problems}
     sound = {name: [file.path for file in files if file.path not in unfit] for name, files in facts.items()}
     rows = []
-    for path in choose_pictures(sound, options.num_pictures, options.seed):
+    for name, path in choose_pictures(sound, options.num_pictures, options.seed):
         data = read_latent(path)[0] if is_latents else read_model_volume(path, options.intensity_range).data
         slices: dict[str, np.ndarray] = central_slices(torch.as_tensor(data))
-        rows.append((path.name, [slices[plane] for plane in PLANES]))
+        rows.append((f"{name}\n{path.name}", [slices[plane] for plane in PLANES]))
     if rows:
         columns = () if is_latents else PLANES
         save_slice_grid(picture, rows, columns=columns, title=LATENT_TITLE if is_latents else VOLUME_TITLE)
     return bool(rows)
 
 
-def choose_pictures(files: Mapping[str, Sequence[Path]], count: int, seed: int) -> list[Path]:
-    """`count` files at random, by turns of each name; sorted by name as in `files`."""
+def choose_pictures(files: Mapping[str, Sequence[Path]], count: int, seed: int) -> list[tuple[str, Path]]:
+    """`count` files (name, path) at random, by turns of each name; sorted by name as in `files`."""
     rng = np.random.default_rng(seed)
     shuffled = {name: [of_name[i] for i in rng.permutation(len(of_name))] for name, of_name in files.items()}
     turns = [(turn, name) for name, of_name in shuffled.items() for turn in range(len(of_name))]
     chosen = sorted(turns, key=lambda place: place[0])[:count]
-    return [shuffled[name][turn] for name in files for turn, of in sorted(chosen) if of == name]
+    return [(name, shuffled[name][turn]) for name in files for turn, of in sorted(chosen) if of == name]
 
 
 if __name__ == "__main__":

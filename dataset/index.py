@@ -51,14 +51,20 @@ def list_volumes(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    files = [path for path in walk_files(folder) if path.name.endswith(VOLUME_SUFFIX)]
+    if not files:
+        raise UserError(f"{folder}: the folder has no *{VOLUME_SUFFIX} file")
+    return files
+
+
+def walk_files(folder: Path) -> list[Path]:
+    """All files below a folder, links followed, hidden files left out, sorted."""
     files, seen = [], set()
     for parent, children, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(parent))
         # A link back to a folder above would be walked for ever.
         children[:] = [name for name in children if os.path.realpath(Path(parent) / name) not in seen]
-        files += [Path(parent) / name for name in names if name.endswith(VOLUME_SUFFIX) and not name.startswith(".")]
-    if not files:
-        raise UserError(f"{folder}: the folder has no *{VOLUME_SUFFIX} file")
+        files += [Path(parent) / name for name in names if not name.startswith(".")]
     return sorted(files)
 
 

@@ -56,7 +56,7 @@ def save_slice_grid(
     if not rows or not any(len(pictures) for _, pictures in rows):
         raise UserError(f"{path}: there are no slices to draw")
     num_columns = max(len(pictures) for _, pictures in rows)
-    label_inches = 0.3 + 0.08 * max(len(label) for label, _ in rows)
+    label_inches = 0.3 + 0.08 * max(len(line) for label, _ in rows for line in label.split("\n"))
     head_inches = 0.25 * bool(columns) + 0.35 * bool(title)
     width = label_inches + cell_inches * num_columns
     height = head_inches + cell_inches * len(rows)

@@ -178,8 +178,7 @@ def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
 
 
 def _reason_to_leave_out(cfg: DictConfig, source: Source, modality: str | None) -> str | None:
-    description = source.series.description if source.series else ""
-    if cfg.select and not re.search(cfg.select, f"{source.name} {description}", re.IGNORECASE):
+    if cfg.select and not re.search(cfg.select, source.title, re.IGNORECASE):
         return "not selected"
     if modality and source.series and source.series.modality != modality:
         return f"modality {source.series.modality or 'unknown'}"

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dataset.geometry import (
     is_plausible_spacing,
     spacing_of,
 )
+from dataset.index import walk_files
 from dataset.parallel import map_in_processes
 from dataset.volume_io import (
     GZIP_MAGIC,
@@ -48,8 +48,13 @@ class Source:
     series: Series | None = None
 
     @property
+    def title(self) -> str:
+        """What `select` is searched in: the path below the input folder, and of a series its folder and description."""
+        return f"{Path(self.name).parent} {self.series.description}" if self.series else self.name
+
+    @property
     def label(self) -> str:
-        """For messages, and for `--select`: the path and of a series its description."""
+        """For messages: where the source lies."""
         return self.series.label if self.series else str(self.files[0])
 
 
@@ -86,12 +91,7 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"input: {folder}: no such folder")
-    files = sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".") and name != "DICOMDIR"
-    )
+    files = [path for path in walk_files(folder) if path.name != "DICOMDIR"]
     found, slices = Found(), []
     looks = dict(map_in_processes(_look, files, num_workers, "looking at files", unit="file"))
     for index, path in enumerate(files):

@@ -220,7 +220,8 @@ def test_figures_of_a_name(tmp_path):
 def test_some_of_each_name_are_drawn_the_same_for_a_seed():
     files = {name: [Path(f"{name}{i}") for i in range(count)] for name, count in (("a", 50), ("b", 1), ("c", 9))}
     chosen = choose_pictures(files, 6, seed=0)
-    assert [path.name[0] for path in chosen] == list("aaabcc")
+    assert [name for name, _ in chosen] == list("aaabcc")
+    assert all(path.name[0] == name for name, path in chosen)
     assert len(set(chosen)) == 6
     assert choose_pictures(files, 6, seed=0) == chosen
     assert choose_pictures(files, 6, seed=1) != chosen

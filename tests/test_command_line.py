@@ -141,13 +141,18 @@ def test_every_flag_is_a_key():
 
 @pytest.mark.parametrize(
     ("raised", "status", "err"),
-    [(None, 0, ""), (UserError("bad\nfile"), 2, "error: bad file\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (UserError("bad\nfile"), 2, "error: bad file\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
 )
 def test_run_script(raised, status, err, capsys):
     def main(argv=None):
-        if raised is not None:
+        if isinstance(raised, BaseException):
             raise raised
-        return {"loss": argv}
+        return raised
 
     assert run_script(main) == status
     assert capsys.readouterr().err == err

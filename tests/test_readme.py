@@ -1,7 +1,7 @@
-"""Every command in the README runs as written, in a copy of the tree, on phantoms.
+"""Every command in the README and in docs/data.md runs as written, in a copy of the tree, on made-up data.
 
-What the test adds: overrides at the end that make models and runs tiny, and fewer processes than eight. What it changes
-on the way is listed in `adapted`.
+What the test adds: overrides at the end that make models, volumes and runs tiny. What it
+changes on the way is listed in `adapted`.
 """
 
 import json
@@ -13,7 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from dicom_files import write_series
+
+from dataset.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
 TINY_AUTOENCODER = (
@@ -22,10 +26,12 @@ TINY_AUTOENCODER = (
     "dataset.patch_size=16"
 ).split()
 TINY_DIFFUSION = (
-    "volume_channels=4 model_dim=24 dim_mults=[1,1,2] use_attn=[0,0,0] resnet_groups=8 dit_num_heads=4 num_classes=2"
+    "volume_channels=4 model_dim=24 dim_mults=[1,1,2] use_attn=[0,0,0] resnet_groups=8 dit_num_heads=4"
 ).split()
 # script -> what makes it tiny
 ADDED = {
+    "preprocess.py": ["--size", "64", "64", "64", "--spacing", "2", "2", "2"],
+    "check.py": [],
     "phantoms.py": ["--num-held-out", "1", "--size", "64"],
     "train_PatchVolume.py": TINY_AUTOENCODER,
     "train_PatchVolume_stage2.py": [*TINY_AUTOENCODER, "model.batch_size=1"],
@@ -39,9 +45,9 @@ ADDED = {
 }
 
 
-def readme_commands() -> list[str]:
+def commands_of(document: str) -> list[str]:
     """The lines of all bash blocks, continuation lines joined, comments removed."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [re.sub(r"\s+#.*$", "", line).strip() for line in lines]
     return [command for command in commands if command]
@@ -49,6 +55,8 @@ def readme_commands() -> list[str]:
 
 def adapted(command: str) -> list[str]:
     """The command's words for this machine: its interpreter, two processes, fewer phantoms, the grid of 64³ at 8x."""
+    if command.startswith("echo "):
+        return ["sh", "-c", command]
     words = shlex.split(command)
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
@@ -64,42 +72,85 @@ def adapted(command: str) -> list[str]:
     return [sys.executable, *words[1:], *ADDED[script]]
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    """A copy of the project in which the JSON files of the examples name the phantoms."""
-    tree = tmp_path_factory.mktemp("readme")
+def run_all(commands: list[str], tree: Path) -> dict[str, str]:
+    """Runs the commands one after the other and returns what each said."""
+    said = {}
+    for command in commands:
+        done = subprocess.run(
+            adapted(command),
+            cwd=tree,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said[command] = done.stdout + done.stderr
+        assert done.returncode == 0, f"{command}\n{said[command]}"
+    return said
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A copy of the project with raw/ct and raw/mr, two patients each, as scanners export them."""
     for name in ("AutoEncoder", "config", "dataset", "ddpm", "evaluation", "train"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 44)] * 3, indexing="ij"))
+    for i in range(2):
+        rng = np.random.default_rng(i)
+        body = (grid[0] ** 2 + grid[1] ** 2 / 0.6 + grid[2] ** 2 / 2 < 0.7) * 1.0
+        ct = np.round(1050 * body - 1000 + rng.normal(size=body.shape) * 8).clip(-1024)
+        mr = np.round(300 * body + 100 * body * grid[1] + rng.uniform(0, 20, body.shape))
+        folder = tmp_path / "raw" / "ct" / f"patient{i}"
+        write_series(folder, ct, spacing_mm=(3, 3, 2.5), number=2, description="Thorax 2.5 B30f")
+        write_series(folder, ct[..., :1], number=1, description="Topogram", prefix="t")
+        folder = tmp_path / "raw" / "mr" / f"patient{i}"
+        write_series(
+            folder, mr, modality="MR", intercept=0, number=3, description="t1_mprage_sag", spacing_mm=(3, 3, 3)
+        )
+        write_series(folder, 400 - mr, modality="MR", intercept=0, number=4, description="t2_tse", prefix="t2")
+    return tmp_path
+
+
+def test_the_readme_runs_from_top_to_bottom(tree):
     folder = tree / "data" / "phantoms"
-    contents = {
+    contents = {  # the JSON files of the examples name the phantoms
         "PatchVolume_data.json": {name: f"{folder / name}" for name in ("CTChest", "MRBrain")},
         "Singleres_dataset.json": {"0": f"{folder / 'CTChest'}", "1": f"{folder / 'MRBrain'}"},
         "Singleres_latents.json": {"0": f"{folder / 'CTChest_latents'}", "1": f"{folder / 'MRBrain_latents'}"},
     }
     for name, content in contents.items():
         (tree / "config" / name).write_text(json.dumps(content))
-    return tree
-
-
-def test_the_readme_runs_from_top_to_bottom(tree):
-    commands = [command for command in readme_commands() if not command.startswith("make ")]
-    assert len(commands) == 6
-    for command in commands:
-        done = subprocess.run(
-            adapted(command),
-            cwd=tree,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    commands = [command for command in commands_of("README.md") if not command.startswith("make ")]
+    assert len(commands) == 8
+    run_all(commands, tree)
+    assert len(read_manifest(tree / "data" / "CTChestAbdomen")) == 2
     (volume,) = (tree / "generated" / "seed_0").glob("*.nii.gz")
     assert volume.name == "CTChest_64x64x64.nii.gz"
 
 
+def test_the_worked_example_runs_from_dicom_to_training(tree):
+    commands = commands_of("docs/data.md")
+    assert len(commands) == 11
+    said = run_all(commands, tree)
+    assert "t1_mprage_sag" in said[commands[1]]
+    for name, scale in (("CTChestAbdomen", (-1000, 1000)), ("MRT1Brain", None)):
+        entries = read_manifest(tree / "data" / name).values()
+        assert len(entries) == 2
+        for entry in entries:
+            assert entry["size"] == [64, 64, 64]
+            assert (entry["intensity"]["low"], entry["intensity"]["high"]) == scale or scale is None
+    assert (tree / "data" / "PatchVolume_data_check.png").is_file()
+    split = json.loads((tree / "results" / "PatchVolume_8x" / "split.json").read_text())["files"]
+    sides = [
+        {file.split("/")[0] for name in split for file in split[name][side]} for side in ("training", "validation")
+    ]
+    assert sorted(map(len, sides)) == [1, 1]
+    assert sides[0] != sides[1]  # one patient each, with both classes
+    assert list((tree / "results").glob("000-BiFlowNet/checkpoints/BiFlowNet_0000002.pt"))
+
+
 def test_make_targets_of_the_readme_exist():
-    targets = [command.split()[1] for command in readme_commands() if command.startswith("make ")]
+    targets = [command.split()[1] for command in commands_of("README.md") if command.startswith("make ")]
     assert targets == ["demo", "test"]
     for target in [*targets, "help", "demo-short", "test-slow", "lint", "format", "setup"]:
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -55,6 +55,12 @@ def test_everything_is_found_by_content(tmp_path):
         read_source(found.sources[4])
 
 
+def test_links_in_circles_end(tmp_path):
+    write_nifti(tmp_path / "a" / "scan.nii.gz")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert [source.name for source in find_sources(tmp_path).sources] == ["a/scan"]
+
+
 def test_nothing_to_find(tmp_path):
     with pytest.raises(UserError, match="no NIfTI file and no DICOM image below it"):
         find_sources(tmp_path)

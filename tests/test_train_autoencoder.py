@@ -1,6 +1,7 @@
 """Training of the autoencoder through its real entry points: two stages, resume, signals, bad input."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -335,7 +336,7 @@ def test_subjects_are_not_parted(data, tmp_path):
     cfg = config(tmp_path / "data.json", tmp_path / "run", "model.max_steps=1", "dataset.val_fraction=0.4", pattern)
     train(cfg, stage=1)
     sides = json.loads((tmp_path / "run" / "split.json").read_text())["files"]["box"]
-    train_data, val_data = training._datasets(cfg)
+    train_data, val_data = training._datasets(cfg, logging.getLogger())
     for data, names in ((train_data, sides["training"]), (val_data, sides["validation"])):
         assert [path.relative_to(tmp_path / "box").as_posix() for path in data.files] == names
     train_subjects, val_subjects = ({path.parent.name for path in data.files} for data in (train_data, val_data))
