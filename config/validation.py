@@ -195,21 +195,13 @@ def _preprocess(cfg: DictConfig) -> Iterator[str]:
     yield from _check(cfg, "name", _is_file_name, "a name that a folder can have")
     is_orientation = lambda value: sorted(_SIDES.get(letter, letter) for letter in value) == [*"ARS"]  # noqa: E731
     yield from _check(cfg, "assume_orientation", is_orientation, "three letters, one each of L/R, P/A and I/S")
-    yield from _check(cfg, "select", _is_regular_expression, "a regular expression")
+    yield from _regular_expression(cfg, "select")
     if cfg.window is not None and cfg.percentiles is not None:
         yield "window and percentiles exclude each other: give one of them"
     yield from _classes(cfg, None)
 
 
 _SIDES = {"L": "R", "P": "A", "I": "S"}
-
-
-def _is_regular_expression(value: str) -> bool:
-    try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
 
 
 def _is_file_name(value: str) -> bool:
