@@ -37,7 +37,7 @@ class NotAVolume(UserError):
     """Images that nobody takes for a training volume: localisers, screenshots. They are left out, not a fault."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there can be millions of them
 class Slice:
     """What the header of one DICOM image says; None where it says nothing."""
 

@@ -37,7 +37,7 @@ def map_in_processes(
     label: text before the progress bar, which is shown on a terminal. unit: what the bar counts.
     Raises UserError where `function` raises one, or where a process is killed, for instance for want of memory.
     """
-    num_workers = min(num_workers, len(items), _num_cores())
+    num_workers = min(num_workers, len(items), num_cores())
     options = {"prefetch_factor": 1, "in_order": False} if num_workers else {}
     options["generator"] = torch.Generator()  # a pass draws a number: not from the global generator
     loader = DataLoader(_Calls(function, items), batch_size=None, num_workers=num_workers, collate_fn=_same, **options)
@@ -56,7 +56,7 @@ def map_in_processes(
             results._shutdown_workers()  # there is no public way
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -6,7 +6,6 @@ python evaluation/benchmark.py data --size tiny     in seconds: shows that it ru
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
@@ -23,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config.script import run_script  # noqa: E402
+from dataset.parallel import num_cores  # noqa: E402
 from dataset.volume_io import write_atomically  # noqa: E402
 from evaluation.benchmarks import data  # noqa: E402
 from evaluation.benchmarks.measuring import Report  # noqa: E402
@@ -66,7 +66,7 @@ def _circumstances(options: argparse.Namespace, argv: Sequence[str] | None) -> d
         "size": options.size,
         "command": shlex.join(["python", "evaluation/benchmark.py", *map(str, words)]),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
