@@ -86,12 +86,32 @@ def preprocess(cfg: DictConfig) -> bool:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"output_dir: {parent} can't be written to: choose another folder")
     class_id = choose_class_id(output_dir, target.name, target.class_id)
-    prepared = PreparedFolder(folder, source_folder, target.recipe)
 
+    selected, outcomes = _find(cfg, target.modality)
+    PreparedFolder(folder, source_folder, target.recipe).plan(selected)  # what is wrong, before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder, "preparing volumes"):
+        prepared = PreparedFolder(folder, source_folder, target.recipe)  # another run may have ended since
+        todo = prepared.plan(selected)
+        console.print(
+            f"{len(selected)} volumes in {cfg.input} -> {folder} (class {class_id}, "
+            f"{target.modality}), {len(selected) - len(todo)} of them are there",
+            **PLAIN,
+        )
+        outcomes += prepared.prepare(todo, cfg.num_workers)
+        prepared.tidy()
+    if prepared.entries:
+        add_classes(output_dir, {class_id: target.name})
+    _report(console, folder, outcomes, len(selected) - len(todo), prepared)
+    return not any(outcome.status == "failed" for outcome in outcomes)
+
+
+def _find(cfg: DictConfig, modality: str) -> tuple[list[Source], list[Outcome]]:
+    """The sources that are wanted, and what is said of all others. UserError where none is wanted."""
     found = find_sources(cfg.input, cfg.num_workers)
     selected, outcomes = [], [Outcome(Source(path, (Path(path),)), reason=reason) for path, reason in found.failed]
     for source in found.sources:
-        reason = _reason_to_leave_out(cfg, source, target.modality)
+        reason = _reason_to_leave_out(cfg, source, modality)
         if reason is None:
             selected.append(source)
         else:
@@ -99,22 +119,9 @@ def preprocess(cfg: DictConfig) -> bool:
     if not selected and not found.failed:
         raise UserError(
             f"input: of {len(found.sources)} volumes in {cfg.input} none is wanted (select {cfg.select!r}, modality "
-            f"{target.modality}): --dry-run lists them"
+            f"{modality}): --dry-run lists them"
         )
-    todo = prepared.plan(selected)
-    console.print(
-        f"{len(selected)} of {len(found.sources)} volumes in {cfg.input} -> {folder} (class {class_id}, "
-        f"{target.modality}), {len(selected) - len(todo)} of them are there",
-        **PLAIN,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder, "preparing volumes"):
-        outcomes += prepared.prepare(todo, cfg.num_workers)
-        prepared.tidy()
-    if prepared.entries:
-        add_classes(output_dir, {class_id: target.name})
-    _report(console, folder, outcomes, len(selected) - len(todo), prepared)
-    return not any(outcome.status == "failed" for outcome in outcomes)
+    return selected, outcomes
 
 
 # ------------------------------------------------------------------------------------------------------------ options
