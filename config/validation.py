@@ -65,7 +65,7 @@ def _betas(cfg: DictConfig, names: str) -> Iterator[str]:
 
 
 def _interval(cfg: DictConfig, names: str) -> Iterator[str]:
-    fits = lambda value: len(value) == 2 and value[0] < value[1]  # noqa: E731
+    fits = lambda value: len(value) == 2 and -float("inf") < value[0] < value[1] < float("inf")  # noqa: E731
     return _check(cfg, names, fits, "two numbers, the lower one first")
 
 
@@ -193,6 +193,8 @@ def _preprocess(cfg: DictConfig) -> Iterator[str]:
     yield from _interval(cfg, "window percentiles")
     yield from _check(cfg, "percentiles", lambda value: 0 <= min(value) and max(value) <= 100, "between 0 and 100")
     yield from _check(cfg, "name", _is_file_name, "a name that a folder can have")
+    is_free = lambda value: not value.endswith(("_latents", "_cache"))  # noqa: E731
+    yield from _check(cfg, "name", is_free, "a name that doesn't end like a folder of latents or of the cache")
     is_orientation = lambda value: sorted(_SIDES.get(letter, letter) for letter in value) == [*"ARS"]  # noqa: E731
     yield from _check(cfg, "assume_orientation", is_orientation, "three letters, one each of L/R, P/A and I/S")
     yield from _regular_expression(cfg, "select")

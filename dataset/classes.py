@@ -50,17 +50,23 @@ def add_classes(folder: str | Path, names: Mapping[int, str]) -> None:
     """Writes class ids and names into the JSONs of a folder, beside the classes that they have already.
 
     Folders are relative to the JSON, so that the data set can be moved. What a person changed stays: entries that are
-    there are not touched.
+    there are not touched. UserError for a class id that is another class's.
     """
     folder = Path(folder)
     contents = {
-        AUTOENCODER_JSON: {name: name for name in names.values()},
         VOLUMES_JSON: {str(class_id): name for class_id, name in names.items()},
+        AUTOENCODER_JSON: {name: name for name in names.values()},
         LATENTS_JSON: {str(class_id): name + LATENT_SUFFIX for class_id, name in names.items()},
     }
     for file_name, added in contents.items():
         path = folder / file_name
         entries = read_json_object(path) if path.exists() else {}
+        if file_name == VOLUMES_JSON and (
+            taken := [key for key in added if entries.get(key, added[key]) != added[key]]
+        ):
+            raise UserError(
+                f"{path}: class id {taken[0]} is {entries[taken[0]]}: give {added[taken[0]]} another class_id"
+            )
         merged = {**added, **entries}
         if merged != entries:
             ordered = dict(sorted(merged.items(), key=lambda item: (len(item[0]) if item[0].isdigit() else 0, item[0])))

@@ -26,11 +26,16 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 HEADER_TAGS = (
     "SOPClassUID SeriesInstanceUID SeriesNumber SeriesDescription Modality ImageType InstanceNumber EchoTime Rows "
     "Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation ImagePositionPatient ImageOrientationPatient "
-    "PixelSpacing"
+    "PixelSpacing RescaleIntercept"
 ).split()
 # What tells several images of one slice position apart that are volumes of their own: echoes, water and fat, and
 # exports in which different people's series got the same identifier.
-SPLITS = (lambda image: image.echo_time, lambda image: image.image_type, lambda image: image.path.parent)
+SPLITS = (
+    lambda image: image.echo_time,
+    lambda image: image.image_type,
+    lambda image: (image.echo_time, image.image_type),
+    lambda image: image.path.parent,
+)
 
 
 class NotAVolume(UserError):
@@ -55,6 +60,7 @@ class Slice:
     position: tuple[float, ...] | None  # of the first voxel's centre, LPS in mm
     orientation: tuple[float, ...] | None  # direction along a row, then along a column
     spacing: tuple[float, ...] | None  # between rows, then between columns, in mm
+    has_intercept: bool  # RescaleIntercept: without it voxels of CT are not in HU
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ class Series:
     def key(self) -> str:
         """Eight characters that tell this stack from all others, whatever the names of its files."""
         first = self.slices[0]
-        parts = (first.series_uid, *_stack_key(first), first.echo_time, first.image_type)
+        turned = None if first.orientation is None else [round(x, 1) + 0.0 for x in first.orientation]
+        parts = (first.series_uid, *_stack_key(first), turned, first.echo_time, first.image_type)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
@@ -131,6 +138,7 @@ def _slice_of(path: Path, header: pydicom.FileDataset) -> Slice:
         position=_numbers(header.get("ImagePositionPatient"), 3),
         orientation=_numbers(header.get("ImageOrientationPatient"), 6),
         spacing=_numbers(header.get("PixelSpacing"), 2),
+        has_intercept="RescaleIntercept" in header,
     )
 
 
@@ -150,10 +158,15 @@ def group_series(slices: Iterable[Slice]) -> list[Series]:
 
     A series that holds different images of each position (see SPLITS) gives a stack for each kind.
     """
-    groups = defaultdict(list)
+    groups: dict[tuple, list[list[Slice]]] = defaultdict(list)
     for image in slices:
-        groups[image.series_uid, _stack_key(image)].append(image)
-    stacks = [stack for members in groups.values() for stack in _split(sorted(members, key=_place))]
+        alike = groups[image.series_uid, _stack_key(image)]
+        stack = next((stack for stack in alike if _is_parallel(stack[0], image)), None)
+        if stack is None:
+            alike.append([image])
+        else:
+            stack.append(image)
+    stacks = [stack for alike in groups.values() for members in alike for stack in _split(sorted(members, key=_place))]
     series = [Series(_common_folder(stack), tuple(stack)) for stack in stacks]
     return sorted(series, key=lambda one: (str(one.folder), one.slices[0].number, one.key))
 
@@ -163,8 +176,14 @@ def _common_folder(slices: Sequence[Slice]) -> Path:
 
 
 def _stack_key(image: Slice) -> tuple:
-    orientation = None if image.orientation is None else tuple(round(x, 2) + 0.0 for x in image.orientation)
-    return image.modality, image.rows, image.columns, orientation, _is_localiser(image), image.is_colour
+    return image.modality, image.rows, image.columns, _is_localiser(image), image.is_colour
+
+
+def _is_parallel(first: Slice, second: Slice) -> bool:
+    """Whether two images have the same orientation but for rounding."""
+    if first.orientation is None or second.orientation is None:
+        return first.orientation is second.orientation
+    return bool(np.allclose(first.orientation, second.orientation, rtol=0, atol=0.01))
 
 
 def _is_localiser(image: Slice) -> bool:
@@ -185,9 +204,8 @@ def _normal(image: Slice) -> np.ndarray:
 
 def _split(slices: list[Slice]) -> list[list[Slice]]:
     """The stacks in images of one series; copies of the same image stay together."""
-    by_position = _by_position(slices)
-    repeated = next((images for images in by_position.values() if len(images) > 1), None)
-    if repeated is None or _are_copies(repeated):
+    repeated = [images for images in _by_position(slices).values() if len(images) > 1]
+    if all(map(_are_copies, repeated)):
         return [slices]
     for kind in SPLITS:
         parts = defaultdict(list)
@@ -238,6 +256,10 @@ def check_series(series: Series) -> Stack:
         raise UserError(
             f"{series.label}: an enhanced multi-frame file of {first.frames} frames: convert it to NIfTI first, "
             "e.g. with dcm2niix"
+        )
+    if first.modality == "CT" and not all(image.has_intercept for image in series.slices):
+        raise UserError(
+            f"{series.label}: CT without RescaleIntercept: its voxels are not in Hounsfield units, export it again"
         )
     _require_geometry(series)
     slices, notes = _drop_copies(series)

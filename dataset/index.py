@@ -64,7 +64,9 @@ def walk_files(folder: Path) -> list[Path]:
         seen.add(os.path.realpath(parent))
         # A link back to a folder above would be walked for ever.
         children[:] = [name for name in children if os.path.realpath(Path(parent) / name) not in seen]
-        files += [Path(parent) / name for name in names if not name.startswith(".")]
+        paths = [Path(parent) / name for name in names if not name.startswith(".")]
+        # A pipe would be read for ever; a link to nothing stays, to be named by who reads it.
+        files += [path for path in paths if path.is_file() or path.is_symlink()]
     return sorted(files)
 
 

@@ -70,8 +70,9 @@ def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
             entry = json.loads(line)
             if not KEYS <= entry.keys():
                 raise KeyError(min(KEYS - entry.keys()))
+            Intensity(**entry["intensity"])
             entries[entry["file"]] = entry
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             if number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is no entry: {AGAIN} into a new folder") from error

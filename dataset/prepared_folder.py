@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from config.errors import UserError
 from dataset.dicom import NotAVolume
 from dataset.index import VOLUME_SUFFIX
-from dataset.manifest import append_entry, read_manifest, write_manifest
+from dataset.manifest import MANIFEST_NAME, append_entry, read_manifest, write_manifest
 from dataset.parallel import map_in_processes
 from dataset.recipe import Recipe, describe, prepare
 from dataset.sources import Source, fingerprint, read_source, source_sha256
@@ -89,12 +89,17 @@ class PreparedFolder:
                 write_manifest(self.folder, self.entries.values())
             yield outcome
 
+    def unwanted(self, sources: Sequence[Source]) -> list[str]:
+        """The volumes made from this input by earlier runs whose sources are not among these."""
+        names = {file_name(source) for source in sources}
+        return [file for file, e in self.entries.items() if file not in names and e["input"] == str(self.input)]
+
     def tidy(self) -> None:
         """Sorts the manifest and takes out entries whose volume is gone, and files that a killed run left half."""
         for temporary in self.folder.rglob(".*.tmp"):
             temporary.unlink(missing_ok=True)
         self.entries = {file: e for file, e in self.entries.items() if (self.folder / file).is_file()}
-        if self.entries:
+        if self.entries or (self.folder / MANIFEST_NAME).exists():
             write_manifest(self.folder, self.entries.values())
 
     def _check_names(self, sources: Sequence[Source]) -> None:

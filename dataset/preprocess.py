@@ -30,7 +30,6 @@ from config.loading import require  # noqa: E402
 from config.schema import PreprocessConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
 from dataset.classes import add_classes, choose_class_id  # noqa: E402
-from dataset.dicom import NotAVolume  # noqa: E402
 from dataset.locks import lock_folder  # noqa: E402
 from dataset.prepared_folder import Outcome, PreparedFolder  # noqa: E402
 from dataset.recipe import Recipe  # noqa: E402
@@ -71,7 +70,7 @@ def preprocess(cfg: DictConfig) -> bool:
     console = Console(stderr=True)
     if cfg.dry_run:
         found = find_sources(cfg.input, cfg.num_workers)
-        console.print(_listing(cfg, found))
+        Console(width=None if sys.stdout.isatty() else 160).print(_listing(cfg, found))
         return True
     require(cfg, "output_dir")
     target = resolve_target(cfg)
@@ -100,7 +99,14 @@ def preprocess(cfg: DictConfig) -> bool:
         )
         outcomes += prepared.prepare(todo, cfg.num_workers)
         prepared.tidy()
+        if unwanted := prepared.unwanted(selected):
+            console.print(
+                f"{folder}: {len(unwanted)} volume(s) of earlier runs come from sources in {cfg.input} that this run "
+                f"leaves out or no longer finds, e.g. {unwanted[0]}: they stay, delete them if they are not wanted",
+                **PLAIN,
+            )
     if prepared.entries:
+        class_id = choose_class_id(output_dir, target.name, target.class_id)  # another class may have come since
         add_classes(output_dir, {class_id: target.name})
     _report(console, folder, outcomes, len(selected) - len(todo), prepared)
     return not any(outcome.status == "failed" for outcome in outcomes)
@@ -207,9 +213,7 @@ def _listing(cfg: DictConfig, found: Found) -> Table:
         try:
             verdict = _reason_to_leave_out(cfg, source, modality) or "yes"
             if verdict == "yes":
-                check_source(source)
-        except NotAVolume as error:
-            verdict = f"no: {str(error).removeprefix(source.label + ': ')}"
+                check_source(source, cfg.assume_orientation)
         except UserError as error:
             verdict = f"no: {str(error).removeprefix(source.label + ': ')}"
         description = source.series.description if source.series else ""

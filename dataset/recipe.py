@@ -48,6 +48,8 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """The recipe as JSON has it. Volumes with equal records were prepared in the same way."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        if self.size is not None:
+            values["multiple"] = None  # has no effect
         return {**values, "version": VERSION}
 
 

@@ -27,6 +27,7 @@ from dataset.volume_io import (
     NIFTI1_STARTS,
     NIFTI2_STARTS,
     NIFTI_SUFFIXES,
+    Header,
     read_header,
     read_volume,
     tensor_to_nifti,
@@ -165,17 +166,24 @@ def read_source(source: Source, orientation: str | None = None) -> Scan:
     return Scan(data, _plausible(stack.affine, source.label), stack.notes)
 
 
-def check_source(source: Source) -> None:
+def check_source(source: Source, orientation: str | None = None) -> None:
     """What can be said of a source by its headers alone. NotAVolume, UserError: as `read_source`."""
     if source.series is None:
-        read_header(source.files[0])
+        _nifti_affine(read_header(source.files[0]), orientation)
     else:
-        check_series(source.series)
+        _plausible(check_series(source.series).affine, source.label)
 
 
 def _read_nifti(path: Path, orientation: str | None) -> Scan:
     volume = read_volume(path)
-    header, notes, affine = volume.header, [], volume.affine
+    affine, notes = _nifti_affine(volume.header, orientation)
+    data = tensor_to_nifti(volume.data[0]).numpy()  # (X, Y, Z)
+    return Scan(data, affine, notes)
+
+
+def _nifti_affine(header: Header, orientation: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The affine in mm, and what was handled to get it."""
+    path, notes, affine = header.path, [], header.affine
     if not header.is_oriented:
         if orientation is None:
             raise UserError(
@@ -189,8 +197,7 @@ def _read_nifti(path: Path, orientation: str | None) -> Scan:
     if header.unit not in ("mm", "unknown"):
         affine = np.diag([*[MM_PER_UNIT[header.unit]] * 3, 1.0]) @ affine
         notes.append(f"header in {header.unit}, converted to mm")
-    data = tensor_to_nifti(volume.data[0]).numpy()  # (X, Y, Z)
-    return Scan(data, _plausible(affine, str(path)), tuple(notes))
+    return _plausible(affine, str(path)), tuple(notes)
 
 
 def _plausible(affine: np.ndarray, label: str) -> np.ndarray:

@@ -27,6 +27,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
 NIFTI1_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"))
 NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
+UNITS = {1: "meter", 2: "mm", 3: "micron"}  # codes of lengths; others are not defined
 COMPRESSION_LEVEL = 1  # higher levels save about 5 % on volumes and take several times as long
 
 
@@ -223,7 +224,7 @@ def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
     else:  # `header` has them repaired, 0 became 1
         spacing = type(header)(content[: header.sizeof_hdr], check=False)["pixdim"][1:4]
     is_oriented = bool(header["sform_code"] > 0 or header["qform_code"] > 0)
-    unit = header.get_xyzt_units()[0]
+    unit = UNITS.get(int(header["xyzt_units"]) & 7, "unknown")
     return Header(path, shape, affine, tuple(float(length) for length in spacing), is_oriented, unit)
 
 

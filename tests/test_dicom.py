@@ -166,6 +166,24 @@ def test_people_with_the_same_identifier_are_told_apart_by_folder(tmp_path):
     assert [one.folder.name for one in found] == ["p0", "p1"]
 
 
+def test_orientations_that_round_differently_are_one_stack(tmp_path):
+    turned = [(x, (1 - x * x) ** 0.5, 0, 0, 0, -1) for x in (0.994999, 0.995001)]
+    positions = [np.cross(turned[0][:3], turned[0][3:]) * k for k in range(8)]
+    each = [{"ImageOrientationPatient": list(turned[k % 2])} for k in range(8)]
+    write_series(tmp_path, volume(), positions_mm=positions, each=each)
+    assert len(check_series(only_series(tmp_path)).files) == 8
+
+
+def test_echoes_of_several_contrasts_with_an_empty_slice(tmp_path):
+    uid, empty = generate_uid(), np.abs(volume())
+    empty[..., 0] = 0
+    for i in range(4):
+        tags = {"EchoTime": i % 2 + 1, "ImageType": ["ORIGINAL", "PRIMARY", "WF"[i // 2]]}
+        write_series(tmp_path, empty + i * (empty > 0), modality="MR", intercept=0, uid=uid, prefix=f"{i}", tags=tags)
+    assert [len(one.slices) for one in all_series(tmp_path)] == [8] * 4
+    assert len({one.key for one in all_series(tmp_path)}) == 4
+
+
 # Duplicates
 
 
@@ -241,6 +259,16 @@ def test_missing_slices(tmp_path):
     message = error_of(tmp_path)
     assert "not evenly spaced: mostly 2.5 mm, but 5 mm between" in message
     assert paths[2].name in message
+
+
+def test_one_gap_that_is_a_little_too_wide(tmp_path):
+    write_series(tmp_path, volume(), positions_mm=[(0, 0, z) for z in (0, 1, 2, 3, 4.3, 5.3, 6.3, 7.3)])
+    assert "mostly 1 mm, but 1.3 mm between" in error_of(tmp_path)
+
+
+def test_ct_without_intercept(tmp_path):
+    write_series(tmp_path, volume(), tags={"RescaleIntercept": None, "RescaleSlope": None})
+    assert "CT without RescaleIntercept" in error_of(tmp_path)
 
 
 def test_spacing_that_changes_midway(tmp_path):

@@ -39,7 +39,9 @@ def test_half_a_last_line_is_passed_over(tmp_path):
     assert list(read_manifest(tmp_path)) == ["a"]
 
 
-@pytest.mark.parametrize("line", ["no json", "[1]", "{}", json.dumps({"file": "x"})])
+@pytest.mark.parametrize(
+    "line", ["no json", "[1]", "{}", json.dumps({"file": "x"}), json.dumps({**dict.fromkeys(KEYS, 0), "intensity": {}})]
+)
 def test_other_damage_is_an_error(tmp_path, line):
     write_manifest(tmp_path, [entry("a")])
     path = tmp_path / MANIFEST_NAME
@@ -88,6 +90,13 @@ def test_classes_are_added_to_what_is_there(tmp_path):
     assert read(tmp_path) == [{"A": "A", "B": "B"}, {"2": "A", "10": "B"}, {"2": "A_latents", "10": "B_latents"}]
     assert list(read(tmp_path)[1]) == ["2", "10"]
     assert class_ids(tmp_path) == {"A": 2, "B": 10}
+
+
+def test_a_taken_class_id_is_an_error(tmp_path):
+    add_classes(tmp_path, {0: "A"})
+    with pytest.raises(UserError, match="class id 0 is A: give B another class_id"):
+        add_classes(tmp_path, {0: "B"})
+    assert read(tmp_path)[0] == {"A": "A"}
 
 
 def test_what_a_person_wrote_stays(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import write_series
+from test_sources import write_nifti
 
 from config.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
@@ -140,7 +141,7 @@ def test_dry_run_lists_and_writes_nothing(raw, capsys):
     before = sorted(raw.parent.rglob("*"))
     assert run(raw, "--dry-run", "--modality", "CT") == 0
     assert sorted(raw.parent.rglob("*")) == before
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     for words in ("p1/a", "Thorax 2.0", "a localiser", "modality MR", "1 other files"):
         assert words in said
 
@@ -250,6 +251,29 @@ def test_a_run_killed_twice_loses_nothing(raw):
     assert sorted(read_manifest(folder)) == ["p1/a.nii.gz", "p2/a.nii.gz"]
 
 
+def test_volumes_that_are_not_wanted_any_more_are_named(raw, capsys):
+    assert run(raw, *CT) == 0
+    capsys.readouterr()
+    assert run(raw, *CT, "--select", "p1") == 0
+    assert "2 volume(s) of earlier runs come from sources" in capsys.readouterr().err
+
+
+def test_options_without_effect_make_nothing_again(raw):
+    assert run(raw, *CT, "--size", 12, 12, 12) == 0
+    before = times(raw.parent / "data")
+    assert run(raw, "--name", "Thorax", "--modality", "CT", "--multiple", 8, "--size", 12, 12, 12) == 0
+    assert times(raw.parent / "data") == before
+
+
+def test_dry_run_says_what_headers_rule_out(raw, capsys):
+    write_nifti(raw / "odd" / "codes.nii.gz", codes=(0, 0))
+    write_nifti(raw / "odd" / "unit.nii.gz", header={"xyzt_units": 5})
+    assert run(raw, "--dry-run", "--modality", "CT", "--select", "odd") == 0
+    said = capsys.readouterr().out
+    assert "no orientation" in said
+    assert said.count("yes") == 1
+
+
 def test_volumes_of_other_inputs_stay(raw):
     assert run(raw, *CT) == 0
     other = raw.parent / "second"
@@ -343,6 +367,7 @@ def fails(raw: Path, *options: object, output: str = "data") -> str:
         ((*CT, "--assume-orientation", "LLS"), "assume_orientation must be three letters"),
         ((*CT, "--select", "("), "select must be a regular expression"),
         ((*CT, "--select", "nothing"), "of 5 volumes in .* none is wanted"),
+        (("--name", "X_cache", "--modality", "CT"), "name must be a name that doesn't end like"),
         (("--name", "..", "--modality", "CT"), "name must be a name that a folder can have"),
         ((*CT, "--window=a"), "window must be a list"),
     ],

@@ -1,6 +1,7 @@
 """Finding and reading of NIfTI files and series, by content, and every header that is handled or refused."""
 
 import gzip
+import os
 from dataclasses import replace
 
 import nibabel as nib
@@ -53,6 +54,15 @@ def test_everything_is_found_by_content(tmp_path):
     assert (found.num_other, found.failed) == (1, [])
     with pytest.raises(UserError, match=r"d\.nii\.gz: not a NIfTI image"):
         read_source(found.sources[4])
+
+
+def test_pipes_are_not_read(tmp_path):
+    write_nifti(tmp_path / "scan.nii.gz")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    found = find_sources(tmp_path)
+    assert [source.name for source in found.sources] == ["scan"]
+    assert [reason for _, reason in found.failed] == ["cannot be read (No such file or directory)"]
 
 
 def test_links_in_circles_end(tmp_path):

@@ -95,9 +95,10 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         with quiet_lightning():
             trainer = _trainer(cfg, root, checkpoints, stage)
         if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
+            _make_folder(root)
+            closing.enter_context(lock_folder(root, "training"))  # before anything of a run that goes on is replaced
             _keep_split(cfg, root, is_resumed=any(checkpoints.glob("*.ckpt")))
             save_config(cfg, root)
-            closing.enter_context(lock_folder(root, "training"))
         train_loader, val_loader = _loaders(cfg, trainer, train_data, val_data)
         for loader in filter(None, (train_loader, val_loader)):
             closing.callback(close_loader, loader)
@@ -188,6 +189,13 @@ def _cache(cfg: DictConfig, logger: logging.Logger) -> VolumeCache | None:
     if folder is not None or limit_gb is not None:
         logger.warning("dataset.cache is none: dataset.cache_dir and dataset.cache_limit_gb have no effect")
     return None
+
+
+def _make_folder(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"model.default_root_dir: {root}: cannot be made ({error.strerror or error})") from error
 
 
 def _keep_split(cfg: DictConfig, root: Path, is_resumed: bool) -> None:
