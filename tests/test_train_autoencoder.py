@@ -404,11 +404,14 @@ def test_sigterm_saves_a_checkpoint_and_the_command_goes_on(data, stage_1, tmp_p
 
 
 def test_a_second_run_in_the_same_folder_is_refused(data, stage_1):
+    """And replaces nothing of the run that goes on, even where it had other options."""
+    records = [(stage_1 / name).read_bytes() for name in ("config.yaml", "split.json")]
     with (
         lock_folder(stage_1, "training"),
         pytest.raises(UserError, match="another process .* is training in this folder"),
     ):
         subprocess_lock(data, stage_1)
+    assert [(stage_1 / name).read_bytes() for name in ("config.yaml", "split.json")] == records
 
 
 def subprocess_lock(data: Path, folder: Path) -> None:
