@@ -45,7 +45,7 @@ class PreparedFolder:
     folder: Path
     input: Path
     recipe: Recipe
-    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = field(init=False)  # of the manifest, by file
 
     def __post_init__(self) -> None:
         self.entries = read_manifest(self.folder)

@@ -153,8 +153,7 @@ def resolve_target(cfg: DictConfig) -> Target:
         percentiles = None if modality == "CT" else DEFAULT_PERCENTILES
     size = cfg.size
     if size is None and grid is not None:
-        d, h, w = (extent * cfg.downsample for extent in grid)
-        size = (h, w, d)  # x, y, z
+        size = _voxels(cfg, grid)
     recipe = Recipe(
         window=_floats(window),
         percentiles=_floats(percentiles),
@@ -178,12 +177,17 @@ def _find_preset(cfg: DictConfig) -> tuple:
     presets = {}
     for row in cfg.classes:
         for grid, spacing in zip(row.grids, row.spacings_mm, strict=True):
-            d, h, w = (extent * cfg.downsample for extent in grid)
             presets.setdefault(row.name, (row, grid, spacing))
-            presets[f"{row.name}_{h}x{w}x{d}"] = (row, grid, spacing)
+            presets[f"{row.name}_{'x'.join(map(str, _voxels(cfg, grid)))}"] = (row, grid, spacing)
     if cfg.preset not in presets:
         raise UserError(f"preset: there is no {cfg.preset}: choose one of {', '.join(presets)}")
     return presets[cfg.preset]
+
+
+def _voxels(cfg: DictConfig, grid: Sequence[int]) -> tuple[int, int, int]:
+    """Size (x, y, z) of the volume of a latent grid (z, x, y)."""
+    d, h, w = (extent * cfg.downsample for extent in grid)
+    return h, w, d
 
 
 def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
