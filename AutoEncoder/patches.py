@@ -58,9 +58,16 @@ def stitch_patches(patches: Tensor, grid: Sequence[int]) -> Tensor:
     return rearrange(patches, "(b gd gh gw) c p1 p2 p3 -> b c (gd p1) (gh p2) (gw p3)", gd=gd, gh=gh, gw=gw)
 
 
-def tile_slices(size: Sequence[int], tile: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Tiles of edge `tile` (smaller at the far ends) that cover a grid of `size` without overlap, in z, x, y order."""
-    axes = [[slice(start, min(start + tile, extent)) for start in range(0, extent, tile)] for extent in size]
+def tile_slices(size: Sequence[int], tile: int | Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
+    """Tiles (smaller at the far ends) that cover a grid of `size` without overlap, in z, x, y order.
+
+    tile: the edge of all three axes, or one for each.
+    """
+    edges = (tile,) * len(size) if isinstance(tile, int) else tile
+    axes = [
+        [slice(start, min(start + edge, extent)) for start in range(0, extent, edge)]
+        for extent, edge in zip(size, edges, strict=True)
+    ]
     yield from product(*axes)
 
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import BaseFinetuning
 from torch import Tensor, nn
 
+from AutoEncoder.exact_decoding import decode_exactly
 from AutoEncoder.model.codebook import Codebook
 from AutoEncoder.model.discriminator import (
     DISCRIMINATOR_LOSSES,
@@ -172,15 +173,21 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         latent = stitch_patches(torch.cat(latents), grid)  # (B, E, d, h, w)
         return self.codebook(latent)["encodings"] if quantize else latent
 
-    def decode(self, latent: Tensor, quantize: bool = True) -> Tensor:
+    def decode(self, latent: Tensor, quantize: bool = True, max_bytes: int | None = None) -> Tensor:
         """Latent -> volume (B, C, f·d, f·h, f·w), decoded as one volume.
 
         Args:
             latent: raw latent (B, E, d, h, w), snapped to its nearest codes; with `quantize=False` the codes
                 (B, d, h, w) themselves.
+            max_bytes: memory that decoding may take; what does not fit is decoded block by block, slower and with the
+                same result, without gradients (`exact_decoding.py`). None: no limit.
+
+        Raises:
+            ValueError: `max_bytes` is too little for the smallest blocks.
         """
         vectors = self.codebook(latent)["embeddings"] if quantize else self.codebook.lookup(latent)
-        return self.decoder(self.post_vq_conv(vectors))
+        vectors = self.post_vq_conv(vectors)
+        return self.decoder(vectors) if max_bytes is None else decode_exactly(self.decoder, vectors, max_bytes)
 
     def decode_sliding(
         self,
@@ -189,17 +196,19 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         patch_size: int = 256,
         sliding_window: int = 1,
         compress_ratio: int | None = None,
+        max_bytes: int | None = None,
     ) -> Tensor:
-        """`decode` tile by tile without overlap, in bounded memory; tiles meet in visible seams.
+        """`decode` tile by tile without overlap, as the official release does; tiles meet in visible seams.
 
         Args:
             latent: as in `decode`, by default codes.
             patch_size: edge of a tile in voxels.
             sliding_window: tiles decoded at a time (those of equal size).
             compress_ratio: voxels per latent cell and axis; None: the model's own.
+            max_bytes: as in `decode`, for the tiles that are decoded at a time.
 
         Raises:
-            ValueError: another `compress_ratio` than the model's, or tiles that do not divide by it.
+            ValueError: as `decode`; another `compress_ratio` than the model's, or tiles that do not divide by it.
         """
         ratio = self.downsample_factor
         if compress_ratio not in (None, ratio):
@@ -215,7 +224,7 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         for group in by_shape.values():
             for start in range(0, len(group), sliding_window):
                 chosen = group[start : start + sliding_window]
-                decoded = self.decode(torch.cat([latent[(..., *tile)] for tile in chosen]), quantize)
+                decoded = self.decode(torch.cat([latent[(..., *tile)] for tile in chosen]), quantize, max_bytes)
                 if volume is None:
                     size = [extent * ratio for extent in grid]
                     volume = decoded.new_empty(latent.shape[0], decoded.shape[1], *size)

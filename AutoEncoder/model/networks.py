@@ -64,7 +64,11 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, D, H, W)
         h = self.conv2(F.silu(self.norm2(h)))  # (B, out, D, H, W)
-        return h + (self.resConv(x) if hasattr(self, "resConv") else x)
+        return h + self.shortcut(x)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What the block adds to, (B, in, D, H, W) -> (B, out, D, H, W): its input, widened where needed."""
+        return self.resConv(x) if hasattr(self, "resConv") else x
 
 
 class AttentionBlock(nn.Module):
