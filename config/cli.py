@@ -49,10 +49,10 @@ BIFLOWNET_FLAGS = _flags(
     "enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution log-every ckpt-every "
     "ckpt vq-size max-steps run-name device"
 )
-GENERATION_FLAGS = _flags(
+GENERATION_FLAGS = (Flag("--classes", "class_names"),) + _flags(
     "AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn sampling-strategy "
     "ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta batch-size device "
-    "denormalize"
+    "denormalize resolution spacing seeds requests output-dtype"
 )
 
 
@@ -135,6 +135,11 @@ def _split_overrides(
         if isinstance(value, list):
             overrides += [item for item in value if _OVERRIDE.match(item)]
             values[name] = [item for item in value if not _OVERRIDE.match(item)]
+            if not values[name]:
+                published = next(flag.name for flag in flags if flag.target == name)
+                raise UserError(
+                    f"argument {published}: expected at least one argument; --help lists all flags and keys"
+                )
         elif hints[name] is bool and _OVERRIDE.match(value):
             overrides.append(value)
             values[name] = "true"

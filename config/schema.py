@@ -248,6 +248,15 @@ class GenerationConfig(DiffusionModelConfig):
     denormalize: str | None = key(
         None, "JSON of prepared volumes (class id -> folder): writes in their units, HU or 0 ... 1; null = -1 ... 1"
     )
+    output_dtype: str = key("float32", "type of the voxels: float32 | int16 (whole HU, otherwise scaled codes)")
+    # Requests
+    class_names: list[str] = key([], "names or ids of the classes to generate; empty = all of the table")
+    resolution: list[int] | None = key(None, "voxels z y x of every volume; null = the sizes of the class table")
+    spacing: list[float] | None = key(None, "voxel size x y z in mm; null = that of the class table")
+    seeds: str | None = key(None, "seeds in place of seed, e.g. 0-9 (both included) or 0-3,7; null = seed alone")
+    requests: str | None = key(
+        None, "YAML or CSV list of requests in place of class_names: class, seed, num_samples, resolution, spacing"
+    )
     # Sampling
     sampling_strategy: str = key("ddpm", "ddpm (all timesteps) | ddim")
     ddim_steps: int = key(100, "DDIM steps; at most timesteps")
@@ -256,7 +265,7 @@ class GenerationConfig(DiffusionModelConfig):
         1.0, "classifier-free guidance; 1 = off, others need a model trained with label_dropout"
     )
     seed: int = key(0, "seed of the noise")
-    num_samples: int = key(1, "volumes per class and grid")
+    num_samples: int = key(1, "volumes per class, grid and seed")
     batch_size: int = key(1, "latents sampled together")
     device: str = key("auto", "auto | cpu | cuda; auto = a GPU where there is one")
     # Decoding

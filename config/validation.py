@@ -176,6 +176,9 @@ def _generation(cfg: DictConfig) -> Iterator[str]:
     yield from _fraction(cfg, "eta")
     yield from _one_of(cfg, "sampling_strategy", ("ddpm", "ddim"))
     yield from _one_of(cfg, "downsample", (8, 4))
+    yield from _one_of(cfg, "output_dtype", ("float32", "int16"))
+    yield from _check(cfg, "resolution", _is_positive_triple, "three whole numbers above 0, z y x in voxels")
+    yield from _check(cfg, "spacing", _is_positive_triple, "three numbers above 0, x y z in mm")
     if cfg.sampling_strategy == "ddim" and cfg.ddim_steps > cfg.timesteps:
         yield f"ddim_steps must be at most timesteps {cfg.timesteps}, got {cfg.ddim_steps}"
     yield from _classes(cfg, cfg.num_classes)
@@ -187,9 +190,8 @@ def _preprocess(cfg: DictConfig) -> Iterator[str]:
     yield from _one_of(cfg, "modality", ("CT", "MR"))
     yield from _one_of(cfg, "interpolation", ("linear", "bspline"))
     yield from _one_of(cfg, "downsample", (8, 4))
-    positive_triple = lambda value: len(value) == 3 and all(0 < item < float("inf") for item in value)  # noqa: E731
-    yield from _check(cfg, "spacing", positive_triple, "three numbers above 0, x y z in mm")
-    yield from _check(cfg, "size", positive_triple, "three numbers above 0, x y z in voxels")
+    yield from _check(cfg, "spacing", _is_positive_triple, "three numbers above 0, x y z in mm")
+    yield from _check(cfg, "size", _is_positive_triple, "three numbers above 0, x y z in voxels")
     yield from _interval(cfg, "window percentiles")
     yield from _check(cfg, "percentiles", lambda value: 0 <= min(value) and max(value) <= 100, "between 0 and 100")
     yield from _check(cfg, "name", _is_file_name, "a name that a folder can have")
@@ -201,6 +203,10 @@ def _preprocess(cfg: DictConfig) -> Iterator[str]:
     if cfg.window is not None and cfg.percentiles is not None:
         yield "window and percentiles exclude each other: give one of them"
     yield from _classes(cfg, None)
+
+
+def _is_positive_triple(value: list[float]) -> bool:
+    return len(value) == 3 and all(0 < item < float("inf") for item in value)
 
 
 _SIDES = {"L": "R", "P": "A", "I": "S"}

@@ -19,12 +19,13 @@ from config.errors import UserError
 PLANES = ("axial", "coronal", "sagittal")
 
 
-def central_slices(volume: Tensor) -> dict[str, np.ndarray]:
+def central_slices(volume: Tensor, spacing_mm: Sequence[float] | None = None) -> dict[str, np.ndarray]:
     """The three slices through a volume's middle, as pictures: `{"axial", "coronal", "sagittal"}`.
 
     volume: (D, H, W) or (1, D, H, W). Each picture is a float32 array (rows, columns), first row at the top:
     axial (W, H), y upwards and x to the right; coronal (D, H), z upwards and x to the right;
-    sagittal (D, W), z upwards and y to the right.
+    sagittal (D, W), z upwards and y to the right. With `spacing_mm` (x, y, z) rows or columns are repeated where voxels
+    are not cubes, so that the pictures have the right proportions.
     """
     if volume.ndim == 4 and volume.shape[0] == 1:
         volume = volume[0]
@@ -32,11 +33,21 @@ def central_slices(volume: Tensor) -> dict[str, np.ndarray]:
         raise UserError(f"a picture needs a volume (D, H, W) or (1, D, H, W), got shape {tuple(volume.shape)}")
     array = volume.detach().to("cpu", torch.float32).numpy()
     depth, height, width = array.shape
+    x, y, z = (1.0, 1.0, 1.0) if spacing_mm is None else spacing_mm
     return {
-        "axial": array[depth // 2].T[::-1],  # (H, W) -> (W, H), rows from the top
-        "coronal": array[:, :, width // 2][::-1],
-        "sagittal": array[:, height // 2, :][::-1],
+        "axial": _square_pixels(array[depth // 2].T[::-1], y, x),  # (H, W) -> (W, H), rows from the top
+        "coronal": _square_pixels(array[:, :, width // 2][::-1], z, x),
+        "sagittal": _square_pixels(array[:, height // 2, :][::-1], z, y),
     }
+
+
+def _square_pixels(picture: np.ndarray, row_mm: float, column_mm: float) -> np.ndarray:
+    """The picture with its longer pixels repeated: the side along which they are shorter keeps its number of pixels."""
+    for axis, length_mm in enumerate((row_mm, column_mm)):
+        size = picture.shape[axis]
+        count = max(1, round(size * length_mm / min(row_mm, column_mm)))
+        picture = np.take(picture, (np.arange(count) * size) // count, axis=axis)
+    return picture
 
 
 def save_slice_grid(

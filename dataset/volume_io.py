@@ -20,7 +20,7 @@ import torch
 
 from config.errors import UserError
 from dataset.geometry import orientation_of, spacing_of
-from dataset.intensity import is_empty, to_model_range
+from dataset.intensity import RANGE_TOLERANCE, is_empty, to_model_range
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 GZIP_MAGIC = b"\x1f\x8b"
@@ -28,6 +28,7 @@ HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (N
 NIFTI1_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"))
 NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
 UNITS = {1: "meter", 2: "mm", 3: "micron"}  # codes of lengths; others are not defined
+LARGEST_CODE = 32767  # codes of scaled int16 volumes lie between its negative and it
 COMPRESSION_LEVEL = 1  # higher levels save about 5 % on volumes and take several times as long
 
 
@@ -140,19 +141,59 @@ def read_model_volume(path: str | Path, intensity_range: Sequence[float]) -> Vol
     return Volume(data, volume.header)
 
 
-def write_volume(path: str | Path, data: torch.Tensor | np.ndarray, affine: np.ndarray | torch.Tensor) -> None:
-    """Writes (D, H, W) or (1, D, H, W) as float32 NIfTI (X, Y, Z). Values are written as they are.
+def write_volume(
+    path: str | Path,
+    data: torch.Tensor | np.ndarray,
+    affine: np.ndarray | torch.Tensor,
+    dtype: str = "float32",
+    value_range: Sequence[float] | None = None,
+    is_whole_units: bool = False,
+) -> None:
+    """Writes (D, H, W) or (1, D, H, W) as NIfTI (X, Y, Z), so that readers get the values back.
 
     The file appears under its name only when it is whole. UserError if it cannot be written.
+
+    Args:
+        dtype: "float32": values as they are; "int16": half the size, values within half a code.
+        value_range: lowest and highest value that the data can have; needed for int16, whose codes depend on it alone
+            and not on the data.
+        is_whole_units: int16 holds the values themselves, rounded, if the range allows it (HU); otherwise, and without,
+            there are 65,535 codes over the range, with slope and intercept in the header.
     """
     array = _to_array(data)
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 3:
         raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
+    slope, intercept = 1.0, 0.0
+    if dtype == "int16":
+        slope, intercept = int16_scale(value_range, is_whole_units)
+        array = _to_int16(path, array, value_range, slope, intercept)
+    elif dtype != "float32":
+        raise ValueError(f"{path}: dtype {dtype!r}: float32 or int16 is needed")
     image = nib.Nifti1Image(np.ascontiguousarray(tensor_to_nifti(array)), _to_array(affine, np.float64))
     image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(slope, intercept)
     _write(path, image)
+
+
+def int16_scale(value_range: Sequence[float], is_whole_units: bool = False) -> tuple[float, float]:
+    """Slope and intercept, as a header holds them (float32), of int16 codes for values of this range."""
+    low, high = value_range
+    if is_whole_units and low >= np.iinfo(np.int16).min and high <= np.iinfo(np.int16).max:
+        return 1.0, 0.0
+    return float(np.float32((high - low) / (2 * LARGEST_CODE))), float(np.float32((low + high) / 2))
+
+
+def _to_int16(
+    path: str | Path, array: np.ndarray, value_range: Sequence[float], slope: float, intercept: float
+) -> np.ndarray:
+    low, high = value_range
+    tolerance = RANGE_TOLERANCE * (high - low)
+    if not (low - tolerance <= array.min() and array.max() <= high + tolerance):  # also NaN
+        raise ValueError(f"{path}: values {array.min():g} to {array.max():g} outside the range [{low:g}, {high:g}]")
+    codes = np.rint((array.clip(low, high).astype(np.float64) - intercept) / slope)
+    return codes.clip(np.iinfo(np.int16).min, np.iinfo(np.int16).max).astype(np.int16)
 
 
 # Latents

@@ -106,7 +106,8 @@ class BiFlowNet(nn.Module):
         self.patch_size = patch_size
         self.sub_volume_size = tuple(sub_volume_size)
         self.num_flow_levels = count_flow_levels(widths)  # F
-        self.down_factor = 2 ** (len(dim_mults) - self.num_flow_levels)  # levels F-1 … L-2 halve the grid
+        self.down_factor = count_down_factor(widths)
+        self.grid_multiple = grid_multiple(widths, sub_volume_size)
 
         # The order of the parameters is that of the published checkpoints.
         cond_dim = 8 * dim if res_condition else 4 * dim
@@ -300,10 +301,9 @@ class BiFlowNet(nn.Module):
     def _check_inputs(self, x: Tensor, time: Tensor, y: Tensor | None, res: Tensor | None) -> None:
         if x.ndim != 5 or x.shape[1] != self.channels:
             raise ValueError(f"latents have shape {tuple(x.shape)}: expected (B, {self.channels}, d, h, w).")
-        multiple = tuple(math.lcm(size, self.down_factor) for size in self.sub_volume_size)
-        if any(size % factor for size, factor in zip(x.shape[2:], multiple, strict=True)):
+        if any(size % factor for size, factor in zip(x.shape[2:], self.grid_multiple, strict=True)):
             raise ValueError(
-                f"latent grid {tuple(x.shape[2:])} has to be divisible by {multiple} (sub-volumes of "
+                f"latent grid {tuple(x.shape[2:])} has to be divisible by {self.grid_multiple} (sub-volumes of "
                 f"{self.sub_volume_size}, U-Net down-sampling {self.down_factor}): choose another volume size."
             )
         batch = x.shape[0]
@@ -327,6 +327,20 @@ def count_flow_levels(widths: list[int]) -> int:
     while num_flow + 1 < len(widths) and widths[num_flow + 1] == widths[0]:
         num_flow += 1
     return num_flow
+
+
+def count_down_factor(widths: list[int]) -> int:
+    """How many times the U-Net makes the grid smaller: levels F-1 … L-2 halve it. widths: as for count_flow_levels."""
+    return 2 ** (len(widths) - 1 - count_flow_levels(widths))
+
+
+def grid_multiple(widths: list[int], sub_volume_size: tuple[int, int, int] = (8, 8, 8)) -> tuple[int, int, int]:
+    """What each side of a latent grid (d, h, w) has to be a multiple of: whole sub-volumes, and the U-Net's halvings.
+
+    widths: as for count_flow_levels; [1, *dim_mults] gives the same where the first convolution has the base width.
+    """
+    down_factor = count_down_factor(widths)
+    return tuple(math.lcm(size, down_factor) for size in sub_volume_size)
 
 
 def _check_arguments(

@@ -1,17 +1,18 @@
-"""Class-conditional generation: noise -> normalised latent -> volume on disk, for every class and grid of a config.
+"""Class-conditional generation: noise -> normalised latent -> volume on disk, for every request of a config.
 
-    OUT/seed_S/NAME_XxYxZ.nii.gz    float32 in [-1, 1], with `denormalize` in HU (CT) or [0, 1] (MR); XxYxZ voxels in
-                                    NIfTI order, affine from the spacing
-    OUT/seed_S/NAME_XxYxZ.json      what the volume depends on: class, grid, seed, sampler, checkpoints
+    OUT/seed_S/NAME_XxYxZ.nii.gz    in [-1, 1], with `denormalize` in HU (CT) or [0, 1] (MR); float32 or int16; XxYxZ
+                                    voxels in NIfTI order, affine from the spacing
+    OUT/seed_S/NAME_XxYxZ.json      what the volume depends on, and how it was made (evaluation/volume_record.py)
+    OUT/seed_S/contact_sheet.png    central slices of the folder's volumes (evaluation/contact_sheet.py)
     OUT/seed_S/config.yaml          the resolved configuration
 
 With `num_samples` above 1 the names are NAME_XxYxZ_I, I = 0, 1, ... The noise of a volume depends on (seed, class,
-grid, I) only, so neither batches, order, processes nor the rest of the class table change it.
+grid, I) only, so neither batches, order, processes nor the rest of the requests change it.
 """
 
-import hashlib
-import json
 import math
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,17 @@ from config.loading import require, save_config
 from config.schema import GenerationConfig
 from dataset.geometry import affine_from_spacing
 from dataset.intensity import from_model_range
-from dataset.volume_io import write_atomically, write_volume
+from dataset.volume_io import write_volume
 from ddpm.diffusion import GaussianDiffusion
-from ddpm.samplers import Progress, get_sampler
-from evaluation.volume_requests import (
-    Request,
-    batches_of_one_grid,
-    is_done,
-    list_requests,
-    noise_generator,
-    record_path,
-    seed_folder,
-)
+from ddpm.samplers import Progress
+from evaluation.contact_sheet import update_contact_sheet
+from evaluation.volume_record import describe_run, image_settings, is_done, write_record
+from evaluation.volume_requests import Request, batches_of_one_grid, list_requests, noise_generator, seed_folder
 from train.checkpoints import latent_fingerprint, load_autoencoder, load_biflownet, load_checkpoint
 from train.distributed import Distributed, cleanup, setup
 from train.logger import get_logger
+
+SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
 
 
 def run(argv: Sequence[str] | None, default_config: str, description: str) -> None:
@@ -54,35 +51,72 @@ def generate(cfg: DictConfig) -> list[Path]:
     """Generates every volume of the config that is not there yet. Returns the files of all of them.
 
     Under torchrun the volumes are shared out to the processes.
-    Raises UserError, before anything is sampled, for whatever is wrong with options, checkpoints, grids or volumes that
-    are already there.
+    Raises UserError, before anything is sampled, for whatever is wrong with options, requests, checkpoints or volumes
+    that are already there; for wrong options and requests before a checkpoint is read.
     """
     require(cfg, "AE_ckpt", "model_ckpt", "output_dir")
     requests = list_requests(cfg)
     if cfg.tile % cfg.downsample:
         raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
-    distributed = setup(cfg.device)
+    folders = list(dict.fromkeys(seed_folder(cfg, request.seed) for request in requests))
+    place = setup(cfg.device)
     try:
-        # Models, and what they allow.
-        logger = get_logger(distributed.rank)
-        autoencoder, model = load_models(cfg, distributed.device)
-        check_grids(model, requests)
-
-        # What is left to do, decided by one process.
-        settings = image_settings(cfg)
-        todo = distributed.on_main(lambda: [request for request in requests if not is_done(request, settings)])
-        distributed.on_main(lambda: save_config(cfg, seed_folder(cfg)))
+        # What is left to do.
+        logger = get_logger(place.rank)
+        settings = place.on_main(lambda: image_settings(cfg))  # reads both checkpoints whole, once
+        todo = _missing(requests, settings, place)
+        num_there = len(requests) - len(todo)
         logger.info(
-            "%d volumes -> %s, %d of them are there", len(requests), seed_folder(cfg), len(requests) - len(todo)
+            "%d volumes of %d seeds -> %s, %d are there", len(requests), len(folders), cfg.output_dir, num_there
         )
 
         # Sample and decode.
-        batches = batches_of_one_grid(todo, cfg.batch_size)[distributed.rank :: distributed.world_size]
-        _generate_batches(cfg, model, autoencoder, batches, settings, distributed)
-        distributed.barrier()
+        if todo:
+            place.on_main(lambda: _check_disk(cfg, todo))
+            autoencoder, model = load_models(cfg, place.device)
+            place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
+            batches = batches_of_one_grid(todo, cfg.batch_size)[place.rank :: place.world_size]
+            _generate_batches(cfg, model, autoencoder, batches, settings, place)
+            place.barrier()
+
+        # Show what is there.
+        if place.is_main:
+            for folder in folders:
+                update_contact_sheet(folder)
         return [request.path for request in requests]
     finally:
         cleanup()
+
+
+def _missing(requests: Sequence[Request], settings: dict[str, Any], place: Distributed) -> list[Request]:
+    """The volumes that are not done, on every rank; each rank reads its share of what is there."""
+    mine = range(place.rank, len(requests), place.world_size)
+    bar = tqdm(mine, desc="reading what is there", unit="volume", delay=3, leave=False, disable=not place.is_main)
+    missing, message = [], None
+    try:
+        missing = [i for i in bar if not is_done(requests[i], settings)]
+    except UserError as error:
+        message = str(error)
+    gathered = place.gather((missing, message))
+    for _, message in gathered:
+        if message is not None:
+            raise UserError(message)
+    return [requests[i] for i in sorted(i for part, _ in gathered for i in part)]
+
+
+def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
+    """Refuses what cannot fit by far; a disk that gets full later ends the run in one line and loses nothing."""
+    folder = Path(cfg.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    voxel_bytes = 2 if cfg.output_dtype == "int16" else 4
+    needed = SMALLEST_SHARE * voxel_bytes * sum(math.prod(request.voxels) for request in todo)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{cfg.output_dir}: {len(todo)} volumes need at least {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} "
+            "GB: free space, or choose another output_dir"
+        )
 
 
 def _generate_batches(
@@ -106,19 +140,35 @@ def _generate_batches(
                 bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
                 bar.update(done + size * step / num_steps - bar.n)
 
+            begin = _now(place.device)
             latents = sample_latents(cfg, model, diffusion, batch, place.device, show)  # (B, C, d, h, w)
+            sampling_s = (_now(place.device) - begin) / len(batch)
             for request, latent in zip(batch, latents, strict=True):
+                begin = _now(place.device)
                 volume = decode(autoencoder, latent, request.tile)  # (1, D, H, W)
+                decoding_s = _now(place.device) - begin
                 if not volume.isfinite().all():
                     raise UserError(
                         f"{request.path}: {cfg.model_ckpt} and {cfg.AE_ckpt} give NaN: the training of one diverged"
                     )
                 # The record first: a volume is only taken for done beside the record of how it was made.
-                record = json.dumps(request.record(settings), indent=2) + "\n"
-                write_atomically(record_path(request.path), record.encode())
-                volume = from_model_range(volume, request.intensity_range)
-                write_volume(request.path, volume, affine_from_spacing(request.spacing_mm))
+                write_record(request, settings, describe_run(cfg, place, sampling_s, decoding_s))
+                _write(cfg, request, volume)
             done += len(batch)
+
+
+def _write(cfg: DictConfig, request: Request, volume: Tensor) -> None:
+    """Writes a volume (1, D, H, W) of [-1, 1] in the units and the type of the request."""
+    volume = from_model_range(volume, request.intensity_range)
+    affine = affine_from_spacing(request.spacing_mm)
+    write_volume(request.path, volume, affine, cfg.output_dtype, request.intensity_range, request.is_hounsfield)
+
+
+def _now(device: torch.device) -> float:
+    """The clock in seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -151,41 +201,6 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
     return autoencoder, model
 
 
-def check_grids(model: nn.Module, requests: Sequence[Request]) -> None:
-    """The network can do every latent grid: it is cut into whole sub-volumes, and the U-Net halves it several times."""
-    multiple = [math.lcm(edge, model.down_factor) for edge in model.sub_volume_size]
-    for request in requests:
-        sizes = zip(request.grid, multiple, strict=True)
-        nearest = tuple(max(1, round(extent / factor)) * factor for extent, factor in sizes)
-        if nearest != request.grid:
-            raise UserError(
-                f"classes: {request.class_name}: the network cannot do the latent grid {list(request.grid)}, only "
-                f"multiples of {multiple}: the nearest is {list(nearest)}"
-            )
-
-
-def image_settings(cfg: DictConfig) -> dict[str, Any]:
-    """What all volumes of a run depend on besides their request: seed, sampler, guidance, checkpoints."""
-    return {
-        "seed": cfg.seed,
-        "timesteps": cfg.timesteps,
-        "sampling_strategy": cfg.sampling_strategy,
-        **{name: cfg[name] for name in get_sampler(cfg.sampling_strategy).options},
-        "guidance_scale": cfg.guidance_scale,
-        "AE_sha256": file_sha256(cfg.AE_ckpt),
-        "model_sha256": file_sha256(cfg.model_ckpt),
-    }
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------- sampling and decoding
 
 
@@ -198,7 +213,7 @@ def sample_latents(
     progress: Progress | None = None,
 ) -> Tensor:
     """Normalised latents (B, C, d, h, w) of requests that all have the grid (d, h, w)."""
-    generators = [noise_generator(cfg.seed, request) for request in batch]
+    generators = [noise_generator(request) for request in batch]
     shape = (cfg.volume_channels, *batch[0].grid)
     z = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, d, h, w)
     y = torch.tensor([request.class_id for request in batch])  # (B,)

@@ -1,25 +1,32 @@
-"""What to generate: the volumes that a config asks for, their names, and which of them are there already.
+"""What to generate: the volumes that a config asks for, their sizes and their names.
 
 OUT/seed_S/NAME_XxYxZ.nii.gz    XxYxZ are the voxels in NIfTI order
-OUT/seed_S/NAME_XxYxZ.json      what the volume depends on: class, grid, seed, sampler, checkpoints
+
+The class table of the config says which classes there are and in which sizes; `class_names`, `seeds`, `resolution` and
+`spacing`, or a list of requests in a file, choose among them and replace their sizes.
 """
 
-import json
+import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from config.errors import UserError
+from dataset.geometry import LARGEST_SPACING_MM, SMALLEST_SPACING_MM, is_plausible_spacing
 from dataset.index import read_class_folders
 from dataset.intensity import MODEL_RANGE
 from dataset.manifest import Intensity, common_intensity
-from dataset.volume_io import is_whole_volume, read_header
+from ddpm.BiFlowNet import grid_multiple
+from evaluation.request_file import MOST_VOLUMES, Entry, parse_seeds, read_request_file
+
+Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+LARGEST_SIDE = 32_767  # voxels along an axis of a NIfTI-1 file
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,12 @@ class Request:
 
     class_id: int
     class_name: str
-    grid: tuple[int, int, int]  # latent grid (d, h, w)
-    spacing_mm: tuple[float, float, float]  # (x, y, z)
-    sample: int  # number of the volume among those of its class and grid
+    seed: int
+    grid: Triple  # latent grid (d, h, w)
+    spacing_mm: Spacing  # (x, y, z)
+    sample: int  # number of the volume among those of its class, grid and seed
     path: Path  # where it goes
-    voxels: tuple[int, int, int]  # its size (X, Y, Z)
+    voxels: Triple  # its size (X, Y, Z)
     tile: int | None  # edge in voxels of the tiles it is decoded in; None: in one pass
     intensity: Intensity | None = None  # how -1 and 1 are written; None: as they are
 
@@ -41,102 +49,199 @@ class Request:
         """What -1 and 1 become in the file."""
         return MODEL_RANGE if self.intensity is None else (self.intensity.low, self.intensity.high)
 
-    def record(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The content of the JSON beside the volume, in which `settings` are what the whole run has in common."""
-        record = {**asdict(self), **settings}
-        del record["path"]
-        return json.loads(json.dumps(record))  # tuples become lists, as in a record that is read back
+    @property
+    def is_hounsfield(self) -> bool:
+        """Whether the file is in HU."""
+        return self.intensity is not None and self.intensity.unit == "HU"
 
 
 def list_requests(cfg: DictConfig) -> list[Request]:
-    """All volumes of the class table, `num_samples` of each class and grid.
+    """All volumes that the config asks for, seed by seed, or in the order of its list of requests.
 
-    Raises UserError for an empty table, two volumes under one name, or classes whose units `denormalize` doesn't tell.
+    Raises UserError for an empty table, unknown classes, sizes that the network can't do, a volume asked for twice, or
+    classes whose units `denormalize` doesn't tell.
     """
-    requests = []
-    intensities = class_intensities(cfg)
-    for row in cfg.classes:
-        for grid, spacing in zip(row.grids, row.spacings_mm, strict=True):
-            h, w, d = (grid[axis] * cfg.downsample for axis in (1, 2, 0))  # X, Y, Z
-            tile = None if math.prod(grid) <= cfg.max_single_pass**3 else cfg.tile
-            for sample in range(cfg.num_samples):
-                number = f"_{sample}" if cfg.num_samples > 1 else ""
-                path = seed_folder(cfg) / f"{row.name}_{h}x{w}x{d}{number}.nii.gz"
-                spacing_mm = tuple(float(length) for length in spacing)
-                requests.append(
-                    Request(
-                        row.id, row.name, tuple(grid), spacing_mm, sample, path, (h, w, d), tile, intensities[row.id]
+    entries = [(entry, _class_row(cfg, entry)) for entry in _entries(cfg)]
+    intensities = class_intensities(cfg, {row.id for _, row in entries})
+    requests: list[Request] = []
+    asked_by: dict[object, Entry] = {}  # path, or what the noise depends on
+    for entry, row in entries:
+        for request in _requests_of(cfg, entry, row, intensities[row.id]):
+            if len(requests) == MOST_VOLUMES:
+                raise UserError(f"{entry.where}more than {MOST_VOLUMES:,} volumes are asked for: do it in several runs")
+            for key in (request.path, noise_key(request)):
+                if key in asked_by:
+                    raise UserError(
+                        f"{entry.where or f'classes: {row.name}: '}asks for {request.path} a second time, after "
+                        f"{asked_by[key].where.removesuffix(': ') or asked_by[key].class_key}: give classes different "
+                        "names, grids different sizes and requests different seeds"
                     )
-                )
-    if not requests:
-        raise UserError("classes is empty: name in the config what to generate, as config/generation_8x.yaml does")
-    paths = [request.path for request in requests]
-    if len(set(paths)) < len(paths):
-        repeated = next(path for path in paths if paths.count(path) > 1)
-        raise UserError(
-            f"classes: two entries would both write {repeated}: give classes different names and grids different sizes"
-        )
+                asked_by[key] = entry
+            requests.append(request)
     return requests
 
 
-def class_intensities(cfg: DictConfig) -> dict[int, Intensity | None]:
-    """For each class id of the table the units of its data, from the manifests of its folders; None without."""
-    ids = [row.id for row in cfg.classes]
+# Entries
+
+
+def _entries(cfg: DictConfig) -> Iterator[Entry]:
+    """What is asked for, with every field filled from the options but the sizes, which the class table may have."""
+    if not cfg.classes:
+        raise UserError("classes is empty: name in the config what to generate, as config/generation_8x.yaml does")
+    if cfg.seeds is not None and cfg.seed != 0:
+        raise UserError(f"seeds is {cfg.seeds} and seed is {cfg.seed}: give one of them")
+    if cfg.requests is not None and cfg.class_names:
+        raise UserError(f"requests and --classes exclude each other: {cfg.requests} names the classes")
+    seeds = (cfg.seed,) if cfg.seeds is None else parse_seeds(cfg.seeds, "seeds: ")
+    options = {
+        "num_samples": cfg.num_samples,
+        "resolution": None if cfg.resolution is None else tuple(cfg.resolution),
+        "spacing_mm": None if cfg.spacing is None else tuple(map(float, cfg.spacing)),
+    }
+    if cfg.requests is None:
+        names = cfg.class_names or [row.name for row in cfg.classes]
+        for seed in seeds:
+            yield from (Entry("", name, (seed,), **options) for name in names)
+        return
+    for entry in read_request_file(cfg.requests):
+        missing = {name: value for name, value in options.items() if getattr(entry, name) is None}
+        yield replace(entry, seeds=entry.seeds or seeds, **missing)
+
+
+def _class_row(cfg: DictConfig, entry: Entry) -> DictConfig:
+    """The row of the class table that an entry names, by name or else by id."""
+    for row in cfg.classes:
+        if row.name == entry.class_key:
+            return row
+    for row in cfg.classes:
+        if str(row.id) == entry.class_key:
+            return row
+    by_lower = {row.name.lower(): row.name for row in cfg.classes}
+    close = difflib.get_close_matches(entry.class_key.lower(), by_lower, n=1)
+    hint = f", did you mean {by_lower[close[0]]}?" if close else ";"
+    known = ", ".join(f"{row.name} ({row.id})" for row in cfg.classes)
+    raise UserError(f"{entry.where or 'classes: '}no class {entry.class_key!r}{hint} the config knows {known}")
+
+
+def _requests_of(cfg: DictConfig, entry: Entry, row: DictConfig, intensity: Intensity | None) -> Iterator[Request]:
+    for grid, spacing_mm in _sizes(cfg, entry, row):
+        d, h, w = (side * cfg.downsample for side in grid)
+        tile = None if math.prod(grid) <= cfg.max_single_pass**3 else cfg.tile
+        for seed in entry.seeds:
+            folder = seed_folder(cfg, seed)
+            for sample in range(entry.num_samples):
+                path = _volume_path(folder, f"{row.name}_{h}x{w}x{d}", sample, entry.num_samples)
+                yield Request(row.id, row.name, seed, grid, spacing_mm, sample, path, (h, w, d), tile, intensity)
+
+
+def _volume_path(folder: Path, stem: str, sample: int, num_samples: int) -> Path:
+    """NAME_XxYxZ, with several samples NAME_XxYxZ_I.
+
+    Sample 0 is the same volume with one sample and with several, so what is there of it under the other name is kept.
+    """
+    alone, numbered = folder / f"{stem}.nii.gz", folder / f"{stem}_{sample}.nii.gz"
+    path, other = (numbered, alone) if num_samples > 1 else (alone, numbered)
+    return other if sample == 0 and not path.exists() and other.exists() else path
+
+
+# Sizes
+
+
+def _sizes(cfg: DictConfig, entry: Entry, row: DictConfig) -> list[tuple[Triple, Spacing]]:
+    """Latent grids (d, h, w) and spacings (x, y, z) of what an entry asks for."""
+    if entry.spacing_mm is not None and not is_plausible_spacing(entry.spacing_mm):
+        raise UserError(
+            f"{entry.where}spacing {_words(entry.spacing_mm)}: voxels have {SMALLEST_SPACING_MM:g} to "
+            f"{LARGEST_SPACING_MM:g} mm"
+        )
+    table = [
+        (tuple(grid), tuple(map(float, spacing))) for grid, spacing in zip(row.grids, row.spacings_mm, strict=True)
+    ]
+    if entry.resolution is None:
+        for grid, _ in table:
+            _check_grid(cfg, grid, f"{entry.where}classes: {row.name}: ")
+        return [(grid, entry.spacing_mm or spacing_mm) for grid, spacing_mm in table]
+    z, y, x = _checked_resolution(cfg, entry)
+    grid = (z // cfg.downsample, x // cfg.downsample, y // cfg.downsample)
+    return [(grid, entry.spacing_mm or _table_spacing(entry, row, table, grid))]
+
+
+def _table_spacing(entry: Entry, row: DictConfig, table: list[tuple[Triple, Spacing]], grid: Triple) -> Spacing:
+    """The spacing of a class at a grid: that of the table's entry for it, otherwise the only one of the class."""
+    of_grid = dict(table)
+    spacings = {of_grid[grid]} if grid in of_grid else set(of_grid.values())
+    if len(spacings) > 1:
+        shown = " or ".join(_words(spacing) for spacing in dict.fromkeys(of_grid.values()))
+        raise UserError(
+            f"{entry.where}{row.name} has several spacings ({shown}) and none for {_words(entry.resolution)}: give "
+            "--spacing X Y Z in mm, or spacing in the list of requests"
+        )
+    return spacings.pop()
+
+
+def _checked_resolution(cfg: DictConfig, entry: Entry) -> Triple:
+    multiple = grid_multiple([1, *cfg.dim_mults])[0] * cfg.downsample
+    nearest = _nearest(entry.resolution, multiple)
+    if nearest != entry.resolution:
+        raise UserError(
+            f"{entry.where}resolution {_words(entry.resolution)} (z y x): the network can do multiples of {multiple} "
+            f"voxels up to {LARGEST_SIDE // multiple * multiple}: the nearest is {_words(nearest)}"
+        )
+    return nearest
+
+
+def _check_grid(cfg: DictConfig, grid: Triple, where: str) -> None:
+    multiple = grid_multiple([1, *cfg.dim_mults])[0]
+    nearest = _nearest(grid, multiple, LARGEST_SIDE // cfg.downsample)
+    if nearest != grid:
+        raise UserError(
+            f"{where}the network cannot do the latent grid {list(grid)}, only multiples of {multiple}: the nearest is "
+            f"{list(nearest)}"
+        )
+
+
+def _nearest(sides: Sequence[int], multiple: int, largest: int = LARGEST_SIDE) -> tuple[int, ...]:
+    """The nearest sizes that are whole multiples, at least one."""
+    return tuple(min(max(1, round(side / multiple)), largest // multiple) * multiple for side in sides)
+
+
+def _words(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
+
+
+# Names, batches, noise
+
+
+def class_intensities(cfg: DictConfig, ids: Collection[int]) -> dict[int, Intensity | None]:
+    """For each of the class ids the units of its data, from the manifests of its folders; None without."""
     if cfg.denormalize is None:
         return dict.fromkeys(ids)
     folders = read_class_folders(cfg.denormalize)
-    for class_id in ids:
+    for class_id in sorted(ids):
         if class_id not in folders:
             raise UserError(f"denormalize: {cfg.denormalize} has no class {class_id}: name its folder there")
     return {class_id: common_intensity(folders[class_id]) for class_id in ids}
 
 
-def seed_folder(cfg: DictConfig) -> Path:
-    """OUT/seed_S, the folder of all volumes of a run."""
-    return Path(cfg.output_dir) / f"seed_{cfg.seed}"
-
-
-def record_path(volume: Path) -> Path:
-    """The JSON beside a volume."""
-    return volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
-
-
-def is_done(request: Request, settings: dict[str, Any]) -> bool:
-    """Whether the volume is there, whole and made by the same settings.
-
-    Raises UserError for a whole volume that was made by other settings, or by unknown ones.
-    """
-    if not is_whole_volume(request.path) or read_header(request.path).shape != request.voxels:
-        return False
-    record = request.record(settings)
-    try:
-        found = json.loads(record_path(request.path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{request.path}: how this volume was made is not known, {record_path(request.path).name} is not there: "
-            "remove the volume, or choose another output_dir"
-        )
-    different = [key for key in record.keys() | found.keys() if found.get(key) != record.get(key)]
-    if different:
-        key = min(different)
-        raise UserError(
-            f"{request.path}: this volume was made with other settings ({', '.join(sorted(different))}: {key} was "
-            f"{found.get(key)}, is {record.get(key)}): choose another output_dir or seed, or remove the volume"
-        )
-    return True
+def seed_folder(cfg: DictConfig, seed: int) -> Path:
+    """OUT/seed_S, the folder of all volumes of a seed."""
+    return Path(cfg.output_dir) / f"seed_{seed}"
 
 
 def batches_of_one_grid(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
-    """Batches of at most `batch_size` volumes, each of one latent grid; classes may be mixed."""
-    by_grid: dict[tuple[int, int, int], list[Request]] = {}
+    """Batches of at most `batch_size` volumes, each of one latent grid; classes and seeds may be mixed."""
+    by_grid: dict[Triple, list[Request]] = {}
     for request in requests:
         by_grid.setdefault(request.grid, []).append(request)
     return [same[i : i + batch_size] for same in by_grid.values() for i in range(0, len(same), batch_size)]
 
 
-def noise_generator(seed: int, request: Request) -> torch.Generator:
+def noise_key(request: Request) -> tuple[int, ...]:
+    """What the noise of a volume depends on."""
+    return (request.seed, request.class_id, *request.grid, request.sample)
+
+
+def noise_generator(request: Request) -> torch.Generator:
     """The source of all noise of one volume, on the CPU so that it is the same on every device."""
-    entropy = (seed, request.class_id, *request.grid, request.sample)
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+    state = np.random.SeedSequence(noise_key(request)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))

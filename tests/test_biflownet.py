@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden import GOLDEN_SEED, fill_module, golden_normal, load_golden, load_keys
 
-from ddpm.BiFlowNet import BiFlowNet, GaussianDiffusion, PatchEmbed_Voxel
+from ddpm.BiFlowNet import BiFlowNet, GaussianDiffusion, PatchEmbed_Voxel, grid_multiple
 
 SMALL = {
     "dim": 24,
@@ -302,6 +302,7 @@ def test_grid_has_to_suit_the_unet_too():
     with torch.device("meta"):
         model = BiFlowNet(**{**TINY, **mults, "sub_volume_size": (8, 8, 8)})
     assert model.down_factor == 32
+    assert model.grid_multiple == grid_multiple([1, *mults["dim_mults"]]) == (32, 32, 32)
     with pytest.raises(ValueError, match=r"\(32, 32, 16\) has to be divisible by \(32, 32, 32\)"):
         model(*inputs(grid=(32, 32, 16)))
 

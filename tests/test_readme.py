@@ -40,7 +40,7 @@ ADDED = {
     "class_conditional_generation.py": [
         *TINY_DIFFUSION,
         "device=cpu",
-        "classes=[{id: 0, name: CTChest, grids: [[8, 8, 8]], spacings_mm: [[1, 1, 1]]}]",
+        "classes=[{id: 0, name: CTHeadNeck, grids: [[8, 8, 8]], spacings_mm: [[1, 1, 1]]}]",
     ],
 }
 
@@ -63,6 +63,11 @@ def adapted(command: str) -> list[str]:
         words[words.index("--nproc-per-node") + 1] = "2"
         position = words.index("--resolution")
         words[position + 1 : position + 4] = ["8", "8", "8"]
+    elif "--resolution" in words:
+        position = words.index("--resolution")
+        words[position + 1 : position + 4] = ["64", "64", "64"]
+    if "--seeds" in words:
+        words[words.index("--seeds") + 1] = "1-2"
     if "--num-per-class" in words:
         words[words.index("--num-per-class") + 1] = "3"
     if "--ddim_steps" in words:
@@ -121,11 +126,13 @@ def test_the_readme_runs_from_top_to_bottom(tree):
     for name, content in contents.items():
         (tree / "config" / name).write_text(json.dumps(content))
     commands = [command for command in commands_of("README.md") if not command.startswith("make ")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     run_all(commands, tree)
     assert len(read_manifest(tree / "data" / "CTChestAbdomen")) == 2
-    (volume,) = (tree / "generated" / "seed_0").glob("*.nii.gz")
-    assert volume.name == "CTChest_64x64x64.nii.gz"
+    made = sorted(str(path.relative_to(tree / "generated")) for path in (tree / "generated").rglob("*.nii.gz"))
+    assert made == ["seed_0/CTHeadNeck_64x64x64.nii.gz"] + [
+        f"seed_{seed}/CTHeadNeck_64x64x64_{i}.nii.gz" for seed in (1, 2) for i in (0, 1)
+    ]
 
 
 def test_the_worked_example_runs_from_dicom_to_training(tree):
