@@ -14,8 +14,9 @@ Axes: B batch, C channels, G groups, (d, h, w) a stage's input grid; its output 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -94,41 +95,40 @@ def decode_exactly(decoder: Decoder, z: Tensor, max_bytes: int | None = None) ->
         max_bytes: memory for activations on z's device, weights not counted; None: everything in one pass.
 
     Raises:
-        ValueError: the smallest blocks need more than `max_bytes`.
+        ValueError: the smallest blocks need more than `max_bytes`; nothing has been computed then.
     """
-    limit = math.inf if max_bytes is None else max_bytes
-    needed = _latent_grid_bytes(decoder, z)
-    if needed > limit:
-        raise _too_little(z, needed, limit)
-    first, *others = decoder.conv_blocks
+    blocks = plan_blocks(decoder, z.shape, activation_bytes(z), max_bytes)
+    first = decoder.conv_blocks[0]
     x = first.res2(first.res1(decoder.mid_block(decoder.conv_first(z))))  # (B, w0, d, h, w)
-    up = first.up
-    for level in others:
-        is_last = level is others[-1]
-        stage = Stage(up, (level.res1, level.res2), decoder.final_block if is_last else None)
-        x = _run_stage(stage, x, limit, z)
-        up = None if is_last else level.up
+    for stage, block in zip(_stages(decoder), blocks, strict=True):
+        x = stage.run(x) if block == tuple(x.shape[2:]) else _run_in_blocks(stage, x, block)
     return x
 
 
-def _run_stage(stage: Stage, x: Tensor, limit: float, z: Tensor) -> Tensor:
-    """(B, C, d, h, w) -> (B, C', 2d, 2h, 2w), in the largest blocks that fit."""
-    block = _choose_block(stage, x, limit, z)
-    if block == tuple(x.shape[2:]):
-        return stage.run(x.to(z.device))
+def _stages(decoder: Decoder) -> list[Stage]:
+    levels = list(decoder.conv_blocks)
+    return [
+        Stage(before.up, (level.res1, level.res2), decoder.final_block if level is levels[-1] else None)
+        for before, level in pairwise(levels)
+    ]
+
+
+def _run_in_blocks(stage: Stage, x: Tensor, block: Sequence[int]) -> Tensor:
+    """`stage.run(x)`, (B, C, d, h, w) -> (B, C', 2d, 2h, 2w)."""
     affines: list[Affine] = []
     for norm in stage.norms:
-        affines.append(_known_affine(norm) or _measured_affine(norm, stage, affines, x, block, z.device))
+        affines.append(_known_affine(norm) or _measured_affine(norm, stage, affines, x, block))
     out = None
-    for target, part in _each_block(stage, affines, x, block, z.device):
+    for target, part in _each_block(stage, affines, x, block):
         if out is None:
-            size = [2 * extent for extent in x.shape[2:]]
-            out = torch.empty(len(x), part.shape[1], *size, dtype=part.dtype, device=x.device)
+            out = part.new_empty(len(x), part.shape[1], *(2 * extent for extent in x.shape[2:]))
         out[(..., *target)] = part
     return out
 
 
-def _each_block(stage: Stage, affines: Sequence[Affine], x: Tensor, block: Sequence[int], device: torch.device):
+def _each_block(
+    stage: Stage, affines: Sequence[Affine], x: Tensor, block: Sequence[int]
+) -> Iterator[tuple[list[slice], Tensor]]:
     """Yields (place in the output, `stage.run_with(affines, x)` there), for blocks that cover all of x.
 
     Where a block ends inside the volume, the convolutions pad with zeros what should be its neighbours: that is wrong
@@ -138,7 +138,7 @@ def _each_block(stage: Stage, affines: Sequence[Affine], x: Tensor, block: Seque
     for tile in tile_slices(x.shape[2:], block):
         extents = zip(tile, x.shape[2:], strict=True)
         wide = [slice(max(0, t.start - margin), min(extent, t.stop + margin)) for t, extent in extents]
-        part = stage.run_with(affines, x[(..., *wide)].to(device))
+        part = stage.run_with(affines, x[(..., *wide)])
         inner = [slice(2 * (t.start - w.start), 2 * (t.stop - w.start)) for t, w in zip(tile, wide, strict=True)]
         yield [slice(2 * t.start, 2 * t.stop) for t in tile], part[(..., *inner)]
 
@@ -159,11 +159,11 @@ def _known_affine(norm: nn.Module) -> Affine | None:
 
 
 def _measured_affine(
-    norm: nn.GroupNorm, stage: Stage, affines: Sequence[Affine], x: Tensor, block: Sequence[int], device: torch.device
+    norm: nn.GroupNorm, stage: Stage, affines: Sequence[Affine], x: Tensor, block: Sequence[int]
 ) -> Affine:
     """The norm with the statistics of its whole input, put together block by block (Chan et al. 1979, eq. 2.1)."""
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())  # of elements; (B, G); (B, G) sum of squared deviations
-    for _, part in _each_block(stage, affines, x, block, device):
+    for _, part in _each_block(stage, affines, x, block):
         groups = rearrange(part, "b (g c) d h w -> b g (c d h w)", g=norm.num_groups)
         moments = torch.var_mean(groups.to(norm.weight.dtype), dim=-1, correction=0)
         variance, own_mean = (value.double() for value in moments)  # (B, G)
@@ -186,41 +186,61 @@ def _affine(norm: nn.Module, mean: Tensor, variance: Tensor) -> Affine:
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def _choose_block(stage: Stage, x: Tensor, limit: float, z: Tensor) -> tuple[int, ...]:
-    """The largest blocks (input voxels) with which the stage fits: the longest edge is halved until it does."""
-    grid, margin = tuple(x.shape[2:]), stage.margin(len(stage.norms))
+def plan_blocks(
+    decoder: Decoder, shape: Sequence[int], element_bytes: int, max_bytes: int | None
+) -> list[tuple[int, ...]]:
+    """The largest blocks (input voxels) of each stage with which latents of `shape` (B, E, d, h, w) can be decoded.
+
+    A block as large as the stage's grid means one pass. element_bytes: of the convolutions' results.
+
+    Raises:
+        ValueError: even the smallest blocks need more than `max_bytes`.
+    """
+    batch, _, *grid = shape
+    limit = math.inf if max_bytes is None else max_bytes
+    stages = _stages(decoder)
+    grids = [tuple(extent * 2**i for extent in grid) for i in range(len(stages))]
+    plans = [
+        list(_candidates(stage, stage_grid, batch, element_bytes))
+        for stage, stage_grid in zip(stages, grids, strict=True)
+    ]
+    needed = max(_latent_grid_bytes(decoder, batch, grid), *(min(plan)[0] for plan in plans))
+    if needed > limit:
+        raise ValueError(
+            f"decoding latents of {tuple(grid)} needs {needed / 1e9:.2g} GB even in the smallest blocks, "
+            f"{limit / 1e9:.2g} GB are allowed"
+        )
+    return [next(block for bytes_needed, block in plan if bytes_needed <= limit) for plan in plans]
+
+
+def activation_bytes(z: Tensor) -> int:
+    """Bytes an element of what convolutions give for z, under autocast too."""
+    device = z.device.type
+    return (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype).itemsize
+
+
+def _candidates(
+    stage: Stage, grid: tuple[int, ...], batch: int, element_bytes: int
+) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """(bytes that the stage needs, block), from the whole grid on, the longest edge halved each time."""
+    margin = stage.margin(len(stage.norms))
+    wide, narrow = stage.widths
+    out_channels = narrow if stage.final is None else stage.final[-1].out_channels
+    stored = batch * math.prod(grid) * (stage.up.conv_trans.in_channels + 8 * out_channels) * element_bytes
+    # At their peak, in the first convolution: its input, the normalised input, both again as the convolution wants them
+    # laid out, and its output, twice. The normalised input is float32.
+    voxel_bytes = wide * (2 * element_bytes + 4) + 2 * narrow * element_bytes
     block = grid
-    stored = (x.numel() + 8 * math.prod(grid) * len(x) * _out_channels(stage)) * x.element_size()
     while True:
         voxels = 8 * math.prod(min(b + 2 * margin, extent) for b, extent in zip(block, grid, strict=True))
-        needed = SAFETY * (stored + len(x) * voxels * _bytes_per_voxel(stage, x.element_size()))
-        if needed <= limit:
-            return block
+        yield SAFETY * (stored + batch * voxels * voxel_bytes), block
         longest = max(range(3), key=lambda axis: block[axis])
         if block[longest] <= SMALLEST_BLOCK:
-            raise _too_little(z, needed, limit)
+            return
         block = tuple(math.ceil(b / 2) if axis == longest else b for axis, b in enumerate(block))
 
 
-def _out_channels(stage: Stage) -> int:
-    return stage.widths[1] if stage.final is None else stage.final[-1].out_channels
-
-
-def _bytes_per_voxel(stage: Stage, size: int) -> int:
-    """Of activations at their peak, the first convolution: its input, normalised input, both again as the convolution
-    wants them laid out, and its output; `size` bytes an element but for the normalised input, which is float32."""
-    wide, narrow = stage.widths
-    return wide * (2 * size + 4) + 2 * narrow * size
-
-
-def _latent_grid_bytes(decoder: Decoder, z: Tensor) -> int:
+def _latent_grid_bytes(decoder: Decoder, batch: int, grid: Sequence[int]) -> float:
     """Of the attention: its input, normed and as tokens; queries, keys and values, twice; the result; in float32."""
     width, inner = decoder.conv_first.out_channels, ATTENTION_HEADS * ATTENTION_HEAD_DIM
-    return int(SAFETY * 4 * len(z) * math.prod(z.shape[2:]) * (3 * width + 7 * inner))
-
-
-def _too_little(z: Tensor, needed: float, limit: float) -> ValueError:
-    return ValueError(
-        f"decoding latents of {tuple(z.shape[2:])} needs {needed / 1e9:.2g} GB even in the smallest blocks, "
-        f"{limit / 1e9:.2g} GB are allowed"
-    )
+    return SAFETY * 4 * batch * math.prod(grid) * (3 * width + 7 * inner)

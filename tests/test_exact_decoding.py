@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from configs import tiny_autoencoder
+from configs import official_autoencoder, tiny_autoencoder
 from torch import nn
 
 from AutoEncoder import exact_decoding
-from AutoEncoder.exact_decoding import decode_exactly
+from AutoEncoder.exact_decoding import decode_exactly, plan_blocks
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 
 GRID = (5, 4, 7)
@@ -28,12 +28,14 @@ def decoder(downsample: int = 4, dtype=torch.float64, **model) -> nn.Module:
 def in_blocks(monkeypatch, edges) -> list[tuple[int, ...]]:
     """Lets every stage run in blocks of these edges; returns the grids of the stages that did, filled later."""
     grids = []
+    run = exact_decoding._run_in_blocks
 
-    def choose(stage, x, limit, z):
+    def record(stage, x, block):
         grids.append(tuple(x.shape[2:]))
-        return edges
+        return run(stage, x, block)
 
-    monkeypatch.setattr(exact_decoding, "_choose_block", choose)
+    monkeypatch.setattr(exact_decoding, "plan_blocks", lambda network, *_: [edges] * (len(network.conv_blocks) - 1))
+    monkeypatch.setattr(exact_decoding, "_run_in_blocks", record)
     return grids
 
 
@@ -109,13 +111,23 @@ def test_memory_decides_the_blocks(monkeypatch):
     assert largest[2] > largest[3] > 0
 
 
-@pytest.mark.parametrize("max_bytes", [1000, 50_000_000])
-def test_too_little_memory(max_bytes):
-    """Too little for the attention, or for the smallest blocks of a later stage."""
-    network = decoder(dtype=torch.float32)
+@pytest.mark.parametrize("max_bytes", [1000, 80_000_000])
+def test_too_little_memory(monkeypatch, max_bytes):
+    """Too little for the attention, or for the smallest blocks of a later stage: said before anything is computed."""
+    network = decoder(dtype=torch.float32, n_hiddens=64)
+    monkeypatch.setattr(network.conv_first, "forward", None)
     match = rf"latents of \(24, 24, 16\) needs 0\.\d+ GB even in the smallest blocks, {max_bytes / 1e9:.2g} GB are"
     with pytest.raises(ValueError, match=match):
         decode_exactly(network, torch.randn(1, 4, 24, 24, 16), max_bytes)
+
+
+@pytest.mark.parametrize("grid", [(64, 64, 64), (64, 32, 32)])
+def test_512_voxels_at_paper_size_fit_in_16_gb(grid):
+    """What the plan counts; docs/performance.md has measured peaks beside counted ones."""
+    network = patchvolumeAE(official_autoencoder()).decoder
+    blocks = plan_blocks(network, (1, 8, *grid), 4, 16 * 10**9)
+    assert blocks[0] == tuple(2**0 * extent for extent in grid)  # 128³ voxels at most: in one pass
+    assert min(blocks[-1]) >= 64
 
 
 def test_the_model_decodes_within_a_limit(monkeypatch):
