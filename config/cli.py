@@ -52,7 +52,7 @@ BIFLOWNET_FLAGS = _flags(
 GENERATION_FLAGS = (Flag("--classes", "class_names"),) + _flags(
     "AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn sampling-strategy "
     "ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta batch-size device "
-    "denormalize resolution spacing seeds requests output-dtype"
+    "denormalize resolution spacing seeds requests output-dtype decoding max-memory precision channels-last compile"
 )
 
 

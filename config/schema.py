@@ -267,9 +267,20 @@ class GenerationConfig(DiffusionModelConfig):
     seed: int = key(0, "seed of the noise")
     num_samples: int = key(1, "volumes per class, grid and seed")
     batch_size: int = key(1, "latents sampled together")
+    # Speed
+    precision: str = key("32", "32 | bf16 | 16: mixed precision of both networks; codes and noise schedule stay in 32")
+    channels_last: bool = key(False, "channels-last memory layout of both networks; rounding aside, no image changes")
+    compile: bool = key(False, "torch.compile of the diffusion network: minutes at first, then faster steps")
     device: str = key("auto", "auto | cpu | cuda; auto = a GPU where there is one")
     # Decoding
     downsample: int = key(8, "compression of the autoencoder: 8 | 4")
-    max_single_pass: int = key(32, "latents up to this many voxels cubed are decoded in one pass, larger ones in tiles")
-    tile: int = key(256, "edge of a decoded tile in image voxels")
+    decoding: str = key(
+        "exact",
+        "exact (as in one pass, no seams) | blended (overlapping tiles) | tiles (as the official release, seams)",
+    )
+    max_memory: float | None = key(
+        None, "GB that decoding may take; changes no image, only time; null = 80 % of what a GPU has free, 50 % on CPU"
+    )
+    max_single_pass: int = key(32, "blended and tiles: latents up to this many voxels cubed are decoded whole")
+    tile: int = key(256, "blended and tiles: edge of a tile in image voxels")
     classes: list[VolumeClass] = key([], "what to generate: id, name, grids and spacings of each class")

@@ -177,6 +177,11 @@ def _generation(cfg: DictConfig) -> Iterator[str]:
     yield from _one_of(cfg, "sampling_strategy", ("ddpm", "ddim"))
     yield from _one_of(cfg, "downsample", (8, 4))
     yield from _one_of(cfg, "output_dtype", ("float32", "int16"))
+    yield from _one_of(cfg, "decoding", ("exact", "blended", "tiles"))
+    yield from _one_of(cfg, "precision", ("32", "bf16", "16"))
+    yield from _positive(cfg, "max_memory")
+    if cfg.precision == "16" and cfg.device == "cpu":
+        yield "precision 16 needs a GPU: take bf16 on a CPU"
     yield from _check(cfg, "resolution", _is_positive_triple, "three whole numbers above 0, z y x in voxels")
     yield from _check(cfg, "spacing", _is_positive_triple, "three numbers above 0, x y z in mm")
     if cfg.sampling_strategy == "ddim" and cfg.ddim_steps > cfg.timesteps:

@@ -22,7 +22,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from AutoEncoder.latents import denormalise_latents
 from config.cli import GENERATION_FLAGS, parse_command_line
 from config.errors import UserError
 from config.loading import require, save_config
@@ -33,6 +32,8 @@ from dataset.volume_io import write_volume
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Progress
 from evaluation.contact_sheet import update_contact_sheet
+from evaluation.decoding import check_memory, decode
+from evaluation.speed import CompiledDenoiser, autocast
 from evaluation.volume_record import describe_run, image_settings, is_done, write_record
 from evaluation.volume_requests import Request, batches_of_one_grid, list_requests, noise_generator, seed_folder
 from train.checkpoints import latent_fingerprint, load_autoencoder, load_biflownet, load_checkpoint
@@ -74,6 +75,7 @@ def generate(cfg: DictConfig) -> list[Path]:
         if todo:
             place.on_main(lambda: _check_disk(cfg, todo))
             autoencoder, model = load_models(cfg, place.device)
+            check_memory(autoencoder, todo, place.device, _max_bytes(cfg), cfg.precision)
             place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
             batches = batches_of_one_grid(todo, cfg.batch_size)[place.rank :: place.world_size]
             _generate_batches(cfg, model, autoencoder, batches, settings, place)
@@ -145,7 +147,8 @@ def _generate_batches(
             sampling_s = (_now(place.device) - begin) / len(batch)
             for request, latent in zip(batch, latents, strict=True):
                 begin = _now(place.device)
-                volume = decode(autoencoder, latent, request.tile)  # (1, D, H, W)
+                how = (request.decoding, request.tile, _max_bytes(cfg), cfg.precision)
+                volume = decode(autoencoder, latent, *how)  # (1, D, H, W)
                 decoding_s = _now(place.device) - begin
                 if not volume.isfinite().all():
                     raise UserError(
@@ -162,6 +165,10 @@ def _write(cfg: DictConfig, request: Request, volume: Tensor) -> None:
     volume = from_model_range(volume, request.intensity_range)
     affine = affine_from_spacing(request.spacing_mm)
     write_volume(request.path, volume, affine, cfg.output_dtype, request.intensity_range, request.is_hounsfield)
+
+
+def _max_bytes(cfg: DictConfig) -> int | None:
+    return None if cfg.max_memory is None else int(cfg.max_memory * 1e9)
 
 
 def _now(device: torch.device) -> float:
@@ -198,10 +205,12 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             f"guidance_scale is {cfg.guidance_scale}, but {cfg.model_ckpt} has no null label: use 1, or a model that "
             "was trained with label_dropout above 0"
         )
-    return autoencoder, model
+    if cfg.channels_last:
+        autoencoder, model = (network.to(memory_format=torch.channels_last_3d) for network in (autoencoder, model))
+    return autoencoder, CompiledDenoiser(model) if cfg.compile else model
 
 
-# ---------------------------------------------------------------------------------------------- sampling and decoding
+# ---------------------------------------------------------------------------------------------------------- sampling
 
 
 def sample_latents(
@@ -218,26 +227,17 @@ def sample_latents(
     z = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, d, h, w)
     y = torch.tensor([request.class_id for request in batch])  # (B,)
     res = torch.tensor(batch[0].grid) / model.vq_size  # (3,)
-    return diffusion.sample(
-        model,
-        z.to(device),
-        y=y.to(device),
-        res=res.to(device),
-        cond_scale=cfg.guidance_scale,
-        strategy=cfg.sampling_strategy,
-        eta=cfg.eta,
-        ddim_steps=cfg.ddim_steps,
-        generator=generators,  # they go on where z left them
-        progress=progress,
-    )
-
-
-@torch.inference_mode()
-def decode(autoencoder: nn.Module, latent: Tensor, tile: int | None) -> Tensor:
-    """Normalised latent (C, d, h, w) -> volume (1, D, H, W) in [-1, 1] on the CPU, in tiles of this edge in voxels."""
-    raw = denormalise_latents(latent[None], autoencoder.codebook.embeddings)  # (1, C, d, h, w)
-    if tile is None:
-        volume = autoencoder.decode(raw, quantize=True)  # (1, 1, D, H, W)
-    else:
-        volume = autoencoder.decode_sliding(raw, quantize=True, patch_size=tile)
-    return volume[0].float().clamp(-1, 1).cpu()
+    layout = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
+    with autocast(device, cfg.precision):  # of the network: z and the steps are float32 and stay so
+        return diffusion.sample(
+            model,
+            z.to(device, memory_format=layout),
+            y=y.to(device),
+            res=res.to(device),
+            cond_scale=cfg.guidance_scale,
+            strategy=cfg.sampling_strategy,
+            eta=cfg.eta,
+            ddim_steps=cfg.ddim_steps,
+            generator=generators,  # they go on where z left them
+            progress=progress,
+        )

@@ -27,9 +27,6 @@ from ddpm.samplers import get_sampler
 from evaluation.volume_requests import Request
 from train.distributed import Distributed
 
-# Keys that records of earlier versions don't have, with what was the case then.
-EARLIER = {"output_dtype": "float32"}
-
 
 def image_settings(cfg: DictConfig) -> dict[str, Any]:
     """What all volumes of a run depend on besides their request: sampler, guidance, output type, checkpoints."""
@@ -38,6 +35,7 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
         "sampling_strategy": cfg.sampling_strategy,
         **{name: cfg[name] for name in get_sampler(cfg.sampling_strategy).options},
         "guidance_scale": cfg.guidance_scale,
+        "precision": cfg.precision,
         "output_dtype": cfg.output_dtype,
         "AE_sha256": file_sha256(cfg.AE_ckpt),
         "model_sha256": file_sha256(cfg.model_ckpt),
@@ -99,7 +97,6 @@ def is_done(request: Request, settings: dict[str, Any]) -> bool:
             f"{request.path}: how this volume was made is not known, {record_path(request.path).name} is not there or "
             "damaged: remove the volume, or choose another output_dir"
         )
-    found = {**EARLIER, **found}
     found.pop("run", None)
     different = [key for key in record.keys() | found.keys() if found.get(key) != record.get(key)]
     if different:
@@ -120,6 +117,8 @@ def describe_run(cfg: DictConfig, place: Distributed, sampling_s: float, decodin
         "peak_memory_gb": round(_peak_memory_bytes(place.device) / 1e9, 3),
         "device": _device_name(place.device),
         "batch_size": cfg.batch_size,
+        "compile": cfg.compile,
+        "channels_last": cfg.channels_last,
         "world_size": place.world_size,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "command": shlex.join(sys.argv),

@@ -41,7 +41,8 @@ class Request:
     sample: int  # number of the volume among those of its class, grid and seed
     path: Path  # where it goes
     voxels: Triple  # its size (X, Y, Z)
-    tile: int | None  # edge in voxels of the tiles it is decoded in; None: in one pass
+    decoding: str  # "exact", "blended" or "tiles"
+    tile: int | None  # edge in voxels of the tiles it is decoded in; None: as a whole
     intensity: Intensity | None = None  # how -1 and 1 are written; None: as they are
 
     @property
@@ -126,12 +127,15 @@ def _class_row(cfg: DictConfig, entry: Entry) -> DictConfig:
 def _requests_of(cfg: DictConfig, entry: Entry, row: DictConfig, intensity: Intensity | None) -> Iterator[Request]:
     for grid, spacing_mm in _sizes(cfg, entry, row):
         d, h, w = (side * cfg.downsample for side in grid)
-        tile = None if math.prod(grid) <= cfg.max_single_pass**3 else cfg.tile
+        is_whole = math.prod(grid) <= cfg.max_single_pass**3 or max(h, w, d) <= cfg.tile
+        decoding, tile = ("exact", None) if is_whole or cfg.decoding == "exact" else (cfg.decoding, cfg.tile)
         for seed in entry.seeds:
             folder = seed_folder(cfg, seed)
             for sample in range(entry.num_samples):
                 path = _volume_path(folder, f"{row.name}_{h}x{w}x{d}", sample, entry.num_samples)
-                yield Request(row.id, row.name, seed, grid, spacing_mm, sample, path, (h, w, d), tile, intensity)
+                yield Request(
+                    row.id, row.name, seed, grid, spacing_mm, sample, path, (h, w, d), decoding, tile, intensity
+                )
 
 
 def _volume_path(folder: Path, stem: str, sample: int, num_samples: int) -> Path:
