@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import samplers
+from ddpm import limits, samplers
 from ddpm.schedule import NoiseSchedule, cosine_betas, noise_schedule
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -69,10 +69,10 @@ class GaussianDiffusion(nn.Module):
     def limit_start(self, x_start: Tensor) -> Tensor:
         """Keep a predicted x_0 within [-1, 1], the range of normalised latents."""
         if self.use_dynamic_thres:
-            return samplers.dynamic_threshold(x_start, self.dynamic_thres_percentile)
-        return samplers.clip_start(x_start)
+            return limits.dynamic_threshold(x_start, self.dynamic_thres_percentile)
+        return limits.clip_start(x_start)
 
-    def _limit(self, clip_denoised: bool) -> samplers.Limit:
+    def _limit(self, clip_denoised: bool) -> limits.Limit:
         return self.limit_start if clip_denoised else (lambda x_start: x_start)
 
     # -------------------------------------------------------------------------------------------------------- training
