@@ -3,7 +3,8 @@
     sampler(denoise, z, schedule, limit=..., generator=..., progress=..., [its own options]) -> x_0, like z
 
 ``denoise(x, t)`` predicts the noise in x (B, ...) at timesteps t (B,); conditions and guidance are inside it. A new
-sampler is a new function here and one entry in ``SAMPLERS``.
+sampler is a new function and one entry in ``SAMPLERS``. Ancestral sampling and DDIM are here, the multistep solvers in
+``ddpm/solvers.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ddpm.limits import Limit, clip_start
 from ddpm.schedule import NoiseSchedule, per_sample, trailing_timesteps
+from ddpm.solvers import dpm_solver, unipc
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Generator = torch.Generator | Sequence[torch.Generator] | None  # one for all, one per sample, or the global one
@@ -144,6 +146,8 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ancestral, {}),
     "ddim": Sampler(ddim, {"ddim_steps": "steps", "eta": "eta"}),
+    "dpm++": Sampler(dpm_solver, {"ddim_steps": "steps"}),
+    "unipc": Sampler(unipc, {"ddim_steps": "steps"}),
 }
 
 
