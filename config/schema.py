@@ -258,9 +258,9 @@ class GenerationConfig(DiffusionModelConfig):
         None, "YAML or CSV list of requests in place of class_names: class, seed, num_samples, resolution, spacing"
     )
     # Sampling
-    sampling_strategy: str = key("ddpm", "ddpm (all timesteps) | ddim")
-    ddim_steps: int = key(100, "DDIM steps; at most timesteps")
-    eta: float = key(0.0, "DDIM noise: 0 = deterministic, 1 = as much as ddpm")
+    sampling_strategy: str = key("ddpm", "ddpm (all timesteps) | ddim | dpm++ | unipc")
+    ddim_steps: int = key(100, "steps of ddim, dpm++ and unipc; at most timesteps")
+    eta: float = key(0.0, "noise of ddim alone: 0 = deterministic, 1 = as much as ddpm")
     guidance_scale: float = key(
         1.0, "classifier-free guidance; 1 = off, others need a model trained with label_dropout"
     )

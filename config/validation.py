@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,6 +11,7 @@ from config.errors import UserError
 from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
 
 DEVICES = ("auto", "cpu", "cuda")
+SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 # BiFlowNet cuts latents into sub-volumes of this edge.
 SUB_VOLUME = 8
 
@@ -174,18 +176,21 @@ def _generation(cfg: DictConfig) -> Iterator[str]:
     yield from _at_least(cfg, 1, "ddim_steps num_samples max_single_pass tile")
     yield from _not_negative(cfg, "seed guidance_scale")
     yield from _fraction(cfg, "eta")
-    yield from _one_of(cfg, "sampling_strategy", ("ddpm", "ddim"))
+    yield from _one_of(cfg, "sampling_strategy", SAMPLING_STRATEGIES)
     yield from _one_of(cfg, "downsample", (8, 4))
     yield from _one_of(cfg, "output_dtype", ("float32", "int16"))
     yield from _one_of(cfg, "decoding", ("exact", "blended", "tiles"))
     yield from _one_of(cfg, "precision", ("32", "bf16", "16"))
     yield from _positive(cfg, "max_memory")
-    if cfg.precision == "16" and cfg.device == "cpu":
-        yield "precision 16 needs a GPU: take bf16 on a CPU"
     yield from _check(cfg, "resolution", _is_positive_triple, "three whole numbers above 0, z y x in voxels")
     yield from _check(cfg, "spacing", _is_positive_triple, "three numbers above 0, x y z in mm")
-    if cfg.sampling_strategy == "ddim" and cfg.ddim_steps > cfg.timesteps:
+    if cfg.sampling_strategy != "ddpm" and cfg.ddim_steps > cfg.timesteps:
         yield f"ddim_steps must be at most timesteps {cfg.timesteps}, got {cfg.ddim_steps}"
+    if cfg.sampling_strategy in ("dpm++", "unipc") and find_spec("diffusers") is None:
+        yield (
+            f"sampling_strategy {cfg.sampling_strategy} needs the package diffusers: pip install -r requirements.txt, "
+            "or choose ddpm or ddim"
+        )
     yield from _classes(cfg, cfg.num_classes)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import samplers
+from ddpm import limits, samplers
 from ddpm.schedule import NoiseSchedule, cosine_betas, noise_schedule
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -69,10 +69,10 @@ class GaussianDiffusion(nn.Module):
     def limit_start(self, x_start: Tensor) -> Tensor:
         """Keep a predicted x_0 within [-1, 1], the range of normalised latents."""
         if self.use_dynamic_thres:
-            return samplers.dynamic_threshold(x_start, self.dynamic_thres_percentile)
-        return samplers.clip_start(x_start)
+            return limits.dynamic_threshold(x_start, self.dynamic_thres_percentile)
+        return limits.clip_start(x_start)
 
-    def _limit(self, clip_denoised: bool) -> samplers.Limit:
+    def _limit(self, clip_denoised: bool) -> limits.Limit:
         return self.limit_start if clip_denoised else (lambda x_start: x_start)
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -130,21 +130,25 @@ class GaussianDiffusion(nn.Module):
         ddim_steps: int = 100,
         generator: samplers.Generator = None,
         progress: samplers.Progress | None = None,
+        clip_denoised: bool = True,
     ) -> Tensor:
         """Normalised latents like z (B, C, d, h, w) from standard normal noise z.
 
         Args:
             cond_scale: guidance scale s, eps_null + s (eps_y - eps_null) (Ho & Salimans 2021); 1 is no guidance. Other
                 values need a denoiser with a null label (``BiFlowNet(..., null_label=True)``).
-            strategy: name of a sampler, see ``ddpm/samplers.py``.
+            strategy: name of a sampler, see ``ddpm/samplers.py``: 'ddpm' takes all T timesteps, 'ddim', 'dpm++' and
+                'unipc' take ``ddim_steps`` of them; the latter two need the package diffusers.
             eta: share of the posterior's standard deviation that DDIM adds as noise in each step, 0 to 1.
-            ddim_steps: number of DDIM steps, 1 to T.
-            generator: source of the samplers' noise: one for all, one per sample, or None for the global one.
+            ddim_steps: number of steps of every strategy but 'ddpm', 1 to T.
+            generator: source of the noise that 'ddpm', and 'ddim' with eta above 0, draw: one for all, one per sample,
+                or None for the global one.
             progress: called as progress(steps done, steps in all) after each step.
+            clip_denoised: keep predicted x_0 in range (``limit_start``); False is for data without a range.
 
         Raises:
             ValueError: unknown strategy, ddim_steps or eta out of range, wrong shape of z, class ids that the denoiser
-                does not know, guidance without a null label.
+                does not know, guidance without a null label, diffusers missing.
         """
         self._check_latent(z, "z")
         sampler = samplers.get_sampler(strategy)
@@ -152,10 +156,9 @@ class GaussianDiffusion(nn.Module):
             warnings.warn(f"eta has no effect with the sampling strategy {strategy!r}.", stacklevel=2)
         given = {"ddim_steps": ddim_steps, "eta": eta}
         options = {argument: given[option] for option, argument in sampler.options.items()}
+        options["limit"] = self._limit(clip_denoised)
         denoise = conditioned(denoise_fn, z, y, res, cond_scale)
-        return sampler.run(
-            denoise, z, self.schedule, limit=self.limit_start, generator=generator, progress=progress, **options
-        )
+        return sampler.run(denoise, z, self.schedule, generator=generator, progress=progress, **options)
 
     @torch.no_grad()
     def interpolate(

@@ -3,7 +3,8 @@
     sampler(denoise, z, schedule, limit=..., generator=..., progress=..., [its own options]) -> x_0, like z
 
 ``denoise(x, t)`` predicts the noise in x (B, ...) at timesteps t (B,); conditions and guidance are inside it. A new
-sampler is a new function here and one entry in ``SAMPLERS``.
+sampler is a new function and one entry in ``SAMPLERS``. Ancestral sampling and DDIM are here, the multistep solvers in
+``ddpm/solvers.py``.
 """
 
 from __future__ import annotations
@@ -14,27 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.schedule import NoiseSchedule, per_sample
+from ddpm.limits import Limit, clip_start
+from ddpm.schedule import NoiseSchedule, per_sample, trailing_timesteps
+from ddpm.solvers import dpm_solver, unipc
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Limit = Callable[[Tensor], Tensor]  # keeps a predicted x_0 in the range of the data
 Generator = torch.Generator | Sequence[torch.Generator] | None  # one for all, one per sample, or the global one
 Progress = Callable[[int, int], None]  # called after each step with (steps done, steps in all)
-
-
-def clip_start(x_start: Tensor) -> Tensor:
-    """Clip a predicted x_0 to the range of normalised latents, [-1, 1]."""
-    return x_start.clamp(-1, 1)
-
-
-def dynamic_threshold(x_start: Tensor, percentile: float) -> Tensor:
-    """Clip each sample to the percentile of its own |x_0|, at least 1, and scale it back to [-1, 1].
-
-    Saharia et al., "Imagen", NeurIPS 2022, section 2.3: strong guidance otherwise saturates most values at the clip.
-    """
-    bound = torch.quantile(x_start.flatten(1).abs().float(), percentile, dim=1).clamp(min=1)  # (B,)
-    bound = per_sample(bound, x_start)  # (B, 1, ..., 1)
-    return x_start.clamp(-bound, bound) / bound
 
 
 def noise_like(x: Tensor, generator: Generator) -> Tensor:
@@ -91,19 +78,6 @@ def ancestral(
 # ----------------------------------------------------------------------------------------------------------------- DDIM
 
 
-def ddim_timesteps(timesteps: int, steps: int) -> list[int]:
-    """``steps`` distinct timesteps, falling from T - 1, evenly ("trailing") spaced.
-
-    Trailing spacing starts at pure noise, which is what ``z`` is (Lin et al., "Common Diffusion Noise Schedules and
-    Sample Steps are Flawed", WACV 2024, section 3.3).
-    """
-    if not 1 <= steps <= timesteps:
-        raise ValueError(
-            f"ddim_steps is {steps}: it has to lie between 1 and the {timesteps} timesteps of the schedule."
-        )
-    return [(2 * timesteps * left + steps) // (2 * steps) - 1 for left in range(steps, 0, -1)]
-
-
 def ddim_step(
     x: Tensor,
     t: Tensor,
@@ -147,7 +121,7 @@ def ddim(
     """DDIM sampling from noise z in ``steps`` steps; eta 0 is deterministic, eta 1 has the posterior's variance."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it has to lie between 0 (deterministic) and 1 (the posterior's variance).")
-    timesteps = ddim_timesteps(schedule.timesteps, steps)
+    timesteps = trailing_timesteps(schedule.timesteps, steps)
     x = z
     for done, (timestep, following) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), start=1):
         t = torch.full((len(x),), timestep, device=x.device, dtype=torch.long)
@@ -172,6 +146,8 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ancestral, {}),
     "ddim": Sampler(ddim, {"ddim_steps": "steps", "eta": "eta"}),
+    "dpm++": Sampler(dpm_solver, {"ddim_steps": "steps"}),
+    "unipc": Sampler(unipc, {"ddim_steps": "steps"}),
 }
 
 

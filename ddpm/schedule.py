@@ -24,6 +24,19 @@ def cosine_betas(timesteps: int) -> Tensor:
     return (1 - signal[1:] / signal[:-1]).clamp(0, MAX_BETA)
 
 
+def trailing_timesteps(timesteps: int, steps: int) -> list[int]:
+    """``steps`` distinct timesteps, falling from T - 1, evenly ("trailing") spaced.
+
+    Trailing spacing starts at pure noise, which is what samplers are given (Lin et al., "Common Diffusion Noise
+    Schedules and Sample Steps are Flawed", WACV 2024, section 3.3).
+    """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(
+            f"ddim_steps is {steps}: it has to lie between 1 and the {timesteps} timesteps of the schedule."
+        )
+    return [(2 * timesteps * left + steps) // (2 * steps) - 1 for left in range(steps, 0, -1)]
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """One value a sample, (B,), as (B, 1, ..., 1) in the dtype and rank of ``like`` (B, ...)."""
     return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))

@@ -57,11 +57,13 @@ def generate(cfg: DictConfig) -> list[Path]:
     """
     require(cfg, "AE_ckpt", "model_ckpt", "output_dir")
     requests = list_requests(cfg)
-    if cfg.tile % cfg.downsample:
+    if cfg.decoding != "exact" and cfg.tile % cfg.downsample:
         raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
     folders = list(dict.fromkeys(seed_folder(cfg, request.seed) for request in requests))
     place = setup(cfg.device)
     try:
+        if cfg.precision == "16" and place.device.type == "cpu":
+            raise UserError("precision is 16, which needs a GPU: take bf16 on a CPU")
         # What is left to do.
         logger = get_logger(place.rank)
         settings = place.on_main(lambda: image_settings(cfg))  # reads both checkpoints whole, once

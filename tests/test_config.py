@@ -315,7 +315,7 @@ BAD_VALUES = [
     (BiFlowNetConfig, "label_dropout=1", "label_dropout must be at least 0 and below 1"),
     (BiFlowNetConfig, "preview_steps=2000", "preview_steps must be at most timesteps 1000"),
     (BiFlowNetConfig, "device=tpu", "device must be one of"),
-    (GenerationConfig, "sampling_strategy=dpm", r"sampling_strategy must be one of ddpm \| ddim"),
+    (GenerationConfig, "sampling_strategy=dpm", r"sampling_strategy must be one of ddpm \| ddim \| dpm\+\+ \| unipc"),
     (GenerationConfig, "eta=2", "eta must be between 0 and 1"),
     (GenerationConfig, "downsample=16", r"downsample must be one of 8 \| 4"),
     (GenerationConfig, "num_classes=6", r"classes\[6\]: id must be below num_classes 6"),
@@ -343,10 +343,11 @@ def test_values_out_of_range(schema, override, message):
         load_config(schema, path, [override])
 
 
-def test_ddim_steps_are_bounded_where_they_count():
+@pytest.mark.parametrize("strategy", ["ddim", "dpm++", "unipc"])
+def test_ddim_steps_are_bounded_where_they_count(strategy):
     path = CONFIG_FOLDER / "generation_8x.yaml"
     with pytest.raises(UserError, match="ddim_steps must be at most timesteps 50, got 100"):
-        load_config(GenerationConfig, path, ["timesteps=50", "sampling_strategy=ddim"])
+        load_config(GenerationConfig, path, ["timesteps=50", f"sampling_strategy={strategy}"])
     assert load_config(GenerationConfig, path, ["timesteps=50", "sampling_strategy=ddpm"]).timesteps == 50
 
 

@@ -6,7 +6,8 @@ from golden import GOLDEN_SEED, golden_normal
 
 from ddpm import samplers
 from ddpm.diffusion import GaussianDiffusion
-from ddpm.schedule import cosine_betas, noise_schedule
+from ddpm.limits import clip_start
+from ddpm.schedule import cosine_betas, noise_schedule, trailing_timesteps
 
 SCHEDULE = noise_schedule(cosine_betas(1000))
 SHORT = noise_schedule(cosine_betas(20))
@@ -115,9 +116,9 @@ def test_ddim_steps_are_honoured(steps):
     assert progress == [(done, steps) for done in range(1, steps + 1)]
 
 
-def test_ddim_timesteps_are_trailing():
-    assert samplers.ddim_timesteps(1000, 5) == [999, 799, 599, 399, 199]
-    assert samplers.ddim_timesteps(1000, 1000) == list(reversed(range(1000)))
+def test_few_steps_are_trailing():
+    assert trailing_timesteps(1000, 5) == [999, 799, 599, 399, 199]
+    assert trailing_timesteps(1000, 1000) == list(reversed(range(1000)))
 
 
 def test_batch_of_two_equals_two_batches_of_one():
@@ -186,7 +187,7 @@ def test_ancestral_reaches_the_target_of_an_oracle():
 
 def test_ancestral_step_takes_one_timestep_per_sample():
     x, noise, t = normal("z"), normal("noise"), torch.tensor([0, 12])
-    result = samplers.ancestral_step(x, t, noise, SHORT, samplers.clip_start, torch.Generator().manual_seed(0))
+    result = samplers.ancestral_step(x, t, noise, SHORT, clip_start, torch.Generator().manual_seed(0))
     drawn = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     mean, variance, _ = SHORT.q_posterior(SHORT.predict_start_from_noise(x, t, noise).clamp(-1, 1), x, t)
     torch.testing.assert_close(result[0], mean[0])  # no noise in the last step
