@@ -69,7 +69,9 @@ def test_files_axes_spacing_and_range(models, tmp_path):
 
 
 def test_values_beyond_the_range_are_clamped(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(patchvolumeAE, "decode", lambda self, latent, quantize: 5 * torch.ones(1, 1, 32, 32, 32))
+    monkeypatch.setattr(
+        patchvolumeAE, "decode", lambda self, latent, quantize, max_bytes: 5 * torch.ones(1, 1, 32, 32, 32)
+    )
     (path,) = generate(config(models, tmp_path, [row(0, "Chest", CUBE)]))
     assert torch.equal(voxels(path), torch.ones(1, 32, 32, 32))
 
@@ -151,23 +153,6 @@ def test_ddpm_is_ancestral_sampling_from_the_volumes_own_noise(models, tmp_path,
     torch.testing.assert_close(voxels(generate(cfg)[1]), expected, rtol=1e-5, atol=1e-5)
 
 
-# Decoding -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("max_single_pass", "tiled"), [(8, False), (7, True)])
-def test_larger_latents_are_decoded_in_tiles(models, tmp_path, max_single_pass, tiled):
-    classes = [row(0, "Chest", CUBE)]
-    cfg = config(models, tmp_path, classes, max_single_pass=max_single_pass, tile=16)
-    (path,) = generate(cfg)
-    autoencoder = load_autoencoder(cfg.AE_ckpt)
-    raw = denormalise_latents(by_hand(cfg, 0, CUBE), autoencoder.codebook.embeddings)
-    one_pass = autoencoder.decode(raw, quantize=True)[0].clamp(-1, 1)
-    in_tiles = autoencoder.decode_sliding(raw, quantize=True, patch_size=16)[0].clamp(-1, 1)
-    expected, other = (in_tiles, one_pass) if tiled else (one_pass, in_tiles)
-    torch.testing.assert_close(voxels(path), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(voxels(path), other, atol=1e-3)
-
-
 # Guidance -----------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +190,7 @@ def test_guidance_without_a_null_label_is_refused(models, tmp_path):
             {"classes": [row(0, "A", CUBE), row(1, "A", CUBE)]},
             r"asks for .*A_32x32x32.nii.gz a second time, after A: give",
         ),
-        ({"tile": 30}, "tile is 30: it has to be a multiple of downsample 4"),
+        ({"tile": 30, "decoding": "tiles"}, "tile is 30: it has to be a multiple of downsample 4"),
         ({"sampling_strategy": "euler"}, "sampling_strategy must be one of"),
         pytest.param(
             {"device": "cuda"},
@@ -292,7 +277,11 @@ def test_scripts_start_from_their_class_table(monkeypatch, script, downsample, m
         "MRAbdomen_256x256x128.nii.gz",
         "MRKnee_320x320x64.nii.gz",
     ]
-    assert [request.path.name for request in requests if request.tile] == [names[3], names[5]]
+    assert not [request for request in requests if request.tile or request.decoding != "exact"]
+    cfg.decoding = "tiles"
+    tiled = [request for request in list_requests(cfg) if request.tile]
+    assert [request.path.name for request in tiled] == [names[3], names[5]]
+    assert {(request.decoding, request.tile) for request in tiled} == {("tiles", 256)}
 
 
 def test_script_runs_from_anywhere(tmp_path):
