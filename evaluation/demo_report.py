@@ -118,6 +118,12 @@ def features(volumes: Tensor) -> Tensor:
     return F.adaptive_avg_pool3d(volumes, FEATURE_GRID).flatten(1)
 
 
+def distance_to_real(real_features: Tensor, other_features: Tensor) -> float:
+    """Unbiased MMD of two sets of features; its bandwidth depends on the real set alone."""
+    bandwidth = median_bandwidth(*real_features.chunk(2))  # pooled again: every pair of the real set, once
+    return mmd_rbf(real_features, other_features, bandwidth=bandwidth)
+
+
 def reconstruction_figures(real: Tensor, before: Tensor, after: Tensor) -> list[Figure]:
     """Mean PSNR over the held-out phantoms after both stages."""
     stage1, stage2 = (sum(map(psnr, x_hat, real)) / len(real) for x_hat in (before, after))
@@ -133,11 +139,9 @@ def generation_figures(
     real: Tensor, labels: Tensor, training: Tensor, made: Tensor, asked: Tensor, noise: Tensor
 ) -> list[Figure]:
     """Whether the class asked for is the class obtained, and distances to the held-out phantoms."""
-    real_features = features(real)
-    obtained = nearest_class_mean(real_features, labels, features(made))
+    obtained = nearest_class_mean(features(real), labels, features(made))
     accuracy = (obtained == asked).double().mean().item()
-    bandwidth = median_bandwidth(*real_features.chunk(2))  # pooled again: every pair of the real set, once
-    distances = [mmd_rbf(real_features, features(x), bandwidth=bandwidth) for x in (made, noise, training)]
+    distances = [distance_to_real(features(real), features(x)) for x in (made, noise, training)]
     ratio = distances[0] / distances[1]
     return [
         Figure("class obtained is the class asked for", accuracy, "at least 0.9", accuracy >= 0.9),
