@@ -1,6 +1,8 @@
 """Speed of the parts that were made for it, each beside the straightforward way and only after both agree.
 
 python evaluation/benchmark.py data                 at the paper's size
+python evaluation/benchmark.py sample               sampling steps of BiFlowNet
+python evaluation/benchmark.py decode               latents to volumes
 python evaluation/benchmark.py data --size tiny     in seconds: shows that it runs, not what it reaches
 """
 
@@ -24,10 +26,14 @@ sys.path.insert(0, str(ROOT))
 from config.script import run_script  # noqa: E402
 from dataset.parallel import num_cores  # noqa: E402
 from dataset.volume_io import write_atomically  # noqa: E402
-from evaluation.benchmarks import data  # noqa: E402
+from evaluation.benchmarks import data, decode, sample  # noqa: E402
 from evaluation.benchmarks.measuring import Report  # noqa: E402
 
-PARTS = {"data": data}  # each: a docstring, add_arguments(parser), measure(options) -> Report
+PARTS = {
+    "data": data,
+    "sample": sample,
+    "decode": decode,
+}  # each: a docstring, add_arguments(parser), measure(options) -> Report
 PACKAGES = ("torch", "numpy", "nibabel")
 
 
@@ -89,6 +95,8 @@ def _figures(report: Report) -> dict[str, Any]:
             "median_seconds": median(row.seconds),
             "per_second": row.rate,
             "ratio": report.ratio(row),
+            "peak_gb": row.peak_gb,
+            "difference": row.difference,
         }
         for row in report.rows
     ]
@@ -96,10 +104,12 @@ def _figures(report: Report) -> dict[str, Any]:
 
 
 def _show(report: Report) -> None:
-    table = Table("", report.unit, "seconds", f"{report.unit}/s", f"x {report.baseline}", title=report.title)
+    headings = ("", report.unit, "seconds", f"{report.unit}/s", f"x {report.baseline}", "peak GB", "difference")
+    table = Table(*headings, title=report.title)
     for row in report.rows:
         figures = (f"{row.count}", f"{median(row.seconds):.3g}", f"{row.rate:.4g}", f"{report.ratio(row):.3g}")
-        table.add_row(row.name, *figures)
+        further = ("-" if value is None else f"{value:.2g}" for value in (row.peak_gb, row.difference))
+        table.add_row(row.name, *figures, *further)
     console = Console()
     console.print(table)
     for name, value in report.notes.items():

@@ -37,9 +37,11 @@ from config.script import run_script  # noqa: E402
 from dataset.volume_io import write_atomically  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from ddpm.samplers import SAMPLERS  # noqa: E402
+from evaluation.decoding import decode  # noqa: E402
 from evaluation.demo import DemoPaths  # noqa: E402
 from evaluation.demo_report import distance_to_real, features, load_classes  # noqa: E402
-from evaluation.generation import check_grids, decode, file_sha256, load_models, sample_latents  # noqa: E402
+from evaluation.generation import load_models, sample_latents  # noqa: E402
+from evaluation.volume_record import file_sha256  # noqa: E402
 from evaluation.volume_requests import Request, batches_of_one_grid, list_requests  # noqa: E402
 from train.checkpoints import newest_checkpoint  # noqa: E402
 from train.distributed import choose_device  # noqa: E402
@@ -141,7 +143,6 @@ class Study:
         values = {"sampling_strategy": run.strategy, "ddim_steps": run.steps, "seed": run.seed, "eta": 0.0}
         cfg = load_config(GenerationConfig, None, values={**OmegaConf.to_container(self.cfg), **values})
         requests = list_requests(cfg)
-        check_grids(self.model, requests)
         begin = time.monotonic()
         found: dict[Request, Tensor] = {}
         start = bar.n
@@ -154,7 +155,9 @@ class Study:
             latents = sample_latents(cfg, self.model, self.diffusion, batch, self.device, show)  # (B, C, d, h, w)
             found |= dict(zip(batch, latents, strict=True))
         seconds = time.monotonic() - begin
-        volumes = torch.stack([decode(self.autoencoder, found[r], r.tile) for r in requests])  # (N, 1, D, H, W)
+        volumes = torch.stack(
+            [decode(self.autoencoder, found[r], r.decoding, r.tile) for r in requests]
+        )  # (N, 1, D, H, W)
         if not volumes.isfinite().all():
             raise UserError(f"{run.strategy} with {run.steps} steps gives NaN: the training of a model diverged")
         asked = torch.tensor([request.class_id for request in requests])

@@ -1,17 +1,22 @@
 """The benchmark runs and writes what it measured; how fast things are is no matter of tests."""
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from generation_models import save_models
 
+from AutoEncoder.model import PatchVolume
 from config.errors import UserError
 from dataset.cache import VolumeCache
+from dataset.volume_io import write_latent
 from evaluation.benchmark import main
-from evaluation.benchmarks import data
-from evaluation.benchmarks.measuring import Report, Row, in_turn
+from evaluation.benchmarks import data, decode, sample
+from evaluation.benchmarks.measuring import Report, Row, in_turn, largest_difference, with_peak_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,3 +91,97 @@ def test_ways_take_turns():
     ways = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
     assert in_turn(ways, 2) == {"a": [1, 3], "b": [2, 4]}
     assert calls == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("part", "words", "ways"),
+    [
+        ("sample", [], ["plain", "channels last", "batch 4", "bf16", "bf16 channels last"]),
+        (
+            "decode",
+            ["--max-memory", "0.008"],
+            ["plain", "exact in 0.008 GB", "blended tiles", "tiles", "channels last"]
+            + ["bf16", "bf16 channels last", "bf16 exact in 0.008 GB"],
+        ),
+    ],
+)
+def test_generation_parts(tmp_path, part, words, ways):
+    words = [
+        part,
+        "--size",
+        "tiny",
+        "--repetitions",
+        "1",
+        "--device",
+        "cpu",
+        *words,
+        "--json",
+        f"{tmp_path / 'r.json'}",
+    ]
+    assert main(words) is None
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ways
+    assert rows[0]["difference"] == 0
+    for row in rows[1:]:
+        assert 0 < row["difference"]
+        assert "tiles" in row["name"] or row["difference"] < (0.5 if "bf16" in row["name"] else 1e-3)
+    assert all(0 <= row["peak_gb"] < 10 for row in rows)
+
+
+def test_seams_of_a_trained_autoencoder(tmp_path):
+    save_models(tmp_path)
+    write_latent(tmp_path / "latents" / "a.nii.gz", torch.rand(4, 8, 16, 16) * 2 - 1)
+    files = ["--AE-ckpt", f"{tmp_path / 'ae.ckpt'}", "--latents", f"{tmp_path / 'latents'}", "--tile", "32"]
+    main(["decode", "--size", "tiny", "--repetitions", "1", *files, "--json", f"{tmp_path / 'r.json'}"])
+    seams = json.loads((tmp_path / "r.json").read_text())["seam_index_times_one_pass"]
+    assert seams["plain"] == 1
+    assert seams["exact in 0.008 GB"] == pytest.approx(1, abs=1e-3)
+    assert abs(seams["tiles"] - 1) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "--grid", "8", "8", "12"], r"--grid \(8, 8, 12\): multiples of \(8, 8, 8\) are needed"),
+        (["sample", "--batch-size", "0"], "--batch-size 0"),
+        (["decode", "--tile", "6"], "--tile 6: a multiple of the compression 4"),
+        (["decode", "--latents", "x"], "--AE-ckpt and --latents belong together"),
+        (["decode", "--max-memory", "0.0001"], "raise max_memory"),
+    ],
+)
+def test_mistakes_of_the_generation_parts(words, message):
+    with pytest.raises(UserError, match=message):
+        main([words[0], "--size", "tiny", "--device", "cpu", *words[1:]])
+
+
+@pytest.mark.parametrize(("part", "name"), [(decode, "decode_exactly"), (sample, "CompiledDenoiser")])
+def test_nothing_is_timed_where_a_way_is_wrong(monkeypatch, part, name):
+    if part is decode:
+        original = PatchVolume.decode_exactly
+        wrong = lambda decoder, z, limit: original(decoder, z, limit) * (1 if limit > 10**9 else 1.1)  # noqa: E731
+        monkeypatch.setattr(PatchVolume, name, wrong)
+    else:
+        monkeypatch.setattr(sample, name, lambda network: copy.deepcopy(network).requires_grad_(False).apply(_shift))
+    monkeypatch.setattr(part, "in_turn", None)
+    words = ["decode", "--max-memory", "0.008"] if part is decode else ["sample", "--compile"]
+    with pytest.raises(UserError, match="nothing was timed"):
+        main([words[0], "--size", "tiny", "--device", "cpu", *words[1:]])
+
+
+def _shift(module: torch.nn.Module) -> None:
+    if isinstance(module, torch.nn.Conv3d):
+        module.weight.mul_(1.2)
+
+
+def test_peak_memory():
+    """What is taken and freed within counts, what was there before doesn't."""
+    kept = torch.ones(30_000_000)
+    result, peak_gb = with_peak_memory(lambda: torch.ones(50_000_000).mul(2)[:3].clone(), torch.device("cpu"))
+    assert result.tolist() == [2, 2, 2]
+    assert 0.35 < peak_gb < 0.55
+    assert kept.numel() == 30_000_000
+
+
+def test_largest_difference_is_in_standard_deviations():
+    expected = torch.tensor([0.0, 2.0, 4.0])
+    assert largest_difference(expected + torch.tensor([0.0, -1.0, 0.5]), expected) == pytest.approx(0.5)

@@ -1,21 +1,31 @@
-"""What the parts of the benchmark share: timing ways in turn, and the form of their results."""
+"""What the parts of the benchmark share: timing ways in turn, peak memory, and the form of their results."""
 
+import ctypes
+import gc
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Row:
     """One way of doing the work.
 
-    seconds: of each repetition. count: units of work in a repetition, e.g. patches.
+    seconds: of each repetition. count: units of work in a repetition, e.g. patches. peak_gb: memory beside what was
+    there before, None where it isn't measured. difference: of the results from the baseline's, None likewise.
     """
 
     name: str
     seconds: list[float]
     count: int
+    peak_gb: float | None = None
+    difference: float | None = None
 
     @property
     def rate(self) -> float:
@@ -49,3 +59,49 @@ def in_turn(ways: Mapping[str, Callable[[], float]], repetitions: int) -> dict[s
         for name, way in ways.items():
             seconds[name].append(way())
     return seconds
+
+
+def timed(way: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes, until the device has done all of it."""
+    _synchronize(device)
+    begin = time.perf_counter()
+    way()
+    _synchronize(device)
+    return time.perf_counter() - begin
+
+
+def with_peak_memory(way: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float | None]:
+    """A call's result, and the most memory in GB that it took beside what was taken before.
+
+    On a GPU that of tensors; on a CPU that of the process, None where the system doesn't let it be measured.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = way()
+        _synchronize(device)
+        return result, (torch.cuda.max_memory_allocated(device) - before) / 1e9
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before counts as taken
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    except (OSError, AttributeError):
+        return way(), None
+    before = _status_bytes("VmRSS")
+    result = way()
+    return result, max(0, _status_bytes("VmHWM") - before) / 1e9
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, in standard deviations of what is expected."""
+    return ((found.float() - expected.float()).abs().max() / expected.float().std()).item()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

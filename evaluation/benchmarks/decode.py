@@ -1,0 +1,128 @@
+"""Decoding of latents: one pass in float32, block by block in little memory, in tiles, in half precision.
+
+Compared first: exact ways agree with one pass within 1e-3 standard deviations in float32 and 0.5 in half precision.
+Tiles give other volumes by design: their difference is shown. Weights and latents are random, or with --AE-ckpt and
+--latents those of a trained autoencoder; then the seam index at tile borders is shown too, as a ratio to one pass.
+"""
+
+import argparse
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from AutoEncoder.model.PatchVolume import patchvolumeAE
+from config.errors import UserError
+from config.loading import CONFIG_FOLDER, load_config
+from config.schema import AutoencoderConfig
+from dataset.volume_io import read_latent
+from evaluation.benchmarks.measuring import Report, Row, in_turn, largest_difference, timed, with_peak_memory
+from evaluation.decoding import decode
+from evaluation.metrics.seams import seam_index
+from train.checkpoints import load_autoencoder
+from train.distributed import choose_device
+
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.5  # largest difference, in standard deviations
+UNLIMITED = 10**15
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Config of the autoencoder with overrides, latent grid, GB for the way with little memory."""
+
+    config: str
+    overrides: tuple[str, ...]
+    grid: tuple[int, int, int]
+    max_memory: float
+
+
+TINY = ("model.n_hiddens=8", "model.num_groups=4", "model.n_codes=32", "model.embedding_dim=4")
+SCALES = {
+    "paper": Scale("PatchVolume_8x.yaml", (), (16, 16, 16), 1.0),
+    "tiny": Scale("PatchVolume_4x.yaml", TINY, (8, 8, 8), 0.008),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this part."""
+    parser.add_argument("--grid", nargs=3, type=int, metavar="N", help="latent grid z x y (default: 16 16 16)")
+    parser.add_argument("--max-memory", type=float, help="GB of the way with little memory (default: 1 at paper size)")
+    parser.add_argument("--tile", type=int, help="edge of a tile in voxels (default: half the volume)")
+    parser.add_argument("--AE-ckpt", type=Path, help="a trained autoencoder; needs --latents")
+    parser.add_argument("--latents", type=Path, help="folder of its latents, of which the first is decoded")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Compare, then time. UserError if exact ways differ from one pass, or for options that don't go together."""
+    device = choose_device(options.device)
+    scale = SCALES[options.size]
+    if (options.AE_ckpt is None) != (options.latents is None):
+        raise UserError("--AE-ckpt and --latents belong together: give both or none")
+    if options.AE_ckpt is None:
+        autoencoder, latent = _random(scale, tuple(options.grid or scale.grid), device)
+    else:
+        autoencoder, latent = load_autoencoder(options.AE_ckpt, device), _first_latent(options.latents).to(device)
+    ratio = autoencoder.downsample_factor
+    tile = options.tile or max(latent.shape[1:]) * ratio // 2
+    if tile < ratio or tile % ratio:
+        raise UserError(f"--tile {tile}: a multiple of the compression {ratio} is needed")
+    little = int((options.max_memory or scale.max_memory) * 1e9)
+    ways = _ways(autoencoder, latent, tile, little, device)
+
+    # Parity, and memory at the same time.
+    expected, rows, seams = None, {}, {}
+    for name, way in ways.items():
+        found, peak_gb = with_peak_memory(way, device)
+        expected = found if expected is None else expected
+        difference = largest_difference(found, expected)
+        if "tiles" not in name and not difference <= (HALF_TOLERANCE if "bf16" in name else TOLERANCE):
+            raise UserError(f"{name}: differs from one pass by {difference:.2g} standard deviations: nothing was timed")
+        rows[name] = (peak_gb, difference)
+        if options.AE_ckpt is not None and tile < max(found.shape[1:]):
+            seams[name] = seam_index(found, tile)
+
+    seconds = in_turn({name: partial(timed, way, device) for name, way in ways.items()}, options.repetitions)
+    notes = {"threads": torch.get_num_threads(), "tile": tile}
+    if seams:
+        notes["seam_index_times_one_pass"] = {name: round(value / seams["plain"], 4) for name, value in seams.items()}
+    title = f"latents of {tuple(latent.shape[1:])} to {tuple(expected.shape[1:])} voxels, {device}"
+    return Report(title, "volumes", "plain", [Row(name, seconds[name], 1, *rows[name]) for name in ways], notes)
+
+
+def _ways(
+    autoencoder: patchvolumeAE, latent: Tensor, tile: int, little: int, device: torch.device
+) -> dict[str, partial]:
+    one_pass = partial(decode, autoencoder, latent, "exact", None)
+    other_layout = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last_3d)
+    return {
+        "plain": partial(one_pass, UNLIMITED),
+        f"exact in {little / 1e9:g} GB": partial(one_pass, little),
+        "blended tiles": partial(decode, autoencoder, latent, "blended", tile, UNLIMITED),
+        "tiles": partial(decode, autoencoder, latent, "tiles", tile, UNLIMITED),
+        "channels last": partial(decode, other_layout, latent, "exact", None, UNLIMITED),
+        "bf16": partial(one_pass, UNLIMITED, "bf16"),
+        "bf16 channels last": partial(decode, other_layout, latent, "exact", None, UNLIMITED, "bf16"),
+        f"bf16 exact in {little / 1e9:g} GB": partial(one_pass, little, "bf16"),
+    }
+
+
+def _random(scale: Scale, grid: tuple[int, int, int], device: torch.device) -> tuple[patchvolumeAE, Tensor]:
+    torch.manual_seed(0)
+    cfg = load_config(AutoencoderConfig, CONFIG_FOLDER / scale.config, ["model.perceptual_weight=0", *scale.overrides])
+    autoencoder = patchvolumeAE(OmegaConf.create(OmegaConf.to_container(cfg))).eval().requires_grad_(False)
+    autoencoder.codebook.embeddings.normal_()
+    return autoencoder.to(device), torch.rand(autoencoder.embedding_dim, *grid, device=device) * 2 - 1
+
+
+def _first_latent(folder: Path) -> Tensor:
+    paths = sorted(folder.glob("*.nii.gz"))
+    if not paths:
+        raise UserError(
+            f"--latents {folder}: no latents there (*.nii.gz): give a folder of generate_training_latent.py"
+        )
+    return read_latent(paths[0])

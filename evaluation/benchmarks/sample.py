@@ -1,0 +1,149 @@
+"""Sampling steps of BiFlowNet: float32 eager, and what `precision`, `channels_last`, `batch_size` and `compile` do.
+
+Weights are random. Compared first: the noise that each way predicts for one noisy latent; in float32 within 1e-3
+standard deviations of the plain way, in half precision within 0.3. Then all ways take turns at whole samplings.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from config.errors import UserError
+from ddpm.BiFlowNet import BiFlowNet
+from ddpm.diffusion import GaussianDiffusion
+from evaluation.benchmarks.measuring import Report, Row, in_turn, largest_difference, timed, with_peak_memory
+from evaluation.speed import CompiledDenoiser, autocast
+from train.distributed import choose_device
+
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.3  # largest difference, in standard deviations
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Arguments of BiFlowNet, the latent grid, and steps of a sampling."""
+
+    network: dict
+    grid: tuple[int, int, int]
+    steps: int
+
+
+PAPER = {"dim": 72, "channels": 8, "patch_size": 1, "cond_classes": 7}
+TINY = {
+    "dim": 24,
+    "channels": 4,
+    "patch_size": 2,
+    "cond_classes": 2,
+    "dim_mults": (1, 2),
+    "use_sparse_linear_attn": (0, 0),
+    "resnet_groups": 4,
+    "DiT_num_heads": 4,
+}
+SCALES = {"paper": Scale(PAPER, (32, 32, 32), 2), "tiny": Scale(TINY, (8, 8, 8), 2)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this part."""
+    parser.add_argument("--grid", nargs=3, type=int, metavar="N", help="latent grid z x y (default: 32 32 32)")
+    parser.add_argument("--batch-size", type=int, default=4, help="of the batched way (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes first")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Compare, then time. UserError if the ways differ, or for a grid that the network can't do."""
+    scale, device = SCALES[options.size], choose_device(options.device)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+    grid = tuple(options.grid or scale.grid)
+    network = _network(scale, device)
+    if any(extent < 1 or extent % multiple for extent, multiple in zip(grid, network.grid_multiple, strict=True)):
+        raise UserError(f"--grid {grid}: multiples of {tuple(network.grid_multiple)} are needed")
+    ways = _ways(network, scale, grid, options, device)
+
+    # Parity, and memory at the same time.
+    expected, rows = None, {}
+    for name, way in ways.items():
+        found, peak_gb = with_peak_memory(way.predict, device)
+        expected = found if expected is None else expected
+        difference = largest_difference(found[:1], expected)
+        if not difference <= (HALF_TOLERANCE if way.precision != "32" else TOLERANCE):
+            raise UserError(f"{name}: predictions differ from plain ones by {difference:.2g}: nothing was timed")
+        rows[name] = (peak_gb, difference)
+
+    seconds = in_turn({name: partial(timed, way.sample, device) for name, way in ways.items()}, options.repetitions)
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    return Report(
+        f"BiFlowNet, {millions:.1f} M parameters, latents of {grid}, {device}",
+        "steps",
+        "plain",
+        [Row(name, seconds[name], scale.steps * ways[name].batch_size, *rows[name]) for name in ways],
+        {"threads": torch.get_num_threads(), "unit": "one step of one latent"},
+    )
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of sampling: a single prediction, and a whole sampling."""
+
+    predict: Callable[[], Tensor]
+    sample: Callable[[], Tensor]
+    precision: str
+    batch_size: int
+
+
+def _network(scale: Scale, device: torch.device) -> BiFlowNet:
+    torch.manual_seed(0)
+    network = BiFlowNet(**scale.network).eval().requires_grad_(False)
+    for parameter in network.parameters():  # the intra-patch flow starts at zero: without this it would do nothing
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    return network.to(device)
+
+
+def _ways(network: BiFlowNet, scale: Scale, grid: tuple[int, ...], options, device: torch.device) -> dict[str, Way]:
+    half = ["bf16", "16"] if device.type == "cuda" else ["bf16"]
+    other_layout = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)
+    ways = {
+        "plain": _way(network, scale, grid, device),
+        "channels last": _way(other_layout, scale, grid, device, channels_last=True),
+        f"batch {options.batch_size}": _way(network, scale, grid, device, batch_size=options.batch_size),
+    }
+    for precision in half:
+        ways[precision] = _way(network, scale, grid, device, precision)
+        ways[f"{precision} channels last"] = _way(other_layout, scale, grid, device, precision, channels_last=True)
+    if options.compile:
+        compiled = CompiledDenoiser(network)
+        for precision in ["32", *half]:
+            ways[f"compile {precision}"] = _way(compiled, scale, grid, device, precision)
+    return ways
+
+
+def _way(
+    denoiser, scale: Scale, grid: tuple[int, ...], device, precision: str = "32", channels_last=False, batch_size=1
+) -> Way:
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    shape = (1, denoiser.channels, *grid)
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    z = z.repeat(batch_size, 1, 1, 1, 1).to(device, memory_format=layout)  # (B, C, d, h, w)
+    conditions = {
+        "y": torch.zeros(batch_size, dtype=torch.long, device=device),
+        "res": torch.tensor(grid, device=device) / denoiser.vq_size,
+    }
+    diffusion = GaussianDiffusion(denoiser.channels).to(device)
+
+    @torch.inference_mode()
+    def run(function: Callable[[], Tensor]) -> Tensor:
+        with autocast(device, precision):
+            return function()
+
+    def predict() -> Tensor:
+        return denoiser(z, torch.full((batch_size,), 500, device=device), **conditions)
+
+    def sample() -> Tensor:
+        return diffusion.sample(denoiser, z, strategy="dpm++", ddim_steps=scale.steps, **conditions)
+
+    return Way(partial(run, predict), partial(run, sample), precision, batch_size)
