@@ -11,7 +11,7 @@ tile is computed.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from config.errors import UserError
 from evaluation.speed import autocast
 from evaluation.volume_requests import Request
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OVERLAP = 0.25  # of neighbouring blended tiles, as a share of their edge
 CPU_SHARE, GPU_SHARE = 0.5, 0.8  # of the memory that is free: others use a machine's main memory too
 
@@ -110,21 +111,30 @@ def _free_main_memory() -> int:
         free = int(available.split()[1]) * 1024
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    for folder in _control_groups():
+    for folder, limit_file, usage_file in _control_groups():
         try:
-            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+            limit, used = (int((folder / name).read_text()) for name in (limit_file, usage_file))
+            statistics = (folder / "memory.stat").read_text().split()
         except (OSError, ValueError):  # no such file, or "max": no limit
             continue
-        free = min(free, max(0, limit - used))
+        counts = dict(zip(statistics[::2], map(int, statistics[1::2]), strict=True))
+        files = counts.get("inactive_file", 0) + counts.get("active_file", 0)  # given up when memory is needed
+        free = min(free, max(0, limit - max(0, used - files)))
     return free
 
 
-def _control_groups() -> list[Path]:
-    """Folders of this process's control group (version 2) and of those around it."""
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """This process's control group and those around it: folder, file of the limit, file of the use (versions 2, 1)."""
     try:
-        line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return []
-    root = Path("/sys/fs/cgroup")
-    folder = root / line.removeprefix("0::").strip("/")
-    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, place in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            root, names = CONTROL_GROUPS, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = CONTROL_GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = root / place.strip("/")
+        yield from ((path, *names) for path in (folder, *folder.parents) if path.is_relative_to(root))

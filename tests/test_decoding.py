@@ -135,14 +135,30 @@ def test_free_memory_is_shared_and_heeds_the_container(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     alone = free_memory(cpu)
     assert 10**8 < alone < 10**13
-    monkeypatch.setattr(decoding, "_control_groups", lambda: [tmp_path, tmp_path / "missing"])
+    places = [(tmp_path, "memory.max", "memory.current"), (tmp_path / "missing", "memory.max", "memory.current")]
+    monkeypatch.setattr(decoding, "_control_groups", lambda: iter(places))
+    (tmp_path / "memory.stat").write_text("anon 10\ninactive_file 300\nactive_file 200\n")
+    (tmp_path / "memory.current").write_text("510\n")  # 500 of it cached files
     (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("10\n")
     assert free_memory(cpu) == pytest.approx(alone, rel=0.2)
     (tmp_path / "memory.max").write_text("2010\n")
     assert free_memory(cpu) == 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_memory(cpu) == 500
+
+
+@pytest.mark.parametrize(
+    ("line", "folders", "name"),
+    [
+        ("0::/a/b", ["a/b", "a", "."], "memory.max"),
+        ("8:cpu,memory:/a", ["memory/a", "memory"], "memory.limit_in_bytes"),
+        ("8:cpu:/a", [], ""),
+    ],
+)
+def test_control_groups(tmp_path, monkeypatch, line, folders, name):
+    monkeypatch.setattr(decoding, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(Path, "read_text", lambda path: line + "\n")
+    assert [group[:2] for group in decoding._control_groups()] == [(tmp_path / folder, name) for folder in folders]
 
 
 # Speed --------------------------------------------------------------------------------------------------------------
