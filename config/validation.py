@@ -204,7 +204,7 @@ def _preprocess(cfg: DictConfig) -> Iterator[str]:
     yield from _check(cfg, "size", _is_positive_triple, "three numbers above 0, x y z in voxels")
     yield from _interval(cfg, "window percentiles")
     yield from _check(cfg, "percentiles", lambda value: 0 <= min(value) and max(value) <= 100, "between 0 and 100")
-    yield from _check(cfg, "name", _is_file_name, "a name that a folder can have")
+    yield from _check(cfg, "name", _is_file_name, "a name that a folder can have, of at most 150 bytes")
     is_free = lambda value: not value.endswith(("_latents", "_cache"))  # noqa: E731
     yield from _check(cfg, "name", is_free, "a name that doesn't end like a folder of latents or of the cache")
     is_orientation = lambda value: sorted(_SIDES.get(letter, letter) for letter in value) == [*"ARS"]  # noqa: E731
@@ -223,7 +223,8 @@ _SIDES = {"L": "R", "P": "A", "I": "S"}
 
 
 def _is_file_name(value: str) -> bool:
-    return value not in ("", ".", "..") and not set(value) & set("/\\\0")
+    """Not too long either: sizes, numbers and endings come to it, and most file systems stop at 255 bytes."""
+    return value not in ("", ".", "..") and not set(value) & set("/\\\0") and len(value.encode()) <= 150
 
 
 def _classes(cfg: DictConfig, num_classes: int | None) -> Iterator[str]:
@@ -239,7 +240,7 @@ def _class_row(row: DictConfig, num_classes: int | None) -> Iterator[str]:
     yield from _at_least(row, 0, "id")
     if num_classes is not None:
         yield from _check(row, "id", lambda value: value < num_classes, f"below num_classes {num_classes}")
-    yield from _check(row, "name", _is_file_name, "a name that a file can have")
+    yield from _check(row, "name", _is_file_name, "a name that a file can have, of at most 150 bytes")
     yield from _one_of(row, "modality", ("CT", "MR"))
     are_grids = lambda value: len(value) > 0 and all(_is_grid(grid) for grid in value)  # noqa: E731
     yield from _check(row, "grids", are_grids, f"a list of grids, each three positive multiples of {SUB_VOLUME}")

@@ -74,11 +74,12 @@ def save_slice_grid(
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     canvas = FigureCanvasAgg(figure)  # by hand, so that no global matplotlib state is touched
     if title:
-        figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10)
+        figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10, parse_math=False)
 
     for i, (label, pictures) in enumerate(rows):
         bottom = height - head_inches - (i + 1) * cell_inches
-        figure.text(0.1 / width, (bottom + cell_inches / 2) / height, label, ha="left", va="center", fontsize=9)
+        middle = (bottom + cell_inches / 2) / height
+        figure.text(0.1 / width, middle, label, ha="left", va="center", fontsize=9, parse_math=False)
         for j, picture in enumerate(pictures):
             left = label_inches + j * cell_inches
             box = (left / width, bottom / height, 0.96 * cell_inches / width, 0.96 * cell_inches / height)

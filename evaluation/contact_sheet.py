@@ -15,6 +15,7 @@ from dataset.intensity import MODEL_RANGE, to_model_range
 from dataset.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volume_io import read_volume
 from evaluation.volume_record import read_record
+from train.logger import get_logger
 
 SHEET_NAME = "contact_sheet.png"
 MOST_OF_A_KIND = 8  # rows of a class and size
@@ -24,7 +25,8 @@ MOST_ROWS = 160  # about as high as picture viewers can take
 def update_contact_sheet(folder: Path) -> Path | None:
     """Draws the sheet of a folder unless it is newer than every volume; None for a folder without volumes.
 
-    UserError for a volume that can't be read.
+    Volumes without a sound record, and those that can't be read or hold other values than it says, are left out with a
+    warning: they are not of this program's making.
     """
     sheet = folder / SHEET_NAME
     kinds = _volumes_by_kind(folder)
@@ -34,7 +36,9 @@ def update_contact_sheet(folder: Path) -> Path | None:
     if sheet.is_file() and sheet.stat().st_mtime_ns > max(path.stat().st_mtime_ns for path in volumes):
         return sheet
     chosen = [(path, paths) for paths in kinds for path in paths[:MOST_OF_A_KIND]]
-    rows = [(_label(path, paths), _slices(path)) for path, paths in chosen[:MOST_ROWS]]
+    rows = [(_label(path, paths), slices) for path, paths in chosen[:MOST_ROWS] if (slices := _slices(path))]
+    if not rows:
+        return None
     title = f"{folder.name}: {len(rows)} of {len(volumes)} volumes"
     save_slice_grid(sheet, rows, columns=PLANES, title=title)
     return sheet
@@ -45,7 +49,7 @@ def _volumes_by_kind(folder: Path) -> list[list[Path]]:
     kinds: dict[tuple[Any, ...], list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.nii.gz")):
         record = read_record(path) or {}
-        if {"class_id", "class_name", "voxels", "sample"} <= record.keys():
+        if _is_sound(record):
             kind = (record["class_id"], record["class_name"], *record["voxels"])
             kinds.setdefault(kind, []).append((record["sample"], path))
     return [[path for _, path in sorted(kinds[kind])] for kind in sorted(kinds)]
@@ -58,13 +62,27 @@ def _label(path: Path, paths: Sequence[Path]) -> str:
     return name
 
 
+def _is_sound(record: dict[str, Any]) -> bool:
+    """Whether it has what the sheet needs: of this program it has, but anything may lie in the folder."""
+    kinds = {"class_id": int, "class_name": str, "sample": int, "voxels": list}
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        return False
+    intensity = record.get("intensity") or {"low": MODEL_RANGE[0], "high": MODEL_RANGE[1]}
+    if not isinstance(intensity, dict) or not all(isinstance(side, int) for side in record["voxels"]):
+        return False
+    low, high = intensity.get("low"), intensity.get("high")
+    return isinstance(low, int | float) and isinstance(high, int | float) and low < high
+
+
 def _slices(path: Path) -> list[np.ndarray]:
+    """The three slices; none, with a warning, for a volume that can't be drawn."""
     record = read_record(path) or {}
     intensity = record.get("intensity") or {"low": MODEL_RANGE[0], "high": MODEL_RANGE[1]}
     try:
         volume = read_volume(path)
         data = to_model_range(volume.data, (intensity["low"], intensity["high"]), path)
     except UserError as error:
-        raise UserError(f"{path.parent / SHEET_NAME}: cannot be drawn: {error}") from error
+        get_logger().warning("%s leaves out a volume: %s", SHEET_NAME, error)
+        return []
     pictures = central_slices(data, volume.header.spacing_mm)
     return [pictures[plane] for plane in PLANES]

@@ -40,7 +40,7 @@ def decode(
     max_bytes: int | None = None,
     precision: str = "32",
 ) -> Tensor:
-    """Normalised latent (C, d, h, w) -> volume (1, D, H, W) float32 in [-1, 1], on the CPU.
+    """Normalised latent (C, d, h, w) -> volume (1, D, H, W) float32 in [-1, 1] (NaN if it overflowed), on the CPU.
 
     Args:
         decoding: "exact", "blended" or "tiles".
@@ -67,7 +67,8 @@ def decode(
                 volume = autoencoder.decode_sliding(raw, quantize=True, patch_size=tile, max_bytes=limit)
     except ValueError as error:  # the smallest blocks don't fit
         raise _too_little(error) from error
-    return volume[0].float().clamp(-1, 1).cpu()
+    volume = volume[0].float()
+    return volume.masked_fill(volume.isinf(), torch.nan).clamp(-1, 1).cpu()  # clamping alone would hide an overflow
 
 
 def check_memory(

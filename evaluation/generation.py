@@ -14,6 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ from ddpm.samplers import Progress
 from evaluation.contact_sheet import update_contact_sheet
 from evaluation.decoding import check_memory, decode
 from evaluation.speed import CompiledDenoiser, autocast
-from evaluation.volume_record import describe_run, image_settings, is_done, write_record
+from evaluation.volume_record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
 from evaluation.volume_requests import Request, batches_of_one_grid, list_requests, noise_generator, seed_folder
 from train.checkpoints import latent_fingerprint, load_autoencoder, load_biflownet, load_checkpoint
 from train.distributed import Distributed, cleanup, setup
 from train.logger import get_logger
 
+PATIENCE = timedelta(days=30)  # a process whose volumes are done waits for those whose volumes are larger
 SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
 
 
@@ -60,7 +62,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     if cfg.decoding != "exact" and cfg.tile % cfg.downsample:
         raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
     folders = list(dict.fromkeys(seed_folder(cfg, request.seed) for request in requests))
-    place = setup(cfg.device)
+    place = setup(cfg.device, PATIENCE)
     try:
         if cfg.precision == "16" and place.device.type == "cpu":
             raise UserError("precision is 16, which needs a GPU: take bf16 on a CPU")
@@ -113,6 +115,8 @@ def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
     folder = Path(cfg.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file: choose another folder")
     voxel_bytes = 2 if cfg.output_dtype == "int16" else 4
     needed = SMALLEST_SHARE * voxel_bytes * sum(math.prod(request.voxels) for request in todo)
     free = shutil.disk_usage(folder).free
@@ -155,6 +159,7 @@ def _generate_batches(
                 if not volume.isfinite().all():
                     raise UserError(
                         f"{request.path}: {cfg.model_ckpt} and {cfg.AE_ckpt} give NaN: the training of one diverged"
+                        + (", or 16 bits overflow: try precision bf16 or 32" if cfg.precision == "16" else "")
                     )
                 # The record first: a volume is only taken for done beside the record of how it was made.
                 write_record(request, settings, describe_run(cfg, place, sampling_s, decoding_s))
@@ -199,9 +204,10 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             f"{cfg.AE_ckpt}: not the autoencoder whose latents {cfg.model_ckpt} was trained on: give that one "
             "(either stage of it)"
         )
-    trained = getattr(checkpoint.get("args"), "timesteps", cfg.timesteps)
-    if trained != cfg.timesteps:
-        raise UserError(f"timesteps is {cfg.timesteps}, but {cfg.model_ckpt} was trained with {trained}: give that")
+    for name in ("timesteps", *WITHOUT_SHAPE):
+        trained = getattr(checkpoint.get("args"), name, cfg[name])
+        if trained != cfg[name]:
+            raise UserError(f"{name} is {cfg[name]}, but {cfg.model_ckpt} was trained with {trained}: give that")
     if cfg.guidance_scale != 1 and model.null_label is None:
         raise UserError(
             f"guidance_scale is {cfg.guidance_scale}, but {cfg.model_ckpt} has no null label: use 1, or a model that "

@@ -23,6 +23,7 @@ import yaml
 from config.errors import UserError
 
 FIELDS = ("class", "seed", "num_samples", "resolution", "spacing")
+NOTHING = ("", "~", "null")  # how YAML writes a field without value
 MOST_VOLUMES = 100_000  # of one run; more is a slip of the keyboard, or should be several runs
 
 
@@ -85,10 +86,10 @@ def _text(path: Path) -> str:
 
 def _yaml_entries(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        items = yaml.safe_load(text)
+        items = yaml.load(text, _TextLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if items is None:
+    if items in (None, ""):
         return
     if not isinstance(items, list):
         raise UserError(f"{path}: a list of entries is needed, each beginning with '- class:', got {items!r:.60}")
@@ -96,7 +97,18 @@ def _yaml_entries(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]
         where = f"{path}: entry {number}: "
         if not isinstance(fields, dict):
             raise UserError(f"{where}has to be fields such as {{class: NAME, seed: 0-9}}, got {fields!r:.60}")
-        yield where, {str(name): value for name, value in fields.items()}
+        yield where, {str(name): None if value in NOTHING else value for name, value in fields.items()}
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Scalars stay the text they are, as in a CSV (YAML would read 010 as 8), and no field may be given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the field {name} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _csv_entries(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -142,11 +154,11 @@ def _check_fields(where: str, names: list[str]) -> None:
 def _entry(where: str, fields: dict[str, Any]) -> Entry:
     given = {name: value for name, value in fields.items() if value is not None}
     _check_fields(where, [*fields] if "class" in given else [name for name in fields if name != "class"])
-    if not isinstance(given["class"], str | int) or isinstance(given["class"], bool):
+    if not isinstance(given["class"], str):
         raise UserError(f"{where}class has to be a name or an id, got {given['class']!r}")
     return Entry(
         where,
-        str(given["class"]).strip(),
+        given["class"].strip(),
         parse_seeds(str(given["seed"]), where) if "seed" in given else None,
         _numbers(where, given, "num_samples", 1, is_whole=True)[0] if "num_samples" in given else None,
         _numbers(where, given, "resolution", 3, is_whole=True) if "resolution" in given else None,

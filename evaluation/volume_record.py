@@ -27,6 +27,9 @@ from ddpm.samplers import get_sampler
 from evaluation.volume_requests import Request
 from train.distributed import Distributed
 
+# Options of the network that no weight's shape tells: a wrong value loads, and gives other images.
+WITHOUT_SHAPE = ("vq_size", "resnet_groups", "dit_num_heads")
+
 
 def image_settings(cfg: DictConfig) -> dict[str, Any]:
     """What all volumes of a run depend on besides their request: sampler, guidance, output type, checkpoints."""
@@ -35,6 +38,7 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
         "sampling_strategy": cfg.sampling_strategy,
         **{name: cfg[name] for name in get_sampler(cfg.sampling_strategy).options},
         "guidance_scale": cfg.guidance_scale,
+        **{name: cfg[name] for name in WITHOUT_SHAPE},
         "precision": cfg.precision,
         "output_dtype": cfg.output_dtype,
         "AE_sha256": file_sha256(cfg.AE_ckpt),
@@ -78,7 +82,7 @@ def read_record(volume: Path) -> dict[str, Any] | None:
     """The JSON beside a volume; None where there is none that can be read."""
     try:
         found = json.loads(record_path(volume).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -88,8 +92,15 @@ def is_done(request: Request, settings: dict[str, Any]) -> bool:
 
     Raises UserError for a whole volume that was made by other settings, or by unknown ones.
     """
-    if not is_whole_volume(request.path) or read_header(request.path).shape != request.voxels:
+    if request.path.is_dir():
+        raise UserError(f"{request.path}: a folder is in the volume's place: remove it, or choose another output_dir")
+    if not is_whole_volume(request.path):
         return False
+    shape = read_header(request.path).shape
+    if shape != request.voxels:
+        raise UserError(
+            f"{request.path}: another volume is there, of {shape} voxels: remove it, or choose another output_dir"
+        )
     record = make_record(request, settings)
     found = read_record(request.path)
     if found is None:
@@ -103,7 +114,7 @@ def is_done(request: Request, settings: dict[str, Any]) -> bool:
         key = min(different)
         raise UserError(
             f"{request.path}: this volume was made with other settings ({', '.join(sorted(different))}: {key} was "
-            f"{found.get(key)}, is {record.get(key)}): choose another output_dir or seed, or remove the volume"
+            f"{found.get(key)!r}, is {record.get(key)!r}): choose another output_dir or seed, or remove the volume"
         )
     return True
 

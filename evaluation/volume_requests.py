@@ -153,21 +153,29 @@ def _volume_path(folder: Path, stem: str, sample: int, num_samples: int) -> Path
 
 def _sizes(cfg: DictConfig, entry: Entry, row: DictConfig) -> list[tuple[Triple, Spacing]]:
     """Latent grids (d, h, w) and spacings (x, y, z) of what an entry asks for."""
-    if entry.spacing_mm is not None and not is_plausible_spacing(entry.spacing_mm):
-        raise UserError(
-            f"{entry.where}spacing {_words(entry.spacing_mm)}: voxels have {SMALLEST_SPACING_MM:g} to "
-            f"{LARGEST_SPACING_MM:g} mm"
-        )
+    if entry.spacing_mm is not None:
+        _check_spacing(entry.spacing_mm, entry.where)
     table = [
         (tuple(grid), tuple(map(float, spacing))) for grid, spacing in zip(row.grids, row.spacings_mm, strict=True)
     ]
     if entry.resolution is None:
-        for grid, _ in table:
-            _check_grid(cfg, grid, f"{entry.where}classes: {row.name}: ")
+        for grid, spacing_mm in table:
+            where = f"{entry.where}classes: {row.name}: "
+            _check_grid(cfg, grid, where)
+            _check_spacing(entry.spacing_mm or spacing_mm, where)
         return [(grid, entry.spacing_mm or spacing_mm) for grid, spacing_mm in table]
     z, y, x = _checked_resolution(cfg, entry)
     grid = (z // cfg.downsample, x // cfg.downsample, y // cfg.downsample)
-    return [(grid, entry.spacing_mm or _table_spacing(entry, row, table, grid))]
+    spacing_mm = entry.spacing_mm or _table_spacing(entry, row, table, grid)
+    _check_spacing(spacing_mm, f"{entry.where}classes: {row.name}: ")
+    return [(grid, spacing_mm)]
+
+
+def _check_spacing(spacing_mm: Spacing, where: str) -> None:
+    if not is_plausible_spacing(spacing_mm):
+        raise UserError(
+            f"{where}spacing {_words(spacing_mm)}: voxels have {SMALLEST_SPACING_MM:g} to {LARGEST_SPACING_MM:g} mm"
+        )
 
 
 def _table_spacing(entry: Entry, row: DictConfig, table: list[tuple[Triple, Spacing]], grid: Triple) -> Spacing:

@@ -101,6 +101,11 @@ def test_seams(models):
     assert blended < 0.75 * tiles
 
 
+def test_an_overflow_is_not_clamped_away(autoencoder, latent, monkeypatch):
+    monkeypatch.setattr(autoencoder, "decode", lambda raw, quantize, max_bytes: torch.full((1, 1, 8, 8, 8), torch.inf))
+    assert decode(autoencoder, latent).isnan().all()
+
+
 # Memory -------------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +180,7 @@ def test_bf16_is_near_and_recorded_and_codes_stay_in_float32(models, tmp_path, m
     difference = (voxels(plain) - voxels(half)).abs().mean()
     assert 1e-6 < difference < 0.3 * voxels(plain).std()
     assert json.loads(half.with_name("Chest_32x32x32.json").read_text())["precision"] == "bf16"
-    with pytest.raises(UserError, match=r"other settings \(precision: precision was bf16, is 32\)"):
+    with pytest.raises(UserError, match=r"other settings \(precision: precision was 'bf16', is '32'\)"):
         generate(config(models, tmp_path / "b", chest))
 
 

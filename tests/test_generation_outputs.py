@@ -90,6 +90,9 @@ def test_record_beside_a_volume(models, tmp_path):
         "ddim_steps": 3,
         "eta": 0.5,
         "guidance_scale": 1.0,
+        "vq_size": 64,
+        "resnet_groups": 8,
+        "dit_num_heads": 4,
         "precision": "32",
         "output_dtype": "float32",
     }
@@ -101,10 +104,10 @@ def test_record_beside_a_volume(models, tmp_path):
 def test_whole_volumes_are_kept_and_all_others_made_again(models, tmp_path):
     paths = generate(config(models, tmp_path, num_samples=2))
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
-    whole, truncated, missing, other_size = paths
+    whole, truncated, missing, other_kind = paths
     truncated.write_bytes(truncated.read_bytes()[:-10])
     missing.unlink()
-    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8), np.float32), np.eye(4)), other_size)
+    other_kind.write_text("no volume")
     assert generate(config(models, tmp_path, num_samples=2)) == paths
     for path, (content, mtime) in before.items():
         assert path.read_bytes() == content
@@ -141,7 +144,7 @@ def test_a_larger_table_keeps_what_is_there(models, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"output_dtype": "int16"}, r"output_dtype was float32, is int16"),
+        ({"output_dtype": "int16"}, r"output_dtype was 'float32', is 'int16'"),
         ({"ddim_steps": 4}, r"other settings \(ddim_steps: ddim_steps was 3, is 4\)"),
         ({"classes": [row(1, "Chest", CUBE)]}, r"class_id was 0, is 1"),
         ({"classes": [row(0, "Chest", CUBE, spacing=(1.0, 1.0, 3.0))]}, "spacing_mm was"),
@@ -379,9 +382,71 @@ def test_contact_sheet_is_drawn_when_a_volume_is_newer(models, tmp_path, monkeyp
     assert len(seen) == 3
 
 
-def test_contact_sheet_names_a_volume_that_cannot_be_read(models, tmp_path):
-    generate(config(models, tmp_path))
-    other = tmp_path / "seed_0" / "Head_32x32x32.nii.gz"
-    other.write_bytes(other.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"contact_sheet.png: cannot be drawn: .*Head_32x32x32.nii.gz: .*truncated"):
-        generate(config(models, tmp_path, [row(0, "Chest", CUBE)]))
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"voxels": 3},
+        {"class_id": "a"},
+        {"sample": None},
+        {"class_name": [1]},
+        {"intensity": 5},
+        {"intensity": {"low": 2}},
+    ]
+    + [{"intensity": {"low": 5, "high": 1}}, {"intensity": {"low": 5, "high": 6}}, None],
+)
+def test_contact_sheet_leaves_out_what_is_not_sound(models, tmp_path, capsys, changed):
+    """Records of another making, values beyond those of the record, and (None) a damaged volume."""
+    chest = [row(0, "Chest", CUBE)]
+    generate(config(models, tmp_path, chest))
+    folder = tmp_path / "seed_0"
+    content = (folder / "Chest_32x32x32.nii.gz").read_bytes()
+    (folder / "Z.nii.gz").write_bytes(content if changed is not None else content[:-10])
+    record = json.loads((folder / "Chest_32x32x32.json").read_text())
+    (folder / "Z.json").write_text(json.dumps({**record, **(changed or {})}))
+    (folder / "contact_sheet.png").unlink()
+    generate(config(models, tmp_path, chest))
+    assert (folder / "contact_sheet.png").is_file()
+    if changed in (None, {"intensity": {"low": 5, "high": 6}}):
+        assert "contact_sheet.png leaves out a volume: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["$_$", "a$b$", "Ünï cødé"])
+def test_names_are_no_formulas(models, tmp_path, name):
+    (path,) = generate(config(models, tmp_path, [row(0, name, CUBE)]))
+    assert path.with_name("contact_sheet.png").is_file()
+
+
+def test_what_lies_in_a_volumes_place_is_never_lost(models, tmp_path):
+    """A whole volume of another size, a folder."""
+    chest = [row(0, "Chest", CUBE)]
+    (path,) = generate(config(models, tmp_path, chest))
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8), np.float32), np.eye(4)), path)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match=r"another volume is there, of \(8, 8, 8\) voxels"):
+        generate(config(models, tmp_path, chest))
+    assert path.read_bytes() == content
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="a folder is in the volume's place"):
+        generate(config(models, tmp_path, chest))
+
+
+def test_a_file_as_output_folder(models, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(generation, "load_models", None)
+    with pytest.raises(UserError, match="output_dir: .*file is a file"):
+        generate(config(models, tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("vq_size", 32), ("resnet_groups", 4), ("dit_num_heads", 2)])
+def test_options_that_no_weight_shows(models, tmp_path, name, value):
+    """They load whatever they are: compared with the checkpoint where it tells, and with what is there."""
+    chest = [row(0, "Chest", CUBE)]
+    generate(config(models, tmp_path / "a", chest))
+    with pytest.raises(UserError, match=rf"other settings \({name}"):
+        generate(config(models, tmp_path / "a", chest, **{name: value}))
+    checkpoint = torch.load(models / "flow.pt", weights_only=False)
+    setattr(checkpoint["args"], name, value)
+    torch.save(checkpoint, tmp_path / "told.pt")
+    with pytest.raises(UserError, match=rf"{name} is .*, but .*told.pt was trained with {value}: give that"):
+        generate(config(models, tmp_path / "b", chest, model_ckpt=str(tmp_path / "told.pt")))

@@ -268,7 +268,10 @@ def test_fields_that_are_not_given_come_from_the_options(tmp_path):
         ("a.yaml", "- [", "cannot be read as YAML"),
         ("a.yaml", "- {class: Head}\n- {clas: Head}", r"entry 2: unknown field 'clas', did you mean class\?"),
         ("a.yaml", "- {class: null}", "entry 1: the field class is missing"),
-        ("a.yaml", "- {class: true}", "entry 1: class has to be a name or an id"),
+        ("a.yaml", "- {class: true}", "entry 1: no class 'true'"),
+        ("a.yaml", "- {class: [Head]}", "entry 1: class has to be a name or an id"),
+        ("a.yaml", "- {class: Head, class: Head}", "the field class is there twice"),
+        ("a.yaml", "- {class: Head, seed: 1:30}", "entry 1: seeds have to be whole numbers"),
         ("a.yaml", "- {class: Head, seed: 1.5}", "entry 1: seeds have to be whole numbers"),
         ("a.yaml", "- {class: Head, num_samples: true}", "entry 1: num_samples has to be a whole number"),
         ("a.yaml", "- {class: Head, spacing: [1, 1, .nan]}", "entry 1: spacing has to be three numbers"),
@@ -307,3 +310,21 @@ def test_a_list_that_is_not_there(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match=r"folder.csv: cannot be read"):
         read_request_file(tmp_path / "folder.csv")
+
+
+def test_numbers_of_a_yaml_list_are_what_they_look_like(tmp_path):
+    """YAML itself would read 010 as 8."""
+    (tmp_path / "a.yaml").write_text("- {class: 0, seed: 010, num_samples: 012}\n")
+    (entry,) = read_request_file(tmp_path / "a.yaml")
+    assert (entry.class_key, entry.seeds, entry.num_samples) == ("0", (10,), 12)
+
+
+@pytest.mark.parametrize("spacing", [[float("inf"), 1, 1], [100, 1, 1]])
+def test_spacings_of_the_table_are_checked(tmp_path, spacing):
+    with pytest.raises(UserError, match=r"classes: Head: spacing .* voxels have 0.05 to 20 mm"):
+        list_requests(config(tmp_path, tmp_path, [row(0, "Head", CUBE, spacing=spacing)]))
+
+
+def test_names_have_room_for_what_comes_to_them(tmp_path):
+    with pytest.raises(UserError, match="a name that a file can have, of at most 150 bytes"):
+        config(tmp_path, tmp_path, [row(0, "x" * 151, CUBE)])

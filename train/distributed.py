@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -78,11 +79,12 @@ class Distributed:
         return result
 
 
-def setup(device: str = "auto") -> Distributed:
+def setup(device: str = "auto", timeout: timedelta | None = None) -> Distributed:
     """Join the process group that torchrun's environment describes, or none for a lone process.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        timeout: how long a process waits for the others before it gives up; None: torch's default, some minutes.
 
     Raises:
         UserError: CUDA is demanded and there is none, or a node has fewer GPUs than processes.
@@ -95,7 +97,7 @@ def setup(device: str = "auto") -> Distributed:
         torch.cuda.set_device(torch_device)
     if world_size > 1:
         backend = "nccl" if torch_device.type == "cuda" else "gloo"
-        torch_distributed.init_process_group(backend, rank=rank, world_size=world_size)
+        torch_distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     return Distributed(rank, local_rank, world_size, torch_device)
 
 
