@@ -228,8 +228,9 @@ def _candidates(
     out_channels = narrow if stage.final is None else stage.final[-1].out_channels
     stored = batch * math.prod(grid) * (stage.up.conv_trans.in_channels + 8 * out_channels) * element_bytes
     # At their peak, in the first convolution: its input, the normalised input, both again as the convolution wants them
-    # laid out, and its output, twice. The normalised input is float32.
-    voxel_bytes = wide * (2 * element_bytes + 4) + 2 * narrow * element_bytes
+    # laid out, and its output, twice. The normalised input is float32, and in half precision is converted besides.
+    copies = 2 if element_bytes >= 4 else 3
+    voxel_bytes = wide * (copies * element_bytes + 4) + 2 * narrow * element_bytes
     block = grid
     while True:
         voxels = 8 * math.prod(min(b + 2 * margin, extent) for b, extent in zip(block, grid, strict=True))

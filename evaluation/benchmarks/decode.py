@@ -1,6 +1,6 @@
 """Decoding of latents: one pass in float32, block by block in little memory, in tiles, in half precision.
 
-Compared first: exact ways agree with one pass within 1e-3 standard deviations in float32 and 0.5 in half precision.
+Compared first: exact ways agree with one pass within 5e-3 standard deviations in float32 and 0.5 in half precision.
 Tiles give other volumes by design: their difference is shown. Weights and latents are random, or with --AE-ckpt and
 --latents those of a trained autoencoder; then the seam index at tile borders is shown too, as a ratio to one pass.
 """
@@ -26,7 +26,7 @@ from evaluation.metrics.seams import seam_index
 from train.checkpoints import load_autoencoder
 from train.distributed import choose_device
 
-TOLERANCE, HALF_TOLERANCE = 1e-3, 0.5  # largest difference, in standard deviations
+TOLERANCE, HALF_TOLERANCE = 5e-3, 0.5  # largest difference, in standard deviations; another layout has other kernels
 UNLIMITED = 10**15
 
 
