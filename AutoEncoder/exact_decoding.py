@@ -162,16 +162,16 @@ def _measured_affine(
     norm: nn.GroupNorm, stage: Stage, affines: Sequence[Affine], x: Tensor, block: Sequence[int]
 ) -> Affine:
     """The norm with the statistics of its whole input, put together block by block (Chan et al. 1979, eq. 2.1)."""
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())  # of elements; (B, G); (B, G) sum of squared deviations
+    count, mean, squares = 0, 0.0, 0.0  # of elements; (B, G); (B, G), the sum of squared deviations
     for _, part in _each_block(stage, affines, x, block):
         groups = rearrange(part, "b (g c) d h w -> b g (c d h w)", g=norm.num_groups)
         moments = torch.var_mean(groups.to(norm.weight.dtype), dim=-1, correction=0)
         variance, own_mean = (value.double() for value in moments)  # (B, G)
         own = groups.shape[-1]
-        delta = own_mean - mean.to(own_mean)
-        squares = squares.to(own_mean) + variance * own + delta.square() * (count * own / (count + own))
+        delta = own_mean - mean
+        squares = squares + variance * own + delta.square() * (count * own / (count + own))
         count += own
-        mean = mean.to(own_mean) + delta * (own / count)
+        mean = mean + delta * (own / count)
     repeats = norm.num_channels // norm.num_groups
     return _affine(norm, *(value.repeat_interleave(repeats, dim=1) for value in (mean, squares / count)))
 

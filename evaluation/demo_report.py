@@ -139,9 +139,10 @@ def generation_figures(
     real: Tensor, labels: Tensor, training: Tensor, made: Tensor, asked: Tensor, noise: Tensor
 ) -> list[Figure]:
     """Whether the class asked for is the class obtained, and distances to the held-out phantoms."""
-    obtained = nearest_class_mean(features(real), labels, features(made))
+    real_features = features(real)
+    obtained = nearest_class_mean(real_features, labels, features(made))
     accuracy = (obtained == asked).double().mean().item()
-    distances = [distance_to_real(features(real), features(x)) for x in (made, noise, training)]
+    distances = [distance_to_real(real_features, features(x)) for x in (made, noise, training)]
     ratio = distances[0] / distances[1]
     return [
         Figure("class obtained is the class asked for", accuracy, "at least 0.9", accuracy >= 0.9),

@@ -48,16 +48,13 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a checkpoint's content."""
-    digest = hashlib.sha256()
     try:
         with Path(path).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return digest.hexdigest()
 
 
 def record_path(volume: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -55,7 +54,7 @@ def check_data(cfg: DictConfig, dataset: Singleres_dataset, distributed: Distrib
 
 def check_grid(cfg: DictConfig, model: nn.Module) -> None:
     """The latent grid divides into sub-volumes and by the U-Net's down-sampling."""
-    multiples = [math.lcm(size, model.down_factor) for size in model.sub_volume_size]
+    multiples = list(model.grid_multiple)
     if any(size % multiple for size, multiple in zip(cfg.resolution, multiples, strict=True)):
         raise UserError(
             f"resolution {list(cfg.resolution)} has to be divisible by {multiples} (sub-volumes and down-sampling of "
