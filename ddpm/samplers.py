@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm.limits import Limit, clip_start
-from ddpm.schedule import NoiseSchedule, per_sample, trailing_timesteps
+from ddpm.schedule import NoiseSchedule, each_timestep, per_sample, trailing_timesteps
 from ddpm.solvers import dpm_solver, unipc
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -67,11 +67,8 @@ def ancestral(
     """
     num_steps = schedule.timesteps if start is None else start + 1
     x = z
-    for done, timestep in enumerate(reversed(range(num_steps)), start=1):
-        t = torch.full((len(x),), timestep, device=x.device, dtype=torch.long)
+    for _, t in each_timestep(range(num_steps)[::-1], z, progress):
         x = ancestral_step(x, t, denoise(x, t), schedule, limit, generator)
-        if progress is not None:
-            progress(done, num_steps)
     return x
 
 
@@ -123,12 +120,9 @@ def ddim(
         raise ValueError(f"eta is {eta}: it has to lie between 0 (deterministic) and 1 (the posterior's variance).")
     timesteps = trailing_timesteps(schedule.timesteps, steps)
     x = z
-    for done, (timestep, following) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), start=1):
-        t = torch.full((len(x),), timestep, device=x.device, dtype=torch.long)
+    for (_, t), following in zip(each_timestep(timesteps, z, progress), [*timesteps[1:], -1], strict=True):
         t_next = torch.full_like(t, following)
         x = ddim_step(x, t, t_next, denoise(x, t), schedule, limit, eta, generator)
-        if progress is not None:
-            progress(done, steps)
     return x
 
 

@@ -7,6 +7,7 @@ Equation numbers are those of Ho et al., "Denoising Diffusion Probabilistic Mode
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,19 @@ def trailing_timesteps(timesteps: int, steps: int) -> list[int]:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """One value a sample, (B,), as (B, 1, ..., 1) in the dtype and rank of ``like`` (B, ...)."""
     return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def each_timestep(
+    timesteps: Sequence[int], x: Tensor, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Each timestep as a number and as (B,) for the samples of x (B, ...).
+
+    progress: called as progress(steps done, steps in all) when the caller comes back from a step.
+    """
+    for done, timestep in enumerate(timesteps, start=1):
+        yield timestep, torch.full((len(x),), timestep, device=x.device, dtype=torch.long)
+        if progress is not None:
+            progress(done, len(timesteps))
 
 
 def at_timestep(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

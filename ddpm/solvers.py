@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm.limits import Limit, clip_start
-from ddpm.schedule import NoiseSchedule, trailing_timesteps
+from ddpm.schedule import NoiseSchedule, each_timestep, trailing_timesteps
 
 if TYPE_CHECKING:
     from ddpm.samplers import Denoise, Generator, Progress
@@ -64,12 +64,9 @@ def _solve(
     timesteps = trailing_timesteps(schedule.timesteps, steps)
     scheduler = _scheduler(scheduler_name, schedule, timesteps)
     x = z
-    for done, timestep in enumerate(timesteps, start=1):
-        t = torch.full((len(x),), timestep, device=x.device, dtype=torch.long)
+    for timestep, t in each_timestep(timesteps, z, progress):
         x_start = limit(schedule.predict_start_from_noise(x, t, denoise(x, t)))
         x = scheduler.step(x_start, timestep, x).prev_sample
-        if progress is not None:
-            progress(done, steps)
     return x
 
 
