@@ -4,7 +4,8 @@ Central axial, coronal and sagittal slices, at most 8 volumes of each class and 
 class (its window in HU, [0, 1] or [-1, 1]) and voxels have their size in mm, so that sheets can be compared.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ MOST_OF_A_KIND = 8  # rows of a class and size
 MOST_ROWS = 160  # about as high as picture viewers can take
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A volume that can be drawn, and what its record says of it."""
+
+    path: Path
+    kind: tuple[Any, ...]  # class id and name, voxels
+    sample: int
+    value_range: tuple[float, float]  # drawn black and white
+
+
 def update_contact_sheet(folder: Path) -> Path | None:
     """Draws the sheet of a folder unless it is newer than every volume; None for a folder without volumes.
 
@@ -29,14 +40,20 @@ def update_contact_sheet(folder: Path) -> Path | None:
     warning: they are not of this program's making.
     """
     sheet = folder / SHEET_NAME
-    kinds = _volumes_by_kind(folder)
-    volumes = [path for paths in kinds for path in paths]
+    volumes = [shown for path in folder.glob("*.nii.gz") if (shown := _described(path))]
     if not volumes:
         return None
-    if sheet.is_file() and sheet.stat().st_mtime_ns > max(path.stat().st_mtime_ns for path in volumes):
+    if sheet.is_file() and sheet.stat().st_mtime_ns > max(shown.path.stat().st_mtime_ns for shown in volumes):
         return sheet
-    chosen = [(path, paths) for paths in kinds for path in paths[:MOST_OF_A_KIND]]
-    rows = [(_label(path, paths), slices) for path, paths in chosen[:MOST_ROWS] if (slices := _slices(path))]
+    volumes.sort(key=lambda shown: (shown.kind, shown.sample, shown.path))
+    chosen: list[tuple[Shown, str]] = []
+    for _, group in groupby(volumes, key=lambda shown: shown.kind):
+        same = list(group)
+        labels = [shown.path.name.removesuffix(".nii.gz") for shown in same[:MOST_OF_A_KIND]]
+        if len(same) > MOST_OF_A_KIND:
+            labels[0] += f"\n({MOST_OF_A_KIND} of {len(same)})"
+        chosen += zip(same, labels, strict=False)
+    rows = [(label, slices) for shown, label in chosen[:MOST_ROWS] if (slices := _slices(shown))]
     if not rows:
         return None
     title = f"{folder.name}: {len(rows)} of {len(volumes)} volumes"
@@ -44,43 +61,26 @@ def update_contact_sheet(folder: Path) -> Path | None:
     return sheet
 
 
-def _volumes_by_kind(folder: Path) -> list[list[Path]]:
-    """The volumes with a record, in lists of one class and size, all sorted by class id, size and number."""
-    kinds: dict[tuple[Any, ...], list[tuple[int, Path]]] = {}
-    for path in sorted(folder.glob("*.nii.gz")):
-        record = read_record(path) or {}
-        if _is_sound(record):
-            kind = (record["class_id"], record["class_name"], *record["voxels"])
-            kinds.setdefault(kind, []).append((record["sample"], path))
-    return [[path for _, path in sorted(kinds[kind])] for kind in sorted(kinds)]
-
-
-def _label(path: Path, paths: Sequence[Path]) -> str:
-    name = path.name.removesuffix(".nii.gz")
-    if path == paths[0] and len(paths) > MOST_OF_A_KIND:
-        return f"{name}\n({MOST_OF_A_KIND} of {len(paths)})"
-    return name
-
-
-def _is_sound(record: dict[str, Any]) -> bool:
-    """Whether it has what the sheet needs: of this program it has, but anything may lie in the folder."""
+def _described(path: Path) -> Shown | None:
+    """None without a record that has what the sheet needs: of this program it has, but anything may lie there."""
+    record = read_record(path) or {}
     kinds = {"class_id": int, "class_name": str, "sample": int, "voxels": list}
     if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
-        return False
+        return None
     intensity = record.get("intensity") or {"low": MODEL_RANGE[0], "high": MODEL_RANGE[1]}
     if not isinstance(intensity, dict) or not all(isinstance(side, int) for side in record["voxels"]):
-        return False
+        return None
     low, high = intensity.get("low"), intensity.get("high")
-    return isinstance(low, int | float) and isinstance(high, int | float) and low < high
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or not low < high:
+        return None
+    return Shown(path, (record["class_id"], record["class_name"], *record["voxels"]), record["sample"], (low, high))
 
 
-def _slices(path: Path) -> list[np.ndarray]:
+def _slices(shown: Shown) -> list[np.ndarray]:
     """The three slices; none, with a warning, for a volume that can't be drawn."""
-    record = read_record(path) or {}
-    intensity = record.get("intensity") or {"low": MODEL_RANGE[0], "high": MODEL_RANGE[1]}
     try:
-        volume = read_volume(path)
-        data = to_model_range(volume.data, (intensity["low"], intensity["high"]), path)
+        volume = read_volume(shown.path)
+        data = to_model_range(volume.data, shown.value_range, shown.path)
     except UserError as error:
         get_logger().warning("%s leaves out a volume: %s", SHEET_NAME, error)
         return []
