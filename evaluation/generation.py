@@ -12,7 +12,6 @@ grid, I) only, so neither batches, order, processes nor the rest of the requests
 
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +33,7 @@ from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Progress
 from evaluation.contact_sheet import update_contact_sheet
 from evaluation.decoding import check_memory, decode
-from evaluation.speed import CompiledDenoiser, autocast
+from evaluation.speed import CompiledDenoiser, autocast, clock
 from evaluation.volume_record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
 from evaluation.volume_requests import Request, batches_of_one_grid, list_requests, noise_generator, seed_folder
 from train.checkpoints import latent_fingerprint, load_autoencoder, load_biflownet, load_checkpoint
@@ -148,14 +147,15 @@ def _generate_batches(
                 bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
                 bar.update(done + size * step / num_steps - bar.n)
 
-            begin = _now(place.device)
+            begin = clock(place.device)
             latents = sample_latents(cfg, model, diffusion, batch, place.device, show)  # (B, C, d, h, w)
-            sampling_s = (_now(place.device) - begin) / len(batch)
+            sampling_s = (clock(place.device) - begin) / len(batch)
             for request, latent in zip(batch, latents, strict=True):
-                begin = _now(place.device)
-                how = (request.decoding, request.tile, _max_bytes(cfg), cfg.precision)
-                volume = decode(autoencoder, latent, *how)  # (1, D, H, W)
-                decoding_s = _now(place.device) - begin
+                begin = clock(place.device)
+                volume = decode(  # (1, D, H, W)
+                    autoencoder, latent, request.decoding, request.tile, _max_bytes(cfg), cfg.precision
+                )
+                decoding_s = clock(place.device) - begin
                 if not volume.isfinite().all():
                     raise UserError(
                         f"{request.path}: {cfg.model_ckpt} and {cfg.AE_ckpt} give NaN: the training of one diverged"
@@ -176,13 +176,6 @@ def _write(cfg: DictConfig, request: Request, volume: Tensor) -> None:
 
 def _max_bytes(cfg: DictConfig) -> int | None:
     return None if cfg.max_memory is None else int(cfg.max_memory * 1e9)
-
-
-def _now(device: torch.device) -> float:
-    """The clock in seconds, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

@@ -2,8 +2,7 @@
 
 import ctypes
 import gc
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -11,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from config.errors import UserError
+from evaluation.speed import clock
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,9 @@ def in_turn(ways: Mapping[str, Callable[[], float]], repetitions: int) -> dict[s
 
 def timed(way: Callable[[], object], device: torch.device) -> float:
     """Seconds that a call takes, until the device has done all of it."""
-    _synchronize(device)
-    begin = time.perf_counter()
+    begin = clock(device)
     way()
-    _synchronize(device)
-    return time.perf_counter() - begin
+    return clock(device) - begin
 
 
 def with_peak_memory(way: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float | None]:
@@ -80,7 +80,6 @@ def with_peak_memory(way: Callable[[], Tensor], device: torch.device) -> tuple[T
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = way()
-        _synchronize(device)
         return result, (torch.cuda.max_memory_allocated(device) - before) / 1e9
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before counts as taken
@@ -92,14 +91,28 @@ def with_peak_memory(way: Callable[[], Tensor], device: torch.device) -> tuple[T
     return result, max(0, _status_bytes("VmHWM") - before) / 1e9
 
 
+def compared(
+    ways: Mapping[str, tuple[Callable[[], Tensor], float]], device: torch.device
+) -> Iterator[tuple[str, Tensor, float | None, float]]:
+    """Calls each way once: its name, result, peak memory (`with_peak_memory`) and difference from the first one's.
+
+    ways: each with its tolerance. UserError for a difference (`largest_difference`) above it.
+    """
+    expected = None
+    for name, (way, tolerance) in ways.items():
+        found, peak_gb = with_peak_memory(way, device)
+        expected = found if expected is None else expected
+        difference = largest_difference(found, expected)
+        if not difference <= tolerance:
+            raise UserError(
+                f"{name}: differs from the plain way by {difference:.2g} standard deviations: nothing was timed"
+            )
+        yield name, found, peak_gb, difference
+
+
 def largest_difference(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, in standard deviations of what is expected."""
     return ((found.float() - expected.float()).abs().max() / expected.float().std()).item()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _status_bytes(name: str) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from config.errors import UserError
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
-from evaluation.benchmarks.measuring import Report, Row, in_turn, largest_difference, timed, with_peak_memory
+from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
 from evaluation.speed import CompiledDenoiser, autocast
 from train.distributed import choose_device
 
@@ -65,16 +65,8 @@ def measure(options: argparse.Namespace) -> Report:
         raise UserError(f"--grid {grid}: multiples of {tuple(network.grid_multiple)} are needed")
     ways = _ways(network, scale, grid, options, device)
 
-    # Parity, and memory at the same time.
-    expected, rows = None, {}
-    for name, way in ways.items():
-        found, peak_gb = with_peak_memory(way.predict, device)
-        expected = found if expected is None else expected
-        difference = largest_difference(found[:1], expected)
-        if not difference <= (HALF_TOLERANCE if way.precision != "32" else TOLERANCE):
-            raise UserError(f"{name}: predictions differ from plain ones by {difference:.2g}: nothing was timed")
-        rows[name] = (peak_gb, difference)
-
+    predictions = {name: (way.predict, way.tolerance) for name, way in ways.items()}
+    rows = {name: figures for name, _, *figures in compared(predictions, device)}  # peak memory, difference
     seconds = in_turn({name: partial(timed, way.sample, device) for name, way in ways.items()}, options.repetitions)
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     return Report(
@@ -92,7 +84,7 @@ class Way:
 
     predict: Callable[[], Tensor]
     sample: Callable[[], Tensor]
-    precision: str
+    tolerance: float
     batch_size: int
 
 
@@ -141,9 +133,10 @@ def _way(
             return function()
 
     def predict() -> Tensor:
-        return denoiser(z, torch.full((batch_size,), 500, device=device), **conditions)
+        return denoiser(z, torch.full((batch_size,), 500, device=device), **conditions)[:1]  # all are the same latent
 
     def sample() -> Tensor:
         return diffusion.sample(denoiser, z, strategy="dpm++", ddim_steps=scale.steps, **conditions)
 
-    return Way(partial(run, predict), partial(run, sample), precision, batch_size)
+    tolerance = TOLERANCE if precision == "32" else HALF_TOLERANCE
+    return Way(partial(run, predict), partial(run, sample), tolerance, batch_size)
