@@ -155,6 +155,8 @@ def test_seams_of_a_trained_autoencoder(tmp_path):
         (["sample", "--batch-size", "0"], "--batch-size 0"),
         (["decode", "--tile", "6"], "--tile 6: a multiple of the compression 4"),
         (["decode", "--latents", "x"], "--AE-ckpt and --latents belong together"),
+        (["decode", "--latents", "x", "--AE-ckpt", "y", "--grid", "8", "8", "8"], "--grid is for random latents"),
+        (["decode", "--max-memory", "0"], "raise max_memory"),
         (["decode", "--max-memory", "0.0001"], "raise max_memory"),
     ],
 )

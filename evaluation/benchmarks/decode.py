@@ -64,6 +64,8 @@ def measure(options: argparse.Namespace) -> Report:
     scale = SCALES[options.size]
     if (options.AE_ckpt is None) != (options.latents is None):
         raise UserError("--AE-ckpt and --latents belong together: give both or none")
+    if options.latents is not None and options.grid is not None:
+        raise UserError("--grid is for random latents: those of --latents have theirs, leave it out")
     if options.AE_ckpt is None:
         autoencoder, latent = _random(scale, tuple(options.grid or scale.grid), device)
     else:
@@ -72,7 +74,7 @@ def measure(options: argparse.Namespace) -> Report:
     tile = options.tile or max(latent.shape[1:]) * ratio // 2
     if tile < ratio or tile % ratio:
         raise UserError(f"--tile {tile}: a multiple of the compression {ratio} is needed")
-    little = int((options.max_memory or scale.max_memory) * 1e9)
+    little = int((scale.max_memory if options.max_memory is None else options.max_memory) * 1e9)
     ways = _ways(autoencoder, latent, tile, little)
 
     rows, seams = {}, {}
