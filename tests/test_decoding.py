@@ -109,8 +109,9 @@ def test_an_overflow_is_not_clamped_away(autoencoder, latent, monkeypatch):
 # Memory -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [{}, {"decoding": "blended", "max_single_pass": 1, "tile": 64}])
-def test_max_memory_changes_no_image(models, tmp_path, monkeypatch, values):
+@pytest.mark.parametrize("tiles", [{}, {"decoding": "blended"}, {"decoding": "tiles"}])
+def test_max_memory_changes_no_image(models, tmp_path, monkeypatch, tiles):
+    values = {**tiles, "max_single_pass": 1, "tile": 64}
     (plenty,) = generate(config(models, tmp_path / "a", HEAD, **values))
     calls = []
     run = exact_decoding._run_in_blocks
@@ -182,6 +183,12 @@ def test_bf16_is_near_and_recorded_and_codes_stay_in_float32(models, tmp_path, m
     assert json.loads(half.with_name("Chest_32x32x32.json").read_text())["precision"] == "bf16"
     with pytest.raises(UserError, match=r"other settings \(precision: precision was 'bf16', is '32'\)"):
         generate(config(models, tmp_path / "b", chest))
+
+
+def test_bf16_decodes_near_float32(autoencoder, latent):
+    plain, half = decode(autoencoder, latent), decode(autoencoder, latent, precision="bf16")
+    assert half.dtype == torch.float32
+    assert 1e-4 < (half - plain).abs().mean() < 0.1 * plain.std()
 
 
 def test_half_precision_needs_a_gpu(models, tmp_path):
