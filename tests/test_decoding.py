@@ -185,6 +185,20 @@ def test_bf16_is_near_and_recorded_and_codes_stay_in_float32(models, tmp_path, m
         generate(config(models, tmp_path / "b", chest))
 
 
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_precision_reaches_the_denoiser(models, tmp_path, monkeypatch, precision):
+    seen = []
+    forward = BiFlowNet.forward
+
+    def record(network, x, *conditions, **named):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return forward(network, x, *conditions, **named)
+
+    monkeypatch.setattr(BiFlowNet, "forward", record)
+    generate(config(models, tmp_path, [row(0, "Chest", CUBE)], precision=precision))
+    assert set(seen) == {(torch.float32, precision == "bf16", torch.bfloat16)}
+
+
 def test_bf16_decodes_near_float32(autoencoder, latent):
     plain, half = decode(autoencoder, latent), decode(autoencoder, latent, precision="bf16")
     assert half.dtype == torch.float32

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +172,26 @@ def test_volumes_of_unknown_settings_are_not_taken_for_done(models, tmp_path):
     (path.parent / "Chest_32x32x32.json").unlink()
     with pytest.raises(UserError, match=r"Chest_32x32x32.nii.gz: how this volume was made is not known"):
         generate(config(models, tmp_path, [row(0, "Chest", CUBE)]))
+
+
+@pytest.mark.parametrize("content", ["[1]", "[" * 100_000, "{", "\0"])
+def test_damaged_records_are_none(models, tmp_path, content):
+    (path,) = generate(config(models, tmp_path, [row(0, "Chest", CUBE)]))
+    (path.parent / "Chest_32x32x32.json").write_text(content)
+    with pytest.raises(UserError, match=r"Chest_32x32x32.json is not there or damaged"):
+        generate(config(models, tmp_path, [row(0, "Chest", CUBE)]))
+
+
+def test_processes_wait_for_slower_ones(models, tmp_path, monkeypatch):
+    """Longer than torch's ten or thirty minutes: one volume alone may take more."""
+    seen = []
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **options: seen.append(options["timeout"]))
+    monkeypatch.setattr(generation, "image_settings", None)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):  # the group was not made, so the first use of it fails
+        generate(config(models, tmp_path))
+    assert seen == [timedelta(days=30)]
 
 
 def in_two_processes(work, monkeypatch) -> None:
