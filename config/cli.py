@@ -54,6 +54,13 @@ GENERATION_FLAGS = (Flag("--classes", "class_names"),) + _flags(
     "ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta batch-size device "
     "denormalize resolution spacing seeds requests output-dtype decoding max-memory precision channels-last compile"
 )
+_EVALUATION = "output-dir cache-dir weights-dir real-range exclude-unreadable num-resamples num-workers seed device "
+RECONSTRUCTION_FLAGS = _flags(_EVALUATION + "data AE-ckpt lpips max-memory num-pictures")
+GENERATION_METRICS_FLAGS = _flags(
+    _EVALUATION + "networks slices batch-size real generated training generated-range resample num-pairs neighbours "
+    "num-halvings num-pictures"
+)
+VALIDITY_FLAGS = _flags(_EVALUATION + "networks slices batch-size real other AE-ckpt")
 
 
 def parse_command_line(

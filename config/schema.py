@@ -284,3 +284,71 @@ class GenerationConfig(DiffusionModelConfig):
     max_single_pass: int = key(32, "blended and tiles: latents up to this many voxels cubed are decoded whole")
     tile: int = key(256, "blended and tiles: edge of a tile in image voxels")
     classes: list[VolumeClass] = key([], "what to generate: id, name, grids and spacings of each class")
+
+
+# ----------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class EvaluationConfig:
+    """What all evaluations have in common."""
+
+    output_dir: str | None = key(None, "folder that gets the results, the pictures and the cache; required")
+    cache_dir: str | None = key(None, "folder for what was computed of each volume; null = OUTPUT_DIR/cache")
+    weights_dir: str | None = key(None, "folder with pretrained networks' weight files; null = torch hub's cache")
+    real_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity of the real files")
+    exclude_unreadable: bool = key(False, "true: files that can't be read are left out and listed; false: an error")
+    num_resamples: int = key(200, "resamples of the bootstrap, for 95 % intervals; at least 20")
+    num_workers: int = key(4, "loading processes, at most one per core; 0 = load in the main process")
+    seed: int = key(0, "seed of resamples, halvings and pairs")
+    device: str = key("auto", "auto | cpu | cuda; auto = a GPU where there is one")
+
+
+@dataclass
+class ReconstructionConfig(EvaluationConfig):
+    """How well autoencoders reconstruct volumes that they were not trained on (evaluation/reconstruction.py)."""
+
+    data: str | None = key(None, "folder or dataset JSON of held-out volumes; required")
+    AE_ckpt: list[str] = key([], "autoencoder checkpoints, e.g. of stage 1 and of stage 2, compared in this order")
+    lpips: str = key("auto", "auto (where VGG-16's weight file is there) | on | off")
+    max_memory: float | None = key(None, "GB that decoding may take; null = most of what is free")
+    num_pictures: int = key(4, "volumes of each class in the pictures")
+
+
+@dataclass
+class FeatureConfig(EvaluationConfig):
+    """What evaluations on features have in common."""
+
+    networks: list[str] = key(
+        ["auto"],
+        "medicalnet_resnet50, imagenet_resnet50, radimagenet_resnet50, random_3d, random_2d; auto = all whose weight "
+        "file is there, random ones in place of what has none",
+    )
+    slices: int = key(16, "slices of each plane for networks on slices; all, where a volume has fewer")
+    batch_size: int = key(4, "volumes that go through a network together")
+
+
+@dataclass
+class GenerationMetricsConfig(FeatureConfig):
+    """How near generated volumes are to real ones (evaluation/generation_metrics.py)."""
+
+    real: str | None = key(None, "folder or dataset JSON of real volumes that were not trained on; required")
+    generated: str | None = key(None, "folder (all classes may be in one) or dataset JSON; required")
+    training: str | None = key(None, "folder or dataset JSON of the training volumes; null = no memorisation check")
+    generated_range: list[float] | None = key(
+        None, "lowest and highest intensity of generated files; null = as the JSON beside each says, else -1 1"
+    )
+    resample: bool = key(False, "brings all volumes to the spacing and size that most real ones of their class have")
+    num_pairs: int = key(100, "pairs of volumes of each set for the diversity; all, where there are fewer")
+    neighbours: int = key(5, "nearest neighbours of precision, recall, density and coverage")
+    num_halvings: int = key(10, "random halvings of the real set for the floor")
+    num_pictures: int = key(4, "volumes of each set and class in the pictures")
+
+
+@dataclass
+class ValidityConfig(FeatureConfig):
+    """Whether the distances see what they should (evaluation/validity.py)."""
+
+    real: str | None = key(None, "folder or dataset JSON of real volumes; required")
+    other: str | None = key(None, "folder of volumes of another class or modality; null = another class of real")
+    AE_ckpt: str | None = key(None, "autoencoder whose reconstructions are to be nearer than other; null = none")

@@ -8,10 +8,26 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from config.errors import UserError
-from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
+from config.schema import (
+    AutoencoderConfig,
+    BiFlowNetConfig,
+    GenerationConfig,
+    GenerationMetricsConfig,
+    LatentConfig,
+    PreprocessConfig,
+    ReconstructionConfig,
+    ValidityConfig,
+)
 
 DEVICES = ("auto", "cpu", "cuda")
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
+FEATURE_NETWORKS = (  # those of evaluation/feature_networks.py
+    "medicalnet_resnet50",
+    "imagenet_resnet50",
+    "radimagenet_resnet50",
+    "random_3d",
+    "random_2d",
+)
 # BiFlowNet cuts latents into sub-volumes of this edge.
 SUB_VOLUME = 8
 
@@ -215,6 +231,18 @@ def _preprocess(cfg: DictConfig) -> Iterator[str]:
     yield from _classes(cfg, None)
 
 
+def _evaluation(cfg: DictConfig) -> Iterator[str]:
+    yield from _at_least(cfg, 20, "num_resamples")
+    yield from _not_negative(cfg, "num_workers seed num_pictures")
+    yield from _interval(cfg, "real_range generated_range")
+    yield from _one_of(cfg, "device", DEVICES)
+    yield from _one_of(cfg, "lpips", ("auto", "on", "off"))
+    yield from _positive(cfg, "max_memory")
+    yield from _at_least(cfg, 1, "slices batch_size num_pairs neighbours num_halvings")
+    is_choice = lambda value: value == ["auto"] or (value and set(value) <= set(FEATURE_NETWORKS))  # noqa: E731
+    yield from _check(cfg, "networks", is_choice, f"auto, or some of {' '.join(FEATURE_NETWORKS)}")
+
+
 def _is_positive_triple(value: list[float]) -> bool:
     return len(value) == 3 and all(0 < item < float("inf") for item in value)
 
@@ -260,4 +288,7 @@ _RULES: dict[type, Callable[[DictConfig], Iterator[str]]] = {
     BiFlowNetConfig: _biflownet,
     GenerationConfig: _generation,
     PreprocessConfig: _preprocess,
+    ReconstructionConfig: _evaluation,
+    GenerationMetricsConfig: _evaluation,
+    ValidityConfig: _evaluation,
 }

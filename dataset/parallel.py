@@ -26,7 +26,12 @@ class _Calls(Dataset):
 
 
 def map_in_processes(
-    function: Callable[[Any], Any], items: Sequence[Any], num_workers: int, label: str, unit: str = "volume"
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    num_workers: int,
+    label: str,
+    unit: str = "volume",
+    show: bool = True,
 ) -> Iterator[tuple[int, Any]]:
     """Yields (index of the item, `function(item)`) for every item, in the order in which they are finished.
 
@@ -34,7 +39,7 @@ def map_in_processes(
     global random state is changed.
 
     num_workers: processes, at most one per core; 0 computes in this one.
-    label: text before the progress bar, which is shown on a terminal. unit: what the bar counts.
+    label: text before the progress bar, which is shown on a terminal. unit: what the bar counts. show: False: no bar.
     Raises UserError where `function` raises one, or where a process is killed, for instance for want of memory.
     """
     num_workers = min(num_workers, len(items), num_cores())
@@ -43,7 +48,7 @@ def map_in_processes(
     loader = DataLoader(_Calls(function, items), batch_size=None, num_workers=num_workers, collate_fn=_same, **options)
     results = iter(loader)
     try:
-        yield from tqdm(results, label, total=len(items), unit=unit, disable=None)
+        yield from tqdm(results, label, total=len(items), unit=unit, disable=None if show else True)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -47,12 +47,12 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a checkpoint's content."""
+    """SHA-256 of a file's content. UserError where it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint file") from error
+        raise UserError(f"{path}: no such file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
