@@ -1,0 +1,240 @@
+"""From features of real, generated and training volumes to figures with N, interval and floor. No files here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from config.errors import UserError
+from evaluation.metrics.distances import (
+    frechet_distance,
+    median_bandwidth,
+    mmd_from_kernels,
+    nearest,
+    rbf_kernel,
+)
+from evaluation.metrics.intervals import bootstrap_interval, random_halves
+from evaluation.metrics.manifolds import precision_recall_density_coverage
+from evaluation.results import Figure, Floor
+
+Indices = Tensor  # (n,) which volumes of a set
+Statistic = Callable[[Indices, Indices], float]  # of some real and some generated volumes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How intervals and floors are drawn."""
+
+    num_resamples: int
+    num_halvings: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Distances to the nearest training volume. nearest: its index for each generated volume, (M,)."""
+
+    generated: Tensor  # (M,)
+    held_out: Tensor  # (N,)
+    nearest: Tensor  # (M,)
+
+
+def distance_figures(
+    group: str, network: str, real: dict[str, Tensor], generated: dict[str, Tensor], sampling: Sampling
+) -> list[Figure]:
+    """FID, and MMD where there are features of whole volumes. real, generated: {plane: (N, S, F)}."""
+    planes = list(real)
+    memory: dict[tuple, float] = {}  # the mean over planes asks for the same resamples as each plane does
+
+    def frechet(plane: str, of_real: Indices, of_generated: Indices, other: dict[str, Tensor]) -> float:
+        key = (plane, other is real, of_real.numpy().tobytes(), of_generated.numpy().tobytes())
+        if key not in memory:
+            memory[key] = frechet_distance(real[plane][of_real].flatten(0, 1), other[plane][of_generated].flatten(0, 1))
+        return memory[key]
+
+    def mean_frechet(of_planes: Sequence[str], other: dict[str, Tensor]) -> Statistic:
+        return lambda a, b: fmean(frechet(plane, a, b, other) for plane in of_planes)
+
+    is_volume = len(planes) == 1
+    counts = (len(real[planes[0]]), len(generated[planes[0]]))
+    slices = {} if is_volume else {"slices of each": real[planes[0]].shape[1]}
+    asked = {"FID-3D": planes} if is_volume else {"FID-2.5D": planes, **{f"FID-2.5D {p}": [p] for p in planes}}
+    figures = []
+    for metric, of_planes in asked.items():
+        statistic, of_real = mean_frechet(of_planes, generated), mean_frechet(of_planes, real)
+        figures.append(_figure(group, metric, network, statistic, of_real, counts, slices, sampling, "lower"))
+    if is_volume:
+        x, y = (features[planes[0]][:, 0] for features in (real, generated))
+        statistic, of_real = mmd_statistics(x, y)
+        figures.append(_figure(group, "MMD", network, statistic, of_real, counts, {}, sampling, "lower"))
+    return figures
+
+
+def mmd_statistics(x: Tensor, y: Tensor) -> tuple[Statistic, Statistic]:
+    """Unbiased MMD of some of x (real, (N, F)) with some of y (M, F), and with some of x; one kernel for all."""
+    bandwidth = median_bandwidth(*x.tensor_split(2))  # pools both: every pair of real volumes, once
+    kernel_xx, kernel_yy, kernel_xy = (rbf_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y)))
+
+    def with_generated(a: Indices, b: Indices) -> float:
+        return mmd_from_kernels(kernel_xx[a][:, a], kernel_yy[b][:, b], kernel_xy[a][:, b])
+
+    def with_real(a: Indices, b: Indices) -> float:
+        return mmd_from_kernels(kernel_xx[a][:, a], kernel_xx[b][:, b], kernel_xx[a][:, b])
+
+    return with_generated, with_real
+
+
+def manifold_figures(
+    group: str, network: str, real: Tensor, generated: Tensor, neighbours: int, sampling: Sampling
+) -> list[Figure]:
+    """Precision, recall, density and coverage of features (N, F), (M, F)."""
+    values = precision_recall_density_coverage(real, generated, neighbours)
+    counts = {"real": len(real), "generated": len(generated), "neighbours": neighbours}
+    floors = _manifold_floors(real, generated, neighbours, sampling)
+    return [
+        Figure(
+            group=group,
+            metric=metric,
+            value=of_volumes.mean().item(),
+            interval=mean_interval(of_volumes, sampling),
+            num=counts,
+            better="higher",
+            network=network,
+            floor=floors.get(metric),
+        )
+        for metric, of_volumes in values.items()
+    ]
+
+
+def diversity_figures(
+    group: str,
+    scores: dict[str, Tensor],
+    pairs: dict[str, Tensor],
+    counts: dict[str, int],
+    sampling: Sampling,
+) -> list[Figure]:
+    """MS-SSIM of pairs by role (real, generated), and the gap between them.
+
+    scores: (P,) of the pairs (P, 2), indices into `counts` volumes. Intervals are over volumes, not over pairs, which
+    share them.
+    """
+
+    def mean_of(role: str, chosen: Indices) -> float:
+        weights = torch.bincount(chosen, minlength=counts[role]).double()
+        of_pairs = weights[pairs[role][:, 0]] * weights[pairs[role][:, 1]]
+        total = of_pairs.sum().item()
+        return (of_pairs * scores[role]).sum().item() / total if total > 0 else scores[role].mean().item()
+
+    figures = []
+    for role in ("generated", "real"):
+        num = {role: counts[role], "pairs": len(pairs[role])}
+        interval = _interval(lambda chosen, role=role: mean_of(role, chosen), [counts[role]], sampling)
+        value, metric = scores[role].mean().item(), f"MS-SSIM of {role} pairs"
+        figures.append(Figure(group, metric, value, interval, num, "real"))
+    gap = figures[0].value - figures[1].value
+    interval = _interval(
+        lambda a, b: mean_of("generated", a) - mean_of("real", b), [counts["generated"], counts["real"]], sampling
+    )
+    num = {"generated": counts["generated"], "real": counts["real"]}
+    return [*figures, Figure(group, "diversity gap", gap, interval, num, "lower")]
+
+
+def memorisation_of(real: Tensor, generated: Tensor, training: Tensor) -> Memorisation:
+    """Nearest training volumes by features (N, F), (M, F), (T, F)."""
+    of_generated, index = nearest(generated, training)
+    return Memorisation(of_generated, nearest(real, training)[0], index)
+
+
+def memorisation_figures(
+    group: str, network: str, found: Memorisation, num_training: int, sampling: Sampling
+) -> list[Figure]:
+    """How much nearer generated volumes lie to training volumes than real ones do that were not trained on."""
+    sizes = [len(found.generated), len(found.held_out)]
+
+    def nearer(a: Indices, b: Indices) -> float:
+        difference = found.generated[a][:, None] - found.held_out[b][None]  # (M, N)
+        return ((difference < 0).double() + 0.5 * (difference == 0).double()).mean().item()
+
+    def ratio(a: Indices, b: Indices) -> float:
+        below = found.held_out[b].median().item()
+        return found.generated[a].median().item() / below if below > 0 else float("nan")
+
+    num = {"generated": sizes[0], "real": sizes[1], "training": num_training}
+    figures = []
+    for metric, statistic in (("nearer than held-out", nearer), ("nearest distance ratio", ratio)):
+        value = statistic(*map(torch.arange, sizes))
+        interval = _interval(statistic, sizes, sampling) if value == value else None
+        figures.append(Figure(group, metric, value, interval, num, "real", network=network))
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------- intervals and floors
+
+
+def mean_interval(values: Tensor, sampling: Sampling) -> tuple[float, float]:
+    """Interval of the mean of a value per volume, (N,)."""
+    return _interval(lambda chosen: values[chosen].mean().item(), [len(values)], sampling)
+
+
+def _interval(statistic: Callable[..., float], sizes: Sequence[int], sampling: Sampling) -> tuple[float, float]:
+    return bootstrap_interval(statistic, sizes, num_resamples=sampling.num_resamples, seed=sampling.seed)
+
+
+def _figure(
+    group: str,
+    metric: str,
+    network: str,
+    statistic: Statistic,
+    of_real: Statistic,
+    counts: tuple[int, int],
+    more: dict[str, int],
+    sampling: Sampling,
+    better: str,
+) -> Figure:
+    """A distance with interval and floor. statistic(a, b): of real a, generated b; of_real(a, b): both real."""
+    return Figure(
+        group=group,
+        metric=metric,
+        value=statistic(*map(torch.arange, counts)),
+        interval=_interval(statistic, counts, sampling),
+        num={"real": counts[0], "generated": counts[1], **more},
+        better=better,
+        network=network,
+        floor=_floor(statistic, of_real, counts, sampling),
+    )
+
+
+def _floor(statistic: Statistic, of_real: Statistic, counts: tuple[int, int], sampling: Sampling) -> Floor | None:
+    """None where the real set is too small to be halved."""
+    half = min(counts[0] // 2, counts[1])
+    if half < 2:
+        return None
+    halves = list(random_halves(counts[0], half, sampling.num_halvings, sampling.seed))
+    parts = _parts(counts[1], half, sampling)
+    floor = fmean(of_real(a, b) for a, b in halves)
+    return Floor(floor, fmean(statistic(b, part) for (_, b), part in zip(halves, parts, strict=True)), half)
+
+
+def _parts(count: int, size: int, sampling: Sampling) -> list[Indices]:
+    """Random parts of a set, one for each halving."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    return [torch.randperm(count, generator=generator)[:size] for _ in range(sampling.num_halvings)]
+
+
+def _manifold_floors(real: Tensor, generated: Tensor, neighbours: int, sampling: Sampling) -> dict[str, Floor]:
+    half = min(len(real) // 2, len(generated))
+    found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    try:
+        parts = _parts(len(generated), half, sampling)
+        halves = random_halves(len(real), half, sampling.num_halvings, sampling.seed)
+        for (a, b), part in zip(halves, parts, strict=True):
+            measured = (real[a], generated[part])
+            found.append(tuple(precision_recall_density_coverage(real[b], x, neighbours) for x in measured))
+    except UserError:  # too few for this many neighbours
+        return {}
+    return {
+        metric: Floor(*(fmean(pair[i][metric].mean().item() for pair in found) for i in (0, 1)), half)
+        for metric in found[0][0]
+    }

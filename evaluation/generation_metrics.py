@@ -1,0 +1,387 @@
+"""How near generated volumes are to real ones: FID, MMD, precision, diversity and a memorisation check, by class.
+
+    python evaluation/generation_metrics.py --real held_out.json --generated generated --training training.json \\
+        --output-dir evaluation
+
+    OUT/generation.json, .csv     figures with N, 95 % interval and a real-against-real floor; settings; warnings
+    OUT/memorisation.csv          the nearest training volume of each generated one
+    OUT/pictures/*.png            real beside generated volumes, generated ones beside their nearest training volumes
+    OUT/cache/                    features of each volume, under the hash of its file: a killed run goes on
+
+Sets are folders or dataset JSONs (`volume_sets.py`). Under torchrun the volumes are shared out to the processes.
+evaluation/report.py makes a page of the results; docs/evaluation.md says what each number means.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config.cli import GENERATION_METRICS_FLAGS, parse_command_line  # noqa: E402
+from config.errors import UserError  # noqa: E402
+from config.loading import require  # noqa: E402
+from config.schema import GenerationMetricsConfig  # noqa: E402
+from config.script import run_script  # noqa: E402
+from dataset.pictures import PLANES, central_slices, save_slice_grid  # noqa: E402
+from dataset.volume_io import read_header  # noqa: E402
+from evaluation.feature_extraction import SetFeatures, check_refused, extract  # noqa: E402
+from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks  # noqa: E402
+from evaluation.generation_definitions import DEFINITIONS  # noqa: E402
+from evaluation.generation_figures import (  # noqa: E402
+    Memorisation,
+    Sampling,
+    distance_figures,
+    diversity_figures,
+    manifold_figures,
+    memorisation_figures,
+    memorisation_of,
+)
+from evaluation.generation_warnings import (  # noqa: E402
+    distance_warnings,
+    diversity_warning,
+    memorisation_warnings,
+)
+from evaluation.metrics.reconstruction import ms_ssim, num_scales_of  # noqa: E402
+from evaluation.result_cache import Arrays, ResultCache, Work, do_work  # noqa: E402
+from evaluation.results import PICTURES_FOLDER, Picture, Results, TextTable, settings_of, write_csv  # noqa: E402
+from evaluation.volume_sets import (  # noqa: E402
+    Group,
+    SetVolume,
+    check_ranges,
+    group_volumes,
+    on_one_grid,
+    read_headers,
+    without,
+)
+from train.distributed import Distributed, cleanup, setup  # noqa: E402
+from train.logger import get_logger  # noqa: E402
+
+PATIENCE = timedelta(days=30)  # a process whose volumes are done waits for those whose volumes are larger
+ALL = "all classes"
+CLOSEST = 8  # pairs of generated and training volumes in the picture and table
+MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "distance", "median_held_out_distance")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two volumes of a set, compared with each other; the order makes no difference."""
+
+    first: SetVolume
+    second: SetVolume
+
+    @property
+    def path(self) -> Path:
+        return self.first.path
+
+    def key(self) -> str:
+        """Equal for equal pairs."""
+        return "-".join(sorted(volume.key()[:32] for volume in (self.first, self.second)))
+
+    def read(self) -> Tensor:
+        """(2, 1, D, H, W)."""
+        return torch.stack([self.first.read(), self.second.read()])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write the results and the pictures."""
+    cfg = parse_command_line(argv, GenerationMetricsConfig, None, __doc__, GENERATION_METRICS_FLAGS)
+    require(cfg, "real", "generated", "output_dir")
+    place = setup(cfg.device, PATIENCE)
+    try:
+        results = evaluate(cfg, place)
+        if place.is_main:
+            path = results.write(Path(cfg.output_dir))
+            logger = get_logger()
+            for warning in results.warnings:
+                logger.warning(warning)
+            logger.info("%d figures in %s", len(results.figures), path)
+    finally:
+        cleanup()
+
+
+def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
+    """All figures of a config, on rank 0; None on other ranks. Pictures and memorisation.csv are written on the way.
+
+    Raises UserError for whatever is wrong with options, sets or weight files before anything is computed, and for files
+    that turn out damaged after the sound ones have been computed (and kept).
+    """
+    output = Path(cfg.output_dir)
+    groups, warnings, excluded = place.on_main(lambda: find_groups(cfg))
+    networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
+    place.on_main(lambda: output.mkdir(parents=True, exist_ok=True), share=False)
+    results = Results("generation", settings_of(cfg), DEFINITIONS, warnings=warnings)
+    results.settings["device"] = str(place.device)
+    results.settings["feature_networks"] = {net.name: {"is": net.description, **net.settings} for net in networks}
+
+    found: dict[str, dict[str, dict[str, SetFeatures]]] = {}  # network -> group -> role
+    for network in networks:
+        found[network.name] = {}
+        for group in groups:
+            of_group = extract_group(cfg, network, group, place)
+            found[network.name][group.name] = {role: features for role, (features, _) in of_group.items()}
+            excluded |= {path: reason for _, reasons in of_group.values() for path, reason in reasons.items()}
+    scores = [pair_scores(cfg, group, set(excluded), place) for group in groups]
+    if not place.is_main:
+        return None
+
+    results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
+    for network in networks:
+        add_distances(cfg, results, network, found[network.name])
+    sampling = _sampling(cfg)
+    for group, (pairs, of_pairs, counts) in zip(groups, scores, strict=True):
+        figures = diversity_figures(group.name, of_pairs, pairs, counts, sampling)
+        results.figures += figures
+        results.warnings += diversity_warning(group.name, figures[-1])
+    if cfg.training:
+        add_memorisation(cfg, results, networks, found)
+    for group in groups:
+        sets = found[networks[0].name][group.name]
+        results.pictures += side_by_side(cfg, group.name, sets["real"].volumes, sets["generated"].volumes)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------- sets
+
+
+def find_groups(cfg: DictConfig) -> tuple[list[Group], list[str], dict[Path, str]]:
+    """The sets of each class, after all checks that headers allow; notes; files that are left out with the reason."""
+    groups, notes = group_volumes(cfg.real, cfg.generated, cfg.training, cfg.real_range, cfg.generated_range)
+    grids, problems = read_headers(groups)
+    if problems:
+        check_refused(problems, len(grids) + len(problems), "volumes", cfg.exclude_unreadable)
+        groups = without(groups, set(problems))
+    groups = on_one_grid(groups, grids, cfg.resample)
+    for group in groups:
+        num_scales_of(_shape(group, grids))  # refuses volumes that are too small for MS-SSIM
+    return groups, notes, problems
+
+
+def _shape(group: Group, grids: dict) -> tuple[int, ...]:
+    first = group.sets["real"][0]
+    return (first.resample or grids[first.path]).shape
+
+
+def extract_group(
+    cfg: DictConfig, network: FeatureNetwork, group: Group, place: Distributed
+) -> dict[str, tuple[SetFeatures | None, dict[Path, str]]]:
+    """The features of each set of a group that the network is needed for; memorisation goes by whole volumes alone."""
+    found = {}
+    for role, volumes in group.sets.items():
+        if role == "training" and tuple(network.planes) != (VOLUME,):
+            continue
+        found[role] = extract(
+            network,
+            volumes,
+            f"{role} volumes of {group.name}",
+            _cache_dir(cfg),
+            place,
+            batch_size=cfg.batch_size,
+            num_workers=cfg.num_workers,
+            exclude=cfg.exclude_unreadable,
+        )
+    ranges = {role: features.ranges for role, (features, _) in found.items() if features is not None}
+    place.on_main(lambda: check_ranges(group.name, ranges), share=False)
+    return found
+
+
+def _cache_dir(cfg: DictConfig) -> Path:
+    return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
+
+
+def _sampling(cfg: DictConfig) -> Sampling:
+    return Sampling(cfg.num_resamples, cfg.num_halvings, cfg.seed)
+
+
+# ----------------------------------------------------------------------------------------------------------- distances
+
+
+def add_distances(
+    cfg: DictConfig, results: Results, network: FeatureNetwork, found: dict[str, dict[str, SetFeatures]]
+) -> None:
+    """FID and, on features of volumes, MMD, precision, recall, density and coverage; of each class and of all."""
+    sampling = _sampling(cfg)
+    sets = {name: (of["real"].planes, of["generated"].planes) for name, of in found.items()}
+    if len(found) > 1:
+        sets |= _all_classes(results, found)
+    for name, (real, generated) in sets.items():
+        results.figures += distance_figures(name, network.name, real, generated, sampling)
+        results.warnings += distance_warnings(name, network.name, real, generated, network.is_random)
+        if tuple(network.planes) != (VOLUME,):
+            continue
+        x, y = real[VOLUME][:, 0], generated[VOLUME][:, 0]  # (N, F), (M, F)
+        if min(len(x), len(y)) > cfg.neighbours:
+            results.figures += manifold_figures(name, network.name, x, y, cfg.neighbours, sampling)
+        else:
+            results.warnings.append(
+                f"{name}: precision, recall, density and coverage need more than {cfg.neighbours} volumes in each set "
+                f"(neighbours={cfg.neighbours}), there are {len(x)} real and {len(y)} generated ones"
+            )
+
+
+def _all_classes(
+    results: Results, found: dict[str, dict[str, SetFeatures]]
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The sets of all classes together; none where their slices can't be put together."""
+    planes = list(next(iter(found.values()))["real"].planes)
+    if len({of["real"].planes[plane].shape[1] for of in found.values() for plane in planes}) > 1:
+        note = f"{ALL}: classes differ in size, so that they have different numbers of slices: not put together"
+        results.warnings.append(note)
+        return {}
+    shares = {
+        role: [len(of[role]) / sum(len(other[role]) for other in found.values()) for of in found.values()]
+        for role in ("real", "generated")
+    }
+    if any(abs(a - b) > 0.01 for a, b in zip(shares["real"], shares["generated"], strict=True)):
+        note = f"{ALL}: the classes' shares differ between real and generated volumes, which adds to every distance"
+        if note not in results.warnings:
+            results.warnings.append(note)
+    together = (
+        {plane: torch.cat([of[role].planes[plane] for of in found.values()]) for plane in planes}
+        for role in ("real", "generated")
+    )
+    return {ALL: tuple(together)}
+
+
+# ----------------------------------------------------------------------------------------------------------- diversity
+
+
+def pair_scores(
+    cfg: DictConfig, group: Group, excluded: set[Path], place: Distributed
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+    """By role (real, generated): pairs (P, 2), their MS-SSIM (P,) on rank 0, and the number of volumes."""
+    pairs, scores, counts = {}, {}, {}
+    for role in ("real", "generated"):
+        volumes = [volume for volume in group.sets[role] if volume.path not in excluded]
+        pairs[role], counts[role] = choose_pairs(len(volumes), cfg.num_pairs, cfg.seed), len(volumes)
+        items = [Pair(volumes[i], volumes[j]) for i, j in pairs[role].tolist()]
+        work = Work(
+            label=f"MS-SSIM: pairs of {role} volumes of {group.name}",
+            key=Pair.key,
+            read=Pair.read,
+            compute=partial(_compare_pairs, place.device),
+            cache=ResultCache(_cache_dir(cfg), "ms_ssim", {"version": 1}),
+        )
+        found, refused = do_work(work, items, place, cfg.num_workers)
+        check_refused({item.item.path: item.reason for item in refused}, len(items), f"pairs of {role} volumes", False)
+        scores[role] = torch.tensor([float(arrays["ms_ssim"]) for arrays in found] if place.is_main else [])
+    return pairs, scores, counts
+
+
+def choose_pairs(count: int, num_pairs: int, seed: int) -> Tensor:
+    """`num_pairs` different pairs of `count` items, drawn at random, (P, 2); all pairs where there are fewer."""
+    total = count * (count - 1) // 2
+    if total <= num_pairs:
+        return torch.triu_indices(count, count, offset=1).T
+    rng = np.random.default_rng(seed)
+    chosen: set[tuple[int, int]] = set()
+    while len(chosen) < num_pairs:
+        first, second = sorted(rng.integers(count, size=2).tolist())
+        if first != second:
+            chosen.add((first, second))
+    return torch.tensor(sorted(chosen))
+
+
+def _compare_pairs(device: torch.device, pairs: Tensor) -> list[Arrays]:
+    """(B, 2, 1, D, H, W) -> MS-SSIM of each."""
+    return [{"ms_ssim": np.array(ms_ssim(*pair.to(device)))} for pair in pairs]
+
+
+# -------------------------------------------------------------------------------------------------------- memorisation
+
+
+def add_memorisation(
+    cfg: DictConfig,
+    results: Results,
+    networks: Sequence[FeatureNetwork],
+    found: dict[str, dict[str, dict[str, SetFeatures]]],
+) -> None:
+    """Figures, memorisation.csv, and the closest pairs as table and picture."""
+    rows = []
+    for network in networks:
+        if tuple(network.planes) != (VOLUME,):
+            continue
+        for name, sets in found[network.name].items():
+            real, generated, training = (sets[role].planes[VOLUME][:, 0] for role in ("real", "generated", "training"))
+            memory = memorisation_of(real, generated, training)
+            figures = memorisation_figures(name, network.name, memory, len(training), _sampling(cfg))
+            results.figures += figures
+            results.warnings += memorisation_warnings(name, network.name, memory, figures)
+            rows += _nearest_rows(name, network.name, sets, memory)
+            results.pictures.append(_nearest_picture(cfg, name, network.name, sets, memory))
+    write_csv(Path(cfg.output_dir) / "memorisation.csv", MEMORISATION_COLUMNS, rows)
+    closest = sorted(rows, key=lambda row: row[4] / row[5] if row[5] else row[4])[:CLOSEST]
+    results.tables.append(TextTable("Closest pairs (all: memorisation.csv)", MEMORISATION_COLUMNS, closest))
+
+
+def _nearest_rows(name: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation) -> list[list]:
+    usual = memory.held_out.median().item()
+    return [
+        [name, network, str(volume.path), str(sets["training"].volumes[index].path), distance, usual]
+        for volume, index, distance in zip(
+            sets["generated"].volumes, memory.nearest.tolist(), memory.generated.tolist(), strict=True
+        )
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def side_by_side(
+    cfg: DictConfig, name: str, real: Sequence[SetVolume], generated: Sequence[SetVolume]
+) -> list[Picture]:
+    """Central slices in three planes, a real volume beside a generated one in each row."""
+    count = min(cfg.num_pictures, len(real), len(generated))
+    if count == 0:
+        return []
+    rows = [(f"{i + 1}", [*_slices(real[i]), *_slices(generated[i])]) for i in range(count)]
+    return [_save_pairs(cfg, f"real_generated_{name}", rows, ("real", "generated"), f"{name}: real beside generated")]
+
+
+def _nearest_picture(
+    cfg: DictConfig, name: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation
+) -> Picture:
+    closest = memory.generated.argsort()[: min(CLOSEST, max(1, cfg.num_pictures))].tolist()
+    usual = memory.held_out.median().item()
+    rows = []
+    for i in closest:
+        ratio = memory.generated[i].item() / usual if usual else float("nan")
+        training = sets["training"].volumes[memory.nearest[i]]
+        rows.append((f"{ratio:.2f}", [*_slices(sets["generated"].volumes[i]), *_slices(training)]))
+    caption = (
+        f"{name}: the generated volumes that are nearest to a training volume (on {network}), beside it; in front their "
+        "distance over the median one of held-out real volumes"
+    )
+    return _save_pairs(cfg, f"nearest_{name}_{network}", rows, ("generated", "training"), caption)
+
+
+def _slices(volume: SetVolume) -> list[np.ndarray]:
+    spacing = read_header(volume.path).spacing_mm if volume.resample is None else volume.resample.spacing_mm
+    pictures = central_slices(volume.read(), spacing)
+    return [pictures[plane] for plane in PLANES]
+
+
+def _save_pairs(cfg: DictConfig, stem: str, rows: Sequence, roles: tuple[str, str], caption: str) -> Picture:
+    columns = [f"{role}: {plane}" if i == 0 else plane for role in roles for i, plane in enumerate(PLANES)]
+    file = f"{PICTURES_FOLDER}/{safe_name(stem)}.png"
+    save_slice_grid(Path(cfg.output_dir) / file, rows, columns=columns)
+    return Picture(file, caption)
+
+
+def safe_name(text: str) -> str:
+    """A file name of letters, digits, dots and dashes, different for different texts unless these differ in others."""
+    return re.sub(r"[^\w.-]+", "_", text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))

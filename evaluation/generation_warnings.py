@@ -1,0 +1,69 @@
+"""What a reader of the figures has to know before believing them. Pure functions."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from evaluation.generation_figures import Memorisation
+from evaluation.results import Figure
+
+COLLAPSE = 0.05  # gap of MS-SSIM beyond which a warning is due
+COPY = 0.5  # share of the nearest held-out distance below which a volume counts as a copy
+
+
+def distance_warnings(
+    group: str, network: str, real: dict[str, Tensor], generated: dict[str, Tensor], is_random: bool
+) -> list[str]:
+    """Too few volumes for the features; features that nobody else has."""
+    plane = next(iter(real))
+    num = {"real": real[plane].shape[:2].numel(), "generated": generated[plane].shape[:2].numel()}
+    width = real[plane].shape[2]
+    few = [f"{count} {role}" for role, count in num.items() if count <= width]
+    unit = "volumes" if len(real) == 1 else "slices"
+    warnings = []
+    if few:
+        warnings.append(
+            f"{group}: {' and '.join(few)} {unit} are too few for the {width} features of {network}: covariances are "
+            "singular, compare FID with that of the same N alone"
+        )
+    if is_random:
+        warnings.append(
+            f"{group}: {network} is an untrained network: its distances can't be compared with published ones"
+        )
+    return warnings
+
+
+def diversity_warning(group: str, gap: Figure) -> list[str]:
+    """A generator whose volumes are more alike than real ones."""
+    if gap.interval[0] <= COLLAPSE:
+        return []
+    return [
+        f"{group}: generated volumes are more alike than real ones (diversity gap {gap.value:.3f}, at least "
+        f"{gap.interval[0]:.3f}): the generator has collapsed to few images"
+    ]
+
+
+def memorisation_warnings(group: str, network: str, found: Memorisation, figures: Sequence[Figure]) -> list[str]:
+    """Generated volumes that are copies; and a whole set that lies too near; and real volumes that were trained on."""
+    warnings = []
+    trained_on = int((found.held_out == 0).sum())
+    if trained_on:
+        warnings.append(
+            f"{group}: {trained_on} of {len(found.held_out)} real volumes are training volumes: the memorisation check "
+            "needs real volumes that were not trained on"
+        )
+    limit = COPY * found.held_out.min().item()
+    copies = int((found.generated <= limit).sum())
+    if copies and not trained_on:
+        warnings.append(
+            f"{group}: {copies} of {len(found.generated)} generated volumes are copies of training volumes or nearly "
+            f"so (on {network}, at most {COPY:g} of the smallest distance of a held-out one): see memorisation.csv"
+        )
+    nearer, ratio = figures
+    if nearer.interval[0] > 0.5 and ratio.interval is not None and ratio.interval[1] < 1:
+        warnings.append(
+            f"{group}: generated volumes lie nearer to training volumes than real ones do that were not trained on "
+            f"(on {network}, probability {nearer.value:.2f}, distance ratio {ratio.value:.2f}): memorised, or without "
+            "detail; see the picture of nearest pairs"
+        )
+    return warnings
