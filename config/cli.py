@@ -57,10 +57,10 @@ GENERATION_FLAGS = (Flag("--classes", "class_names"),) + _flags(
 _EVALUATION = "output-dir cache-dir weights-dir real-range exclude-unreadable num-resamples num-workers seed device "
 RECONSTRUCTION_FLAGS = _flags(_EVALUATION + "data AE-ckpt lpips max-memory num-pictures")
 GENERATION_METRICS_FLAGS = _flags(
-    _EVALUATION + "networks slices batch-size real generated training generated-range resample num-pairs neighbours "
-    "num-halvings num-pictures"
+    _EVALUATION + "networks slices batch-size num-pairs num-halvings real generated training generated-range resample "
+    "neighbours num-pictures"
 )
-VALIDITY_FLAGS = _flags(_EVALUATION + "networks slices batch-size real other AE-ckpt")
+VALIDITY_FLAGS = _flags(_EVALUATION + "networks slices batch-size num-pairs num-halvings real other AE-ckpt")
 
 
 def parse_command_line(

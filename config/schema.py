@@ -326,6 +326,8 @@ class FeatureConfig(EvaluationConfig):
     )
     slices: int = key(16, "slices of each plane for networks on slices; all, where a volume has fewer")
     batch_size: int = key(4, "volumes that go through a network together")
+    num_halvings: int = key(10, "random halvings of the real set for the floor")
+    num_pairs: int = key(100, "pairs of volumes of each set for the diversity; all, where there are fewer")
 
 
 @dataclass
@@ -339,9 +341,7 @@ class GenerationMetricsConfig(FeatureConfig):
         None, "lowest and highest intensity of generated files; null = as the JSON beside each says, else -1 1"
     )
     resample: bool = key(False, "brings all volumes to the spacing and size that most real ones of their class have")
-    num_pairs: int = key(100, "pairs of volumes of each set for the diversity; all, where there are fewer")
     neighbours: int = key(5, "nearest neighbours of precision, recall, density and coverage")
-    num_halvings: int = key(10, "random halvings of the real set for the floor")
     num_pictures: int = key(4, "volumes of each set and class in the pictures")
 
 

@@ -17,6 +17,7 @@ from evaluation.metrics.distances import (
 )
 from evaluation.metrics.intervals import bootstrap_interval, random_halves
 from evaluation.metrics.manifolds import precision_recall_density_coverage
+from evaluation.pair_similarity import PairScores
 from evaluation.results import Figure, Floor
 
 Indices = Tensor  # (n,) which volumes of a set
@@ -108,36 +109,28 @@ def manifold_figures(
     ]
 
 
-def diversity_figures(
-    group: str,
-    scores: dict[str, Tensor],
-    pairs: dict[str, Tensor],
-    counts: dict[str, int],
-    sampling: Sampling,
-) -> list[Figure]:
-    """MS-SSIM of pairs by role (real, generated), and the gap between them.
+def diversity_figures(group: str, real: PairScores, generated: PairScores, sampling: Sampling) -> list[Figure]:
+    """MS-SSIM of pairs of each set, and the gap between them.
 
-    scores: (P,) of the pairs (P, 2), indices into `counts` volumes. Intervals are over volumes, not over pairs, which
-    share them.
+    Intervals are over volumes, not over pairs, which share them.
     """
 
-    def mean_of(role: str, chosen: Indices) -> float:
-        weights = torch.bincount(chosen, minlength=counts[role]).double()
-        of_pairs = weights[pairs[role][:, 0]] * weights[pairs[role][:, 1]]
+    def mean_of(found: PairScores, chosen: Indices) -> float:
+        weights = torch.bincount(chosen, minlength=found.count).double()
+        of_pairs = weights[found.pairs[:, 0]] * weights[found.pairs[:, 1]]
         total = of_pairs.sum().item()
-        return (of_pairs * scores[role]).sum().item() / total if total > 0 else scores[role].mean().item()
+        return (of_pairs * found.scores).sum().item() / total if total > 0 else found.scores.mean().item()
 
     figures = []
-    for role in ("generated", "real"):
-        num = {role: counts[role], "pairs": len(pairs[role])}
-        interval = _interval(lambda chosen, role=role: mean_of(role, chosen), [counts[role]], sampling)
-        value, metric = scores[role].mean().item(), f"MS-SSIM of {role} pairs"
-        figures.append(Figure(group, metric, value, interval, num, "real"))
+    for role, found in (("generated", generated), ("real", real)):
+        num = {role: found.count, "pairs": len(found.pairs)}
+        interval = _interval(lambda chosen, found=found: mean_of(found, chosen), [found.count], sampling)
+        metric = f"MS-SSIM of {role} pairs"
+        figures.append(Figure(group, metric, found.scores.mean().item(), interval, num, "real"))
     gap = figures[0].value - figures[1].value
-    interval = _interval(
-        lambda a, b: mean_of("generated", a) - mean_of("real", b), [counts["generated"], counts["real"]], sampling
-    )
-    num = {"generated": counts["generated"], "real": counts["real"]}
+    counts = [generated.count, real.count]
+    interval = _interval(lambda a, b: mean_of(generated, a) - mean_of(real, b), counts, sampling)
+    num = {"generated": generated.count, "real": real.count}
     return [*figures, Figure(group, "diversity gap", gap, interval, num, "lower")]
 
 

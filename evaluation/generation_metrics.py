@@ -12,15 +12,11 @@ Sets are folders or dataset JSONs (`volume_sets.py`). Under torchrun the volumes
 evaluation/report.py makes a page of the results; docs/evaluation.md says what each number means.
 """
 
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -29,13 +25,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.cli import GENERATION_METRICS_FLAGS, parse_command_line  # noqa: E402
-from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import GenerationMetricsConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
-from dataset.pictures import PLANES, central_slices, save_slice_grid  # noqa: E402
-from dataset.volume_io import read_header  # noqa: E402
-from evaluation.feature_extraction import SetFeatures, check_refused, extract  # noqa: E402
+from evaluation.feature_extraction import SetFeatures, cache_folder, check_refused, extract  # noqa: E402
 from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks  # noqa: E402
 from evaluation.generation_definitions import DEFINITIONS  # noqa: E402
 from evaluation.generation_figures import (  # noqa: E402
@@ -47,17 +40,17 @@ from evaluation.generation_figures import (  # noqa: E402
     memorisation_figures,
     memorisation_of,
 )
+from evaluation.generation_pictures import nearest_picture, side_by_side  # noqa: E402
 from evaluation.generation_warnings import (  # noqa: E402
     distance_warnings,
     diversity_warning,
     memorisation_warnings,
 )
-from evaluation.metrics.reconstruction import ms_ssim, num_scales_of  # noqa: E402
-from evaluation.result_cache import Arrays, ResultCache, Work, do_work  # noqa: E402
-from evaluation.results import PICTURES_FOLDER, Picture, Results, TextTable, settings_of, write_csv  # noqa: E402
+from evaluation.metrics.reconstruction import num_scales_of  # noqa: E402
+from evaluation.pair_similarity import pair_scores  # noqa: E402
+from evaluation.results import Results, TextTable, make_folder, settings_of, write_csv  # noqa: E402
 from evaluation.volume_sets import (  # noqa: E402
     Group,
-    SetVolume,
     check_ranges,
     group_volumes,
     on_one_grid,
@@ -71,26 +64,6 @@ PATIENCE = timedelta(days=30)  # a process whose volumes are done waits for thos
 ALL = "all classes"
 CLOSEST = 8  # pairs of generated and training volumes in the picture and table
 MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "distance", "median_held_out_distance")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two volumes of a set, compared with each other; the order makes no difference."""
-
-    first: SetVolume
-    second: SetVolume
-
-    @property
-    def path(self) -> Path:
-        return self.first.path
-
-    def key(self) -> str:
-        """Equal for equal pairs."""
-        return "-".join(sorted(volume.key()[:32] for volume in (self.first, self.second)))
-
-    def read(self) -> Tensor:
-        """(2, 1, D, H, W)."""
-        return torch.stack([self.first.read(), self.second.read()])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,10 +89,9 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     Raises UserError for whatever is wrong with options, sets or weight files before anything is computed, and for files
     that turn out damaged after the sound ones have been computed (and kept).
     """
-    output = Path(cfg.output_dir)
     groups, warnings, excluded = place.on_main(lambda: find_groups(cfg))
     networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
-    place.on_main(lambda: output.mkdir(parents=True, exist_ok=True), share=False)
+    place.on_main(lambda: make_folder(Path(cfg.output_dir)), share=False)
     results = Results("generation", settings_of(cfg), DEFINITIONS, warnings=warnings)
     results.settings["device"] = str(place.device)
     results.settings["feature_networks"] = {net.name: {"is": net.description, **net.settings} for net in networks}
@@ -131,7 +103,15 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
             of_group = extract_group(cfg, network, group, place)
             found[network.name][group.name] = {role: features for role, (features, _) in of_group.items()}
             excluded |= {path: reason for _, reasons in of_group.values() for path, reason in reasons.items()}
-    scores = [pair_scores(cfg, group, set(excluded), place) for group in groups]
+    pairs = [
+        {
+            role: pair_scores(
+                cfg, [v for v in group.sets[role] if v.path not in excluded], f"{role} {group.name}", place
+            )
+            for role in ("real", "generated")
+        }
+        for group in groups
+    ]
     if not place.is_main:
         return None
 
@@ -139,8 +119,8 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     for network in networks:
         add_distances(cfg, results, network, found[network.name])
     sampling = _sampling(cfg)
-    for group, (pairs, of_pairs, counts) in zip(groups, scores, strict=True):
-        figures = diversity_figures(group.name, of_pairs, pairs, counts, sampling)
+    for group, of_group in zip(groups, pairs, strict=True):
+        figures = diversity_figures(group.name, of_group["real"], of_group["generated"], sampling)
         results.figures += figures
         results.warnings += diversity_warning(group.name, figures[-1])
     if cfg.training:
@@ -184,7 +164,7 @@ def extract_group(
             network,
             volumes,
             f"{role} volumes of {group.name}",
-            _cache_dir(cfg),
+            cache_folder(cfg),
             place,
             batch_size=cfg.batch_size,
             num_workers=cfg.num_workers,
@@ -253,50 +233,6 @@ def _all_classes(
     return {ALL: tuple(together)}
 
 
-# ----------------------------------------------------------------------------------------------------------- diversity
-
-
-def pair_scores(
-    cfg: DictConfig, group: Group, excluded: set[Path], place: Distributed
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
-    """By role (real, generated): pairs (P, 2), their MS-SSIM (P,) on rank 0, and the number of volumes."""
-    pairs, scores, counts = {}, {}, {}
-    for role in ("real", "generated"):
-        volumes = [volume for volume in group.sets[role] if volume.path not in excluded]
-        pairs[role], counts[role] = choose_pairs(len(volumes), cfg.num_pairs, cfg.seed), len(volumes)
-        items = [Pair(volumes[i], volumes[j]) for i, j in pairs[role].tolist()]
-        work = Work(
-            label=f"MS-SSIM: pairs of {role} volumes of {group.name}",
-            key=Pair.key,
-            read=Pair.read,
-            compute=partial(_compare_pairs, place.device),
-            cache=ResultCache(_cache_dir(cfg), "ms_ssim", {"version": 1}),
-        )
-        found, refused = do_work(work, items, place, cfg.num_workers)
-        check_refused({item.item.path: item.reason for item in refused}, len(items), f"pairs of {role} volumes", False)
-        scores[role] = torch.tensor([float(arrays["ms_ssim"]) for arrays in found] if place.is_main else [])
-    return pairs, scores, counts
-
-
-def choose_pairs(count: int, num_pairs: int, seed: int) -> Tensor:
-    """`num_pairs` different pairs of `count` items, drawn at random, (P, 2); all pairs where there are fewer."""
-    total = count * (count - 1) // 2
-    if total <= num_pairs:
-        return torch.triu_indices(count, count, offset=1).T
-    rng = np.random.default_rng(seed)
-    chosen: set[tuple[int, int]] = set()
-    while len(chosen) < num_pairs:
-        first, second = sorted(rng.integers(count, size=2).tolist())
-        if first != second:
-            chosen.add((first, second))
-    return torch.tensor(sorted(chosen))
-
-
-def _compare_pairs(device: torch.device, pairs: Tensor) -> list[Arrays]:
-    """(B, 2, 1, D, H, W) -> MS-SSIM of each."""
-    return [{"ms_ssim": np.array(ms_ssim(*pair.to(device)))} for pair in pairs]
-
-
 # -------------------------------------------------------------------------------------------------------- memorisation
 
 
@@ -318,7 +254,7 @@ def add_memorisation(
             results.figures += figures
             results.warnings += memorisation_warnings(name, network.name, memory, figures)
             rows += _nearest_rows(name, network.name, sets, memory)
-            results.pictures.append(_nearest_picture(cfg, name, network.name, sets, memory))
+            results.pictures.append(nearest_picture(cfg, name, network.name, sets, memory))
     write_csv(Path(cfg.output_dir) / "memorisation.csv", MEMORISATION_COLUMNS, rows)
     closest = sorted(rows, key=lambda row: row[4] / row[5] if row[5] else row[4])[:CLOSEST]
     results.tables.append(TextTable("Closest pairs (all: memorisation.csv)", MEMORISATION_COLUMNS, closest))
@@ -332,55 +268,6 @@ def _nearest_rows(name: str, network: str, sets: dict[str, SetFeatures], memory:
             sets["generated"].volumes, memory.nearest.tolist(), memory.generated.tolist(), strict=True
         )
     ]
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def side_by_side(
-    cfg: DictConfig, name: str, real: Sequence[SetVolume], generated: Sequence[SetVolume]
-) -> list[Picture]:
-    """Central slices in three planes, a real volume beside a generated one in each row."""
-    count = min(cfg.num_pictures, len(real), len(generated))
-    if count == 0:
-        return []
-    rows = [(f"{i + 1}", [*_slices(real[i]), *_slices(generated[i])]) for i in range(count)]
-    return [_save_pairs(cfg, f"real_generated_{name}", rows, ("real", "generated"), f"{name}: real beside generated")]
-
-
-def _nearest_picture(
-    cfg: DictConfig, name: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation
-) -> Picture:
-    closest = memory.generated.argsort()[: min(CLOSEST, max(1, cfg.num_pictures))].tolist()
-    usual = memory.held_out.median().item()
-    rows = []
-    for i in closest:
-        ratio = memory.generated[i].item() / usual if usual else float("nan")
-        training = sets["training"].volumes[memory.nearest[i]]
-        rows.append((f"{ratio:.2f}", [*_slices(sets["generated"].volumes[i]), *_slices(training)]))
-    caption = (
-        f"{name}: the generated volumes that are nearest to a training volume (on {network}), beside it; in front their "
-        "distance over the median one of held-out real volumes"
-    )
-    return _save_pairs(cfg, f"nearest_{name}_{network}", rows, ("generated", "training"), caption)
-
-
-def _slices(volume: SetVolume) -> list[np.ndarray]:
-    spacing = read_header(volume.path).spacing_mm if volume.resample is None else volume.resample.spacing_mm
-    pictures = central_slices(volume.read(), spacing)
-    return [pictures[plane] for plane in PLANES]
-
-
-def _save_pairs(cfg: DictConfig, stem: str, rows: Sequence, roles: tuple[str, str], caption: str) -> Picture:
-    columns = [f"{role}: {plane}" if i == 0 else plane for role in roles for i, plane in enumerate(PLANES)]
-    file = f"{PICTURES_FOLDER}/{safe_name(stem)}.png"
-    save_slice_grid(Path(cfg.output_dir) / file, rows, columns=columns)
-    return Picture(file, caption)
-
-
-def safe_name(text: str) -> str:
-    """A file name of letters, digits, dots and dashes, different for different texts unless these differ in others."""
-    return re.sub(r"[^\w.-]+", "_", text)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Results:
     """Everything that a script found. definitions: what a metric is here, name -> one sentence with its settings."""
 
     kind: str
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     definitions: Mapping[str, str]
     figures: list[Figure] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -164,6 +164,17 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
     writer.writerow(columns)
     writer.writerows([["" if _is_missing(cell) else cell for cell in row] for row in rows])
     write_atomically(path, text.getvalue().encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of the results, so that a place that can't be written to shows before any work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} can't be written to ({error.strerror}): choose another") from error
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""Slices of generated volumes beside real ones, and beside the training volumes that are nearest to them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+
+from dataset.pictures import PLANES, central_slices, save_slice_grid
+from dataset.volume_io import read_header
+from evaluation.feature_extraction import SetFeatures
+from evaluation.generation_figures import Memorisation
+from evaluation.results import PICTURES_FOLDER, Picture
+from evaluation.volume_sets import SetVolume
+
+
+def side_by_side(
+    cfg: DictConfig, name: str, real: Sequence[SetVolume], generated: Sequence[SetVolume]
+) -> list[Picture]:
+    """Central slices in three planes, a real volume beside a generated one in each row."""
+    count = min(cfg.num_pictures, len(real), len(generated))
+    if count == 0:
+        return []
+    rows = [(f"{i + 1}", [*_slices(real[i]), *_slices(generated[i])]) for i in range(count)]
+    return [_save_pairs(cfg, f"real_generated_{name}", rows, ("real", "generated"), f"{name}: real beside generated")]
+
+
+def nearest_picture(
+    cfg: DictConfig, name: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation
+) -> Picture:
+    """The generated volumes that are nearest to a training volume, beside it."""
+    closest = memory.generated.argsort()[: min(len(memory.generated), max(1, cfg.num_pictures))].tolist()
+    usual = memory.held_out.median().item()
+    rows = []
+    for i in closest:
+        ratio = memory.generated[i].item() / usual if usual else float("nan")
+        training = sets["training"].volumes[memory.nearest[i]]
+        rows.append((f"{ratio:.2f}", [*_slices(sets["generated"].volumes[i]), *_slices(training)]))
+    caption = (
+        f"{name}: the generated volumes that are nearest to a training volume (on {network}), beside it; in front "
+        "their distance over the median one of held-out real volumes"
+    )
+    return _save_pairs(cfg, f"nearest_{name}_{network}", rows, ("generated", "training"), caption)
+
+
+def _slices(volume: SetVolume) -> list[np.ndarray]:
+    spacing = read_header(volume.path).spacing_mm if volume.resample is None else volume.resample.spacing_mm
+    pictures = central_slices(volume.read(), spacing)
+    return [pictures[plane] for plane in PLANES]
+
+
+def _save_pairs(cfg: DictConfig, stem: str, rows: Sequence, roles: tuple[str, str], caption: str) -> Picture:
+    columns = [f"{role}: {plane}" if i == 0 else plane for role in roles for i, plane in enumerate(PLANES)]
+    file = f"{PICTURES_FOLDER}/{safe_name(stem)}.png"
+    save_slice_grid(Path(cfg.output_dir) / file, rows, columns=columns)
+    return Picture(file, caption)
+
+
+def safe_name(text: str) -> str:
+    """A file name of letters, digits, dots and dashes, different for different texts unless these differ in others."""
+    return re.sub(r"[^\w.-]+", "_", text)
