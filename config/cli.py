@@ -58,7 +58,7 @@ _EVALUATION = "output-dir cache-dir weights-dir real-range exclude-unreadable nu
 RECONSTRUCTION_FLAGS = _flags(_EVALUATION + "data AE-ckpt lpips max-memory num-pictures")
 GENERATION_METRICS_FLAGS = _flags(
     _EVALUATION + "networks slices batch-size num-pairs num-halvings real generated training generated-range resample "
-    "neighbours num-pictures"
+    "ignore-spacing neighbours num-pictures"
 )
 VALIDITY_FLAGS = _flags(_EVALUATION + "networks slices batch-size num-pairs num-halvings real other AE-ckpt")
 

@@ -341,6 +341,7 @@ class GenerationMetricsConfig(FeatureConfig):
         None, "lowest and highest intensity of generated files; null = as the JSON beside each says, else -1 1"
     )
     resample: bool = key(False, "brings all volumes to the spacing and size that most real ones of their class have")
+    ignore_spacing: bool = key(False, "compares voxels whatever their size in mm and the direction of the axes")
     neighbours: int = key(5, "nearest neighbours of precision, recall, density and coverage")
     num_pictures: int = key(4, "volumes of each set and class in the pictures")
 

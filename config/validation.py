@@ -241,6 +241,8 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
     yield from _at_least(cfg, 1, "slices batch_size num_pairs neighbours num_halvings")
     is_choice = lambda value: value == ["auto"] or (value and set(value) <= set(FEATURE_NETWORKS))  # noqa: E731
     yield from _check(cfg, "networks", is_choice, f"auto, or some of {' '.join(FEATURE_NETWORKS)}")
+    if OmegaConf.select(cfg, "resample") and cfg.ignore_spacing:
+        yield "resample and ignore_spacing exclude each other: give one of them"
 
 
 def _is_positive_triple(value: list[float]) -> bool:

@@ -1,13 +1,14 @@
 """From features of real, generated and training volumes to figures with N, interval and floor. No files here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from config.errors import UserError
 from evaluation.metrics.distances import (
     frechet_distance,
     median_bandwidth,
@@ -42,8 +43,28 @@ class Memorisation:
     nearest: Tensor  # (M,)
 
 
+@dataclass(frozen=True)
+class Strata:
+    """How many real and generated volumes each class has, in the order in which the sets hold them.
+
+    Resamples and halvings keep these numbers: a set of two classes would else differ most by how many it has of each.
+    """
+
+    real: tuple[int, ...]
+    generated: tuple[int, ...]
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        return sum(self.real), sum(self.generated)
+
+    @property
+    def halves(self) -> tuple[int, ...]:
+        """Of each class the largest number that two real halves and a part of the generated volumes can have."""
+        return tuple(min(real // 2, generated) for real, generated in zip(self.real, self.generated, strict=True))
+
+
 def distance_figures(
-    group: str, network: str, real: dict[str, Tensor], generated: dict[str, Tensor], sampling: Sampling
+    group: str, network: str, real: dict[str, Tensor], generated: dict[str, Tensor], strata: Strata, sampling: Sampling
 ) -> list[Figure]:
     """FID, and MMD where there are features of whole volumes. real, generated: {plane: (N, S, F)}."""
     planes = list(real)
@@ -59,17 +80,16 @@ def distance_figures(
         return lambda a, b: fmean(frechet(plane, a, b, other) for plane in of_planes)
 
     is_volume = len(planes) == 1
-    counts = (len(real[planes[0]]), len(generated[planes[0]]))
     slices = {} if is_volume else {"slices of each": real[planes[0]].shape[1]}
     asked = {"FID-3D": planes} if is_volume else {"FID-2.5D": planes, **{f"FID-2.5D {p}": [p] for p in planes}}
     figures = []
     for metric, of_planes in asked.items():
         statistic, of_real = mean_frechet(of_planes, generated), mean_frechet(of_planes, real)
-        figures.append(_figure(group, metric, network, statistic, of_real, counts, slices, sampling, "lower"))
+        figures.append(_distance(group, metric, network, statistic, of_real, slices, strata, sampling))
     if is_volume:
         x, y = (features[planes[0]][:, 0] for features in (real, generated))
         statistic, of_real = mmd_statistics(x, y)
-        figures.append(_figure(group, "MMD", network, statistic, of_real, counts, {}, sampling, "lower"))
+        figures.append(_distance(group, "MMD", network, statistic, of_real, {}, strata, sampling))
     return figures
 
 
@@ -88,18 +108,22 @@ def mmd_statistics(x: Tensor, y: Tensor) -> tuple[Statistic, Statistic]:
 
 
 def manifold_figures(
-    group: str, network: str, real: Tensor, generated: Tensor, neighbours: int, sampling: Sampling
+    group: str, network: str, real: Tensor, generated: Tensor, neighbours: int, strata: Strata, sampling: Sampling
 ) -> list[Figure]:
-    """Precision, recall, density and coverage of features (N, F), (M, F)."""
+    """Precision, recall, density and coverage of features (N, F), (M, F).
+
+    Intervals are those of a mean over volumes: the balls of the other set are taken as they are.
+    """
     values = precision_recall_density_coverage(real, generated, neighbours)
     counts = {"real": len(real), "generated": len(generated), "neighbours": neighbours}
-    floors = _manifold_floors(real, generated, neighbours, sampling)
+    floors = _manifold_floors(real, generated, neighbours, strata, sampling)
+    strata_of = {name: strata.generated if name in ("precision", "density") else strata.real for name in values}
     return [
         Figure(
             group=group,
             metric=metric,
             value=of_volumes.mean().item(),
-            interval=mean_interval(of_volumes, sampling),
+            interval=_interval(partial(_mean_of, of_volumes, strata_of[metric]), strata_of[metric], sampling),
             num=counts,
             better="higher",
             network=network,
@@ -166,48 +190,67 @@ def memorisation_figures(
 # ------------------------------------------------------------------------------------------------- intervals and floors
 
 
-def mean_interval(values: Tensor, sampling: Sampling) -> tuple[float, float]:
-    """Interval of the mean of a value per volume, (N,)."""
-    return _interval(lambda chosen: values[chosen].mean().item(), [len(values)], sampling)
-
-
 def _interval(statistic: Callable[..., float], sizes: Sequence[int], sampling: Sampling) -> tuple[float, float]:
     return bootstrap_interval(statistic, sizes, num_resamples=sampling.num_resamples, seed=sampling.seed)
 
 
-def _figure(
+def _joined(of_classes: Sequence[Indices], sizes: Sequence[int]) -> Indices:
+    """Indices within each class as indices of the whole set."""
+    starts = accumulate(sizes, initial=0)
+    return torch.cat([indices + start for indices, start in zip(of_classes, starts, strict=False)])
+
+
+def _mean_of(values: Tensor, sizes: Sequence[int], *of_classes: Indices) -> float:
+    return values[_joined(of_classes, sizes)].mean().item()
+
+
+def _distance(
     group: str,
     metric: str,
     network: str,
     statistic: Statistic,
     of_real: Statistic,
-    counts: tuple[int, int],
     more: dict[str, int],
+    strata: Strata,
     sampling: Sampling,
-    better: str,
 ) -> Figure:
     """A distance with interval and floor. statistic(a, b): of real a, generated b; of_real(a, b): both real."""
+    num_classes = len(strata.real)
+
+    def of_resample(*chosen: Indices) -> float:
+        return statistic(_joined(chosen[:num_classes], strata.real), _joined(chosen[num_classes:], strata.generated))
+
+    floor = None  # where the real set is too small to be halved
+    if sum(strata.halves) >= 2:
+        drawn = list(_halvings(strata, sampling))
+        floor = Floor(
+            fmean(of_real(a, b) for a, b, _ in drawn),
+            fmean(statistic(b, part) for _, b, part in drawn),
+            len(drawn[0][0]),
+        )
     return Figure(
         group=group,
         metric=metric,
-        value=statistic(*map(torch.arange, counts)),
-        interval=_interval(statistic, counts, sampling),
-        num={"real": counts[0], "generated": counts[1], **more},
-        better=better,
+        value=statistic(*map(torch.arange, strata.totals)),
+        interval=_interval(of_resample, [*strata.real, *strata.generated], sampling),
+        num={"real": strata.totals[0], "generated": strata.totals[1], **more},
+        better="lower",
         network=network,
-        floor=_floor(statistic, of_real, counts, sampling),
+        floor=floor,
     )
 
 
-def _floor(statistic: Statistic, of_real: Statistic, counts: tuple[int, int], sampling: Sampling) -> Floor | None:
-    """None where the real set is too small to be halved."""
-    half = min(counts[0] // 2, counts[1])
-    if half < 2:
-        return None
-    halves = list(random_halves(counts[0], half, sampling.num_halvings, sampling.seed))
-    parts = _parts(counts[1], half, sampling)
-    floor = fmean(of_real(a, b) for a, b in halves)
-    return Floor(floor, fmean(statistic(b, part) for (_, b), part in zip(halves, parts, strict=True)), half)
+def _halvings(strata: Strata, sampling: Sampling) -> Iterator[tuple[Indices, Indices, Indices]]:
+    """Two disjoint parts of the real set and a part of the generated one, all of one size, `num_halvings` times."""
+    empty = torch.arange(0)
+    of_classes = []
+    for real, generated, half in zip(strata.real, strata.generated, strata.halves, strict=True):
+        pairs = random_halves(real, half, sampling.num_halvings, sampling.seed)
+        parts = _parts(generated, half, sampling)
+        of_classes.append([(*p, c) for p, c in zip(pairs, parts, strict=True)] if half else [(empty,) * 3] * len(parts))
+    for drawn in zip(*of_classes, strict=True):
+        first, second, part = zip(*drawn, strict=True)
+        yield _joined(first, strata.real), _joined(second, strata.real), _joined(part, strata.generated)
 
 
 def _parts(count: int, size: int, sampling: Sampling) -> list[Indices]:
@@ -216,17 +259,17 @@ def _parts(count: int, size: int, sampling: Sampling) -> list[Indices]:
     return [torch.randperm(count, generator=generator)[:size] for _ in range(sampling.num_halvings)]
 
 
-def _manifold_floors(real: Tensor, generated: Tensor, neighbours: int, sampling: Sampling) -> dict[str, Floor]:
-    half = min(len(real) // 2, len(generated))
-    found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    try:
-        parts = _parts(len(generated), half, sampling)
-        halves = random_halves(len(real), half, sampling.num_halvings, sampling.seed)
-        for (a, b), part in zip(halves, parts, strict=True):
-            measured = (real[a], generated[part])
-            found.append(tuple(precision_recall_density_coverage(real[b], x, neighbours) for x in measured))
-    except UserError:  # too few for this many neighbours
+def _manifold_floors(
+    real: Tensor, generated: Tensor, neighbours: int, strata: Strata, sampling: Sampling
+) -> dict[str, Floor]:
+    """By metric; empty where halves of the real set are too small for this many neighbours."""
+    half = sum(strata.halves)
+    if half <= neighbours:
         return {}
+    found = [
+        [precision_recall_density_coverage(real[b], x, neighbours) for x in (real[a], generated[part])]
+        for a, b, part in _halvings(strata, sampling)
+    ]
     return {
         metric: Floor(*(fmean(pair[i][metric].mean().item() for pair in found) for i in (0, 1)), half)
         for metric in found[0][0]

@@ -34,6 +34,7 @@ from evaluation.generation_definitions import DEFINITIONS  # noqa: E402
 from evaluation.generation_figures import (  # noqa: E402
     Memorisation,
     Sampling,
+    Strata,
     distance_figures,
     diversity_figures,
     manifold_figures,
@@ -115,6 +116,11 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     if not place.is_main:
         return None
 
+    results.warnings += [
+        f"{net.name} is an untrained network: its distances can't be compared with published ones"
+        for net in networks
+        if net.is_random
+    ]
     results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
     for network in networks:
         add_distances(cfg, results, network, found[network.name])
@@ -141,7 +147,7 @@ def find_groups(cfg: DictConfig) -> tuple[list[Group], list[str], dict[Path, str
     if problems:
         check_refused(problems, len(grids) + len(problems), "volumes", cfg.exclude_unreadable)
         groups = without(groups, set(problems))
-    groups = on_one_grid(groups, grids, cfg.resample)
+    groups = on_one_grid(groups, grids, cfg.resample, cfg.ignore_spacing)
     for group in groups:
         num_scales_of(_shape(group, grids))  # refuses volumes that are too small for MS-SSIM
     return groups, notes, problems
@@ -191,17 +197,19 @@ def add_distances(
 ) -> None:
     """FID and, on features of volumes, MMD, precision, recall, density and coverage; of each class and of all."""
     sampling = _sampling(cfg)
-    sets = {name: (of["real"].planes, of["generated"].planes) for name, of in found.items()}
+    sets = {name: [of] for name, of in found.items()}
     if len(found) > 1:
         sets |= _all_classes(results, found)
-    for name, (real, generated) in sets.items():
-        results.figures += distance_figures(name, network.name, real, generated, sampling)
-        results.warnings += distance_warnings(name, network.name, real, generated, network.is_random)
+    for name, classes in sets.items():
+        real, generated = (_joined(classes, role) for role in ("real", "generated"))
+        strata = Strata(*(tuple(len(of[role]) for of in classes) for role in ("real", "generated")))
+        results.figures += distance_figures(name, network.name, real, generated, strata, sampling)
+        results.warnings += distance_warnings(name, network.name, real, generated)
         if tuple(network.planes) != (VOLUME,):
             continue
         x, y = real[VOLUME][:, 0], generated[VOLUME][:, 0]  # (N, F), (M, F)
         if min(len(x), len(y)) > cfg.neighbours:
-            results.figures += manifold_figures(name, network.name, x, y, cfg.neighbours, sampling)
+            results.figures += manifold_figures(name, network.name, x, y, cfg.neighbours, strata, sampling)
         else:
             results.warnings.append(
                 f"{name}: precision, recall, density and coverage need more than {cfg.neighbours} volumes in each set "
@@ -209,28 +217,23 @@ def add_distances(
             )
 
 
-def _all_classes(
-    results: Results, found: dict[str, dict[str, SetFeatures]]
-) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """The sets of all classes together; none where their slices can't be put together."""
-    planes = list(next(iter(found.values()))["real"].planes)
-    if len({of["real"].planes[plane].shape[1] for of in found.values() for plane in planes}) > 1:
+def _joined(classes: Sequence[dict[str, SetFeatures]], role: str) -> dict[str, Tensor]:
+    """The features of a role, class after class."""
+    return {plane: torch.cat([of[role].planes[plane] for of in classes]) for plane in classes[0][role].planes}
+
+
+def _all_classes(results: Results, found: dict[str, dict[str, SetFeatures]]) -> dict[str, list[dict[str, SetFeatures]]]:
+    """The sets of all classes, to be put together; none where their slices don't fit."""
+    classes = list(found.values())
+    if len({of["real"].planes[plane].shape[1] for of in classes for plane in of["real"].planes}) > 1:
         note = f"{ALL}: classes differ in size, so that they have different numbers of slices: not put together"
         results.warnings.append(note)
         return {}
-    shares = {
-        role: [len(of[role]) / sum(len(other[role]) for other in found.values()) for of in found.values()]
-        for role in ("real", "generated")
-    }
-    if any(abs(a - b) > 0.01 for a, b in zip(shares["real"], shares["generated"], strict=True)):
+    totals = {role: sum(len(of[role]) for of in classes) for role in ("real", "generated")}
+    if any(abs(len(of["real"]) / totals["real"] - len(of["generated"]) / totals["generated"]) > 0.01 for of in classes):
         note = f"{ALL}: the classes' shares differ between real and generated volumes, which adds to every distance"
-        if note not in results.warnings:
-            results.warnings.append(note)
-    together = (
-        {plane: torch.cat([of[role].planes[plane] for of in found.values()]) for plane in planes}
-        for role in ("real", "generated")
-    )
-    return {ALL: tuple(together)}
+        results.warnings += [note] if note not in results.warnings else []
+    return {ALL: classes}
 
 
 # -------------------------------------------------------------------------------------------------------- memorisation

@@ -11,26 +11,19 @@ COLLAPSE = 0.05  # gap of MS-SSIM beyond which a warning is due
 COPY = 0.5  # share of the nearest held-out distance below which a volume counts as a copy
 
 
-def distance_warnings(
-    group: str, network: str, real: dict[str, Tensor], generated: dict[str, Tensor], is_random: bool
-) -> list[str]:
-    """Too few volumes for the features; features that nobody else has."""
+def distance_warnings(group: str, network: str, real: dict[str, Tensor], generated: dict[str, Tensor]) -> list[str]:
+    """Too few volumes for the features."""
     plane = next(iter(real))
     num = {"real": real[plane].shape[:2].numel(), "generated": generated[plane].shape[:2].numel()}
     width = real[plane].shape[2]
     few = [f"{count} {role}" for role, count in num.items() if count <= width]
+    if not few:
+        return []
     unit = "volumes" if len(real) == 1 else "slices"
-    warnings = []
-    if few:
-        warnings.append(
-            f"{group}: {' and '.join(few)} {unit} are too few for the {width} features of {network}: covariances are "
-            "singular, compare FID with that of the same N alone"
-        )
-    if is_random:
-        warnings.append(
-            f"{group}: {network} is an untrained network: its distances can't be compared with published ones"
-        )
-    return warnings
+    return [
+        f"{group}: {' and '.join(few)} {unit} are too few for the {width} features of {network}: covariances are "
+        "singular, compare FID with that of the same N alone"
+    ]
 
 
 def diversity_warning(group: str, gap: Figure) -> list[str]:

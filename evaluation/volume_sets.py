@@ -39,8 +39,10 @@ class Grid:
     def of(cls, header: Header) -> "Grid":
         return cls(header.shape, header.spacing_mm, header.orientation if header.is_oriented else "")
 
-    def fits(self, other: "Grid") -> bool:
+    def fits(self, other: "Grid", ignore_spacing: bool = False) -> bool:
         """Whether volumes on both can be compared voxel by voxel. An unknown orientation fits every one."""
+        if ignore_spacing:
+            return self.shape == other.shape
         same_spacing = all(
             abs(a - b) <= SAME_SPACING * max(abs(a), abs(b))
             for a, b in zip(self.spacing_mm, other.spacing_mm, strict=True)
@@ -217,16 +219,21 @@ def without(groups: Sequence[Group], paths: set[Path]) -> list[Group]:
     return left
 
 
-def on_one_grid(groups: Sequence[Group], grids: Mapping[Path, Grid], resample: bool) -> list[Group]:
+def on_one_grid(
+    groups: Sequence[Group], grids: Mapping[Path, Grid], resample: bool, ignore_spacing: bool = False
+) -> list[Group]:
     """The groups, with `resample` on the grid that most real volumes of each have.
 
-    UserError: without `resample`, for volumes of a group that differ in size, spacing or orientation.
+    UserError: without `resample`, for volumes of a group that differ in size or, unless that is to be ignored, spacing
+    or orientation.
     """
     result = []
     for group in groups:
         wanted = Counter(grids[volume.path] for volume in group.sets["real"]).most_common(1)[0][0]
         others = {
-            role: Counter(grids[volume.path] for volume in volumes if not wanted.fits(grids[volume.path]))
+            role: Counter(
+                grids[volume.path] for volume in volumes if not wanted.fits(grids[volume.path], ignore_spacing)
+            )
             for role, volumes in group.sets.items()
         }
         if resample:
@@ -236,11 +243,11 @@ def on_one_grid(groups: Sequence[Group], grids: Mapping[Path, Grid], resample: b
             }
             group = replace(group, sets=sets)
         elif found := [
-            f"{count} {role} of {grid}" for role, counts in others.items() for grid, count in counts.most_common(3)
+            f"{count} {role} of {grid}" for role, counts in others.items() for grid, count in counts.most_common(2)
         ]:
             raise UserError(
                 f"{group.name}: most real volumes have {wanted}, but there are {', '.join(found)}: --resample brings "
-                "all to the grid of most real ones"
+                "all to the grid of most real ones, --ignore-spacing compares voxels where only mm or axes differ"
             )
         result.append(group)
     return result
