@@ -5,7 +5,7 @@
 | medicalnet_resnet50 | volume | 2048 | `resnet_50.pth` (Med3D, Chen et al., arXiv 1904.00625; HA-GAN's protocol) |
 | imagenet_resnet50 | slices of three planes | 2048 | `resnet50-11ad3fa6.pth` or `resnet50-0676ba61.pth` (torchvision) |
 | radimagenet_resnet50 | slices of three planes | 2048 | `RadImageNet-ResNet50.pt` or `ResNet50.pt` (Mei et al. 2022) |
-| random_3d, random_2d | volume, slices | 480 | none: weights of a fixed seed, for want of anything better |
+| random_3d, random_2d | volume, slices | 481 | none: weights of a fixed seed, for want of anything better |
 
 Nothing is downloaded: a number must not depend on whether a server answered. docs/evaluation.md says where to get them.
 """
@@ -125,10 +125,11 @@ def slice_places(extent: int, count: int) -> Tensor:
 
 
 class RandomFeatures(nn.Module):
-    """Four strided convolutions of fixed random weights; the means of all four maps, 480 features.
+    """The mean intensity and the means of the maps of four strided convolutions of fixed random weights, 481 features.
 
-    Features of an untrained network still see texture, edges and contrast. Distances on them order sets by how much
-    they differ (docs/evaluation.md has the measurements), but can't be compared with anybody else's.
+    Filters of the first layer sum to zero: they see edges and texture. With others the brightness of an image outweighs
+    these, and slight blur brings sets nearer (measured with `evaluation/validity.py`).
+    Distances on these features order sets by how much they differ, but can't be compared with anybody else's.
 
     Args:
         dimensions: 3 for (B, 1, D, H, W), 2 for (N, 3, h, w).
@@ -136,15 +137,17 @@ class RandomFeatures(nn.Module):
 
     def __init__(self, dimensions: int) -> None:
         super().__init__()
-        rng = np.random.default_rng(RANDOM_SEED + dimensions)
+        rng = np.random.default_rng(RANDOM_SEED + dimensions)  # of numpy: the same in every version of torch
         convolution = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
         in_width = 1
         self.layers = nn.ModuleList()
         for width in RANDOM_WIDTHS:
             layer = convolution(in_width, width, 3, stride=2, padding=1)
-            fan_in = in_width * 3**dimensions
-            with torch.no_grad():  # numpy's streams are the same in every version, torch's need not be
-                weight = rng.standard_normal(layer.weight.shape) * (2 / fan_in) ** 0.5
+            weight = rng.standard_normal(layer.weight.shape)
+            if in_width == 1:
+                weight -= weight.mean(axis=tuple(range(1, weight.ndim)), keepdims=True)
+            weight *= (2 / weight[0].size) ** 0.5
+            with torch.no_grad():
                 layer.weight.copy_(torch.from_numpy(weight))
                 layer.bias.copy_(torch.from_numpy(0.1 * rng.standard_normal(width)))
             self.layers.append(layer)
@@ -152,11 +155,11 @@ class RandomFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :1]  # the three channels of a slice are the same
-        means = []
+        means = [x.flatten(2).mean(2)]
         for layer in self.layers:
             x = torch.relu(layer(x))  # (B, F, d, h, w) or (B, F, h, w), half as large in each direction
             means.append(x.flatten(2).mean(2))
-        return torch.cat(means, dim=1)  # (B, 480)
+        return torch.cat(means, dim=1)  # (B, 481)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

@@ -1,0 +1,322 @@
+"""Do the distances see what they should? The harness run on volumes whose faults are known.
+
+    python evaluation/validity.py --real held_out.json --AE-ckpt stage2/checkpoints/last.ckpt --output-dir evaluation
+
+    OUT/validity.json, .csv    distances of real volumes to real, reconstructed, other, noisy and blurred ones; checks
+
+All distances are between random halves of the real set, one of them degraded, so that they have the same N. The
+checks: another class is farther than reconstructions, these are farther than real volumes; more noise and more blur
+are farther; the order of the volumes changes nothing; a generator that repeats one volume shows in the diversity gap;
+copies of training volumes show in the memorisation check, real volumes that are none don't. A check that fails ends in
+exit status 1.
+"""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from scipy import ndimage
+from torch import Tensor, nn
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config.cli import VALIDITY_FLAGS, parse_command_line  # noqa: E402
+from config.errors import UserError  # noqa: E402
+from config.loading import require  # noqa: E402
+from config.schema import ValidityConfig  # noqa: E402
+from config.script import run_script  # noqa: E402
+from dataset.intensity import MODEL_RANGE  # noqa: E402
+from evaluation.feature_extraction import SetFeatures, cache_folder, check_refused, extract  # noqa: E402
+from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks  # noqa: E402
+from evaluation.generation_figures import (  # noqa: E402
+    Sampling,
+    diversity_figures,
+    memorisation_figures,
+    memorisation_of,
+)
+from evaluation.generation_warnings import diversity_warning, memorisation_warnings  # noqa: E402
+from evaluation.metrics.distances import frechet_distance  # noqa: E402
+from evaluation.metrics.intervals import random_halves  # noqa: E402
+from evaluation.pair_similarity import pair_scores  # noqa: E402
+from evaluation.results import Curves, Figure, Results, Series, TextTable, make_folder, settings_of  # noqa: E402
+from evaluation.volume_record import file_sha256  # noqa: E402
+from evaluation.volume_sets import Group, SetVolume, list_set, on_one_grid, read_headers, without  # noqa: E402
+from train.checkpoints import load_autoencoder  # noqa: E402
+from train.distributed import Distributed, cleanup, setup  # noqa: E402
+from train.logger import get_logger  # noqa: E402
+
+PATIENCE = timedelta(days=30)
+LEAST = 6  # real volumes of a class: three parts of two
+NOISE = (0.05, 0.1, 0.2, 0.4)  # standard deviations, of intensities in [-1, 1]
+BLUR = (0.5, 1.0, 2.0, 4.0)  # standard deviations in voxels
+SAME = 1e-6  # relative difference that the order of summation makes
+
+DEFINITIONS = {
+    "FID of a half": "Fréchet distance between the features of one random half of the real volumes and those of the "
+    "other half after what the name says, mean over random halvings; the interval is the range over the halvings",
+    "noise": "Gaussian noise added to intensities in [-1, 1], then limited to [-1, 1]",
+    "blur": "Gaussian filter, standard deviation in voxels",
+    "reconstructed": "by the autoencoder, limited to [-1, 1]",
+}
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """A volume made worse in a known way. level: standard deviation of the noise, or of the blur in voxels."""
+
+    volume: SetVolume
+    kind: str
+    level: float
+
+    @property
+    def path(self) -> Path:
+        return self.volume.path
+
+    def key(self) -> str:
+        """Equal for equal voxels."""
+        return hashlib.sha256(f"{self.volume.key()} {self.kind} {self.level}".encode()).hexdigest()
+
+    def read(self) -> Tensor:
+        """(1, D, H, W) in [-1, 1]."""
+        data = self.volume.read().numpy()
+        if self.kind == "blur":
+            data[0] = ndimage.gaussian_filter(data[0], self.level)
+        else:
+            rng = np.random.default_rng(int(self.volume.key()[:16], 16))
+            data = data + np.float32(self.level) * rng.standard_normal(data.shape, dtype=np.float32)
+        return torch.from_numpy(data).clamp(*MODEL_RANGE)
+
+
+class ReconstructedFeatures(FeatureNetwork):
+    """The features of an autoencoder's reconstructions."""
+
+    def __init__(self, network: FeatureNetwork, autoencoder: nn.Module, sha256: str) -> None:
+        super().__init__()
+        self.network, self.autoencoder = network, autoencoder
+        self.name, self.planes = network.name, network.planes
+        self.description = f"{network.description}, of reconstructions"
+        self.settings = {**network.settings, "autoencoder_sha256": sha256}
+        self.prepare()
+
+    def forward(self, volumes: Tensor) -> dict[str, Tensor]:
+        reconstructed = torch.cat([self.autoencoder.reconstruct(volume[None]) for volume in volumes])
+        return self.network(reconstructed.clamp(*MODEL_RANGE))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that has to hold."""
+
+    group: str
+    network: str
+    name: str
+    found: str
+    passed: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the results; 1 where a check fails."""
+    cfg = parse_command_line(argv, ValidityConfig, None, __doc__, VALIDITY_FLAGS)
+    require(cfg, "real", "output_dir")
+    place = setup(cfg.device, PATIENCE)
+    try:
+        results, checks = evaluate(cfg, place)
+        if place.is_main:
+            path = results.write(Path(cfg.output_dir))
+            logger = get_logger()
+            for check in checks:
+                where = f"{check.group}, {check.network}" if check.network else check.group
+                logger.log(20 if check.passed else 40, "%s: %s: %s", where, check.name, check.found)
+            failed = sum(not check.passed for check in checks)
+            logger.info("%d of %d checks hold: %s", len(checks) - failed, len(checks), path)
+        return int(any(not check.passed for check in checks))
+    finally:
+        cleanup()
+
+
+def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]:
+    """All distances and checks; on ranks other than 0 none. UserError: as evaluation/generation_metrics.py."""
+    groups, others, excluded = place.on_main(lambda: find_groups(cfg))
+    networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
+    autoencoder = None if cfg.AE_ckpt is None else load_autoencoder(cfg.AE_ckpt, place.device)
+    place.on_main(lambda: make_folder(Path(cfg.output_dir)), share=False)
+    results = Results("validity", settings_of(cfg), DEFINITIONS)
+    results.settings["device"] = str(place.device)
+    results.settings["feature_networks"] = {net.name: {"is": net.description, **net.settings} for net in networks}
+    results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
+
+    checks = []
+    for group in groups:
+        real = group.sets["real"]
+        for network in networks:
+            sets = degraded_sets(cfg, network, autoencoder, group, others.get(group.name), place)
+            if place.is_main:
+                checks += add_distances(cfg, results, group.name, network, sets)
+                if tuple(network.planes) == (VOLUME,):
+                    checks += memorisation_checks(cfg, group.name, network.name, sets["real"].planes[VOLUME][:, 0])
+        honest = pair_scores(cfg, real, f"real volumes of {group.name}", place)
+        collapsed = pair_scores(cfg, [real[0]] * len(real), f"one volume of {group.name}", place)
+        if place.is_main:
+            gaps = [diversity_figures(group.name, honest, one, _sampling(cfg))[-1] for one in (honest, collapsed)]
+            found = f"gap {gaps[1].value:.3f} (from {gaps[1].interval[0]:.3f}), of real volumes {gaps[0].value:.3f}"
+            passed = bool(diversity_warning(group.name, gaps[1])) and not diversity_warning(group.name, gaps[0])
+            checks.append(Check(group.name, "", "a generator that repeats one volume is noticed", found, passed))
+    rows = [[c.group, c.network, c.name, c.found, "holds" if c.passed else "FAILS"] for c in checks]
+    results.tables.append(TextTable("Checks", ("class", "network", "check", "found", ""), rows))
+    results.warnings += [f"{c.group}: {c.network}: check failed: {c.name} ({c.found})" for c in checks if not c.passed]
+    return results, checks
+
+
+def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume, ...]], dict[Path, str]]:
+    """Real volumes by class, the other volumes that each class is compared with, and what is left out."""
+    real_range = tuple(cfg.real_range)
+    real = list_set(cfg.real, "real")
+    groups = [
+        Group(name or Path(cfg.real).name, {"real": tuple(SetVolume(path, real_range) for path in files)})
+        for name, files in real.items()
+    ]
+    other = None
+    if cfg.other is not None:
+        other = Group(
+            "other", {"real": tuple(SetVolume(p, real_range) for f in list_set(cfg.other, "other").values() for p in f)}
+        )
+    everything = [*groups, *([other] if other else [])]
+    grids, problems = read_headers(everything)
+    if problems:
+        check_refused(problems, len(grids) + len(problems), "volumes", cfg.exclude_unreadable)
+        everything = without(everything, set(problems))
+        groups, other = everything[: len(groups)], everything[-1] if other else None
+    groups = on_one_grid(groups, grids, resample=False, ignore_spacing=True)
+    for group in groups:
+        if len(group.sets["real"]) < LEAST:
+            raise UserError(f"{group.name}: {len(group.sets['real'])} real volumes, at least {LEAST} are needed")
+    others = {}
+    for i, group in enumerate(groups):
+        if other is not None:
+            others[group.name] = other.sets["real"]
+        elif len(groups) > 1:
+            others[group.name] = groups[(i + 1) % len(groups)].sets["real"]
+    return groups, others, problems
+
+
+def degraded_sets(
+    cfg: DictConfig,
+    network: FeatureNetwork,
+    autoencoder: nn.Module | None,
+    group: Group,
+    other: Sequence[SetVolume] | None,
+    place: Distributed,
+) -> dict[str, SetFeatures]:
+    """Features of the real volumes as they are ("real") and degraded ("noise 0.1", ...), on rank 0."""
+    real = group.sets["real"]
+
+    def features(net: FeatureNetwork, volumes: Sequence, name: str) -> SetFeatures:
+        return extract(
+            net,
+            volumes,
+            f"{group.name}, {name}",
+            cache_folder(cfg),
+            place,
+            batch_size=cfg.batch_size,
+            num_workers=cfg.num_workers,
+            exclude=False,
+        )[0]
+
+    sets = {"real": features(network, real, "real")}
+    if autoencoder is not None:
+        reconstructed = ReconstructedFeatures(network, autoencoder, file_sha256(cfg.AE_ckpt))
+        sets["reconstructed"] = features(reconstructed, real, "reconstructed")
+    if other is not None:
+        sets["other"] = features(network, other, "other")
+    for kind, levels in (("noise", NOISE), ("blur", BLUR)):
+        for level in levels:
+            worse = [Degraded(volume, kind, level) for volume in real]
+            sets[f"{kind} {level:g}"] = features(network, worse, f"{kind} {level:g}")
+    return sets
+
+
+def add_distances(
+    cfg: DictConfig, results: Results, name: str, network: FeatureNetwork, sets: dict[str, SetFeatures]
+) -> list[Check]:
+    """Figures, curves and checks of one class on one network."""
+    real = sets["real"].planes
+    found = {what: halves_distances(cfg, real, features.planes) for what, features in sets.items()}
+    means = {what: fmean(values) for what, values in found.items()}
+    half = len(sets["real"]) // 2
+    for what, values in found.items():
+        title = "FID of a half" if what == "real" else f"FID of a half: {what}"
+        interval, num = (min(values), max(values)), {"real": half, what: half}
+        results.figures.append(Figure(name, title, means[what], interval, num, "lower", network=network.name))
+    checks = []
+    order = [what for what in ("other", "reconstructed", "real") if what in found]
+    if len(order) > 1:
+        shown = ", ".join(f"{what} {means[what]:.4g}" for what in order)
+        passed = all(means[a] > means[b] for a, b in zip(order, order[1:], strict=False))
+        checks.append(Check(name, network.name, f"{' is farther than '.join(order)}", shown, passed))
+    for kind, levels in (("noise", NOISE), ("blur", BLUR)):
+        values = [found["real"], *(found[f"{kind} {level:g}"] for level in levels)]
+        y = [fmean(one) for one in values]
+        passed = all(a < b for a, b in zip(y, y[1:], strict=False))
+        checks.append(Check(name, network.name, f"more {kind} is farther", ", ".join(f"{v:.4g}" for v in y), passed))
+        series = Series(network.name, [0, *levels], y, [min(one) for one in values], [max(one) for one in values])
+        unit = "standard deviation of the noise" if kind == "noise" else "standard deviation of the filter, voxels"
+        results.curves.append(Curves(f"{name}: {kind} ({network.name})", unit, "FID of a half", [series]))
+    shuffled = torch.randperm(len(sets["real"]), generator=torch.Generator().manual_seed(cfg.seed))
+    worse = next(sets[what].planes for what in sets if what.startswith("noise"))
+    before, after = (
+        fmean(frechet_distance(real[p].flatten(0, 1), x[p].flatten(0, 1)) for p in real)
+        for x in (worse, {plane: of_plane[shuffled] for plane, of_plane in worse.items()})
+    )
+    passed = abs(before - after) <= SAME * abs(before)
+    checks.append(Check(name, network.name, "order changes nothing", f"{before:.9g}, shuffled {after:.9g}", passed))
+    return checks
+
+
+def halves_distances(cfg: DictConfig, real: dict[str, Tensor], worse: dict[str, Tensor]) -> list[float]:
+    """FID of one half of the real set with the other half of the worse one, mean over planes, for each halving.
+
+    A worse set of another length is that of other volumes: a random part of it is taken.
+    """
+    plane = next(iter(real))
+    count, other = len(real[plane]), len(worse[plane])
+    half = min(count // 2, other)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    distances = []
+    for a, b in random_halves(count, half, cfg.num_halvings, cfg.seed):
+        part = b if other == count else torch.randperm(other, generator=generator)[:half]
+        distances.append(fmean(frechet_distance(real[p][a].flatten(0, 1), worse[p][part].flatten(0, 1)) for p in real))
+    return distances
+
+
+def memorisation_checks(cfg: DictConfig, name: str, network: str, real: Tensor) -> list[Check]:
+    """A third of the real volumes as training set, one held out, one as what an honest generator makes; and copies."""
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(cfg.seed))
+    training, held_out, honest = (real[part] for part in order.tensor_split(3))
+    checks = []
+    for what, generated, is_copy in (
+        ("copies of training volumes", training, True),
+        ("new real volumes", honest, False),
+    ):
+        memory = memorisation_of(held_out, generated, training)
+        figures = memorisation_figures(name, network, memory, len(training), _sampling(cfg))
+        noticed = bool(memorisation_warnings(name, network, memory, figures))
+        found = f"nearer than held-out: {figures[0].value:.2f}, distance ratio {figures[1].value:.2f}"
+        title = f"{what} {'are' if is_copy else 'are not'} taken for memorised"
+        checks.append(Check(name, network, title, found, noticed == is_copy))
+    return checks
+
+
+def _sampling(cfg: DictConfig) -> Sampling:
+    return Sampling(cfg.num_resamples, cfg.num_halvings, cfg.seed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))
