@@ -13,6 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 12, 8, 26  # room around the axes, for the number
 NUM_COLOURS = 6  # as in report.css
 DASHES = ("none", "7 3", "2 3", "8 3 2 3")  # so that lines can be told apart without colours too
 MOST_MARKERS = 40  # points of a line that are marked one by one
+TICK_STEPS = (1, 2, 2.5, 5, 10)
 HUGE = 1e300  # differences of larger numbers overflow
 
 Point = tuple[float, float]
@@ -62,7 +63,9 @@ def _is_known(*values: float) -> bool:
 
 
 def _ticks(ends: tuple[float, float], num: int) -> list[float]:
-    return [tick for tick in MaxNLocator(num).tick_values(*ends).tolist() if ends[0] <= tick <= ends[1]]
+    return [
+        tick for tick in MaxNLocator(num, steps=TICK_STEPS).tick_values(*ends).tolist() if ends[0] <= tick <= ends[1]
+    ]
 
 
 def _grid(axes: Axes) -> str:

@@ -120,12 +120,13 @@ def _metric_cells(figure: Figure, num_rows: int) -> str:
     span = f' rowspan="{num_rows}"' if num_rows > 1 else ""
     scope = "rowgroup" if num_rows > 1 else "row"
     unit = f' <span class="unit">{escape(figure.unit)}</span>' if figure.unit else ""
-    return f'<th scope="{scope}"{span}>{escape(figure.metric)}{unit}</th><td{span}>{ARROWS[figure.better]}</td>'
+    name = f'<th scope="{scope}" class="metric"{span}>{escape(figure.metric)}{unit}</th>'
+    return f'{name}<td class="better"{span}>{ARROWS[figure.better]}</td>'
 
 
 def _cells(row: Row, models: Sequence[str], has_network: bool, has_floor: bool) -> str:
     figure = row.first
-    cells = [f"<td>{_network(figure.network)}</td>"] * has_network
+    cells = [f'<td class="network">{_network(figure.network)}</td>'] * has_network
     counts = "".join(f"<li>{escape(name)} {number(count)}</li>" for name, count in figure.num.items())
     cells.append(f'<td><ul class="counts">{counts}</ul></td>')
     cells += [_value_cell(row.by_model.get(model)) for model in models]
