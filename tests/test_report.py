@@ -1,5 +1,6 @@
 """The report on made-up results: what is on the page, what a browser makes of it, and what is refused."""
 
+import base64
 import json
 import math
 import re
@@ -26,7 +27,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 NARROW = 400  # pixels
 VOID = {"meta", "link", "img", "path", "circle", "br"}  # elements that nothing closes
 
-STAGES = ("stage 1", "results/PatchVolume_8x_s2/checkpoints/a_long_name_of_a_checkpoint.ckpt")
+STAGES = ("stage <i>1", "results/PatchVolume_8x_s2/checkpoints/a_long_name_of_a_checkpoint.ckpt")
 RECONSTRUCTION = [
     Figure(group, metric, value, interval, {"real": 100}, better, unit, model=model)
     for group in ("CTChest", EVIL)
@@ -153,6 +154,7 @@ def test_everything_else_is_there_and_shown_literally(page):
     for words in ("2 warnings", "1 excluded file", "a device", "All volumes", f"PSNR {EVIL}", f"Title {EVIL}", "torch"):
         assert words in text
     assert page.texts.count("Command") == 3
+    assert page.texts.count("Device") == 1
     assert not re.search(r"\bnan\b|\bNone\b", text)
 
 
@@ -160,6 +162,11 @@ def test_no_words_of_the_results_become_markup(page, html):
     assert "$x</b>" not in html
     assert f'aria-label="PSNR {escape(EVIL)}: dB against slice"' in html
     assert [image["alt"] for image in page.named("img")] == [f"Slices {EVIL}", "Wide"]
+
+
+def test_pictures_are_embedded_as_they_are(page, folder):
+    found = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.named("img")]
+    assert found == [(folder / "pictures" / name).read_bytes() for name in ("a.png", "wide.png")]
 
 
 def test_warnings_come_first(html):
@@ -222,16 +229,19 @@ def test_no_figure_hides_another():
     figures = [
         Figure(value=1.0, num={"real": 5}, model="a", **same),
         Figure(value=2.0, num={"real": 5}, model="a", **same),
-        Figure(value=3.0, num={"real": 6}, model="b", **same),
-        Figure(value=4.0, num={"real": 5}, model="b", **same),
-        Figure(value=5.0, num={"real": 5}, model="a", floor=Floor(6.0, 7.0, 2), **same),
+        Figure(value=3.0, num={"real": 6}, model="<i>b", **same),
+        Figure(value=4.0, num={"real": 5}, model="<i>b", **same),
+        Figure(value=5.0, num={"real": 5}, model="<i>b", floor=Floor(6.0, 7.0, 2), **same),
     ]
-    rows = Reader(figure_table(figures)).rows[2:]
-    assert [row[-6:] for row in rows] == [
-        ["real 5", "1.000", "4.000", "", "", "", ""][-6:],
-        ["real 5", "2.000", "", "", "", "", ""][-6:],
-        ["real 6", "", "3.000", "", "", "", ""][-6:],
-        ["real 5", "5.000", "", "2", "6.000", "7.000", ""][-6:],
+    head, names, *rows = Reader(figure_table(figures)).rows
+    rows = [row[-7:] for row in rows]
+    assert head[-3:-1] == ["a", "<i>b"]
+    assert names[-2:] == ["This set: a", "This set: <i>b"]
+    assert rows == [
+        ["real 5", "1.000", "4.000", "", "", "", ""],
+        ["real 5", "2.000", "", "", "", "", ""],
+        ["real 6", "", "3.000", "", "", "", ""],
+        ["real 5", "", "5.000", "2", "6.000", "", "7.000"],
     ]
 
 
