@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from config.errors import UserError
 from dataset.pictures import central_slices, save_slice_grid
 from evaluation.metrics.distances import median_bandwidth, mmd_rbf, nearest_class_mean
-from evaluation.metrics.reconstruction import psnr
+from evaluation.metrics.reconstruction import l1, psnr
 from evaluation.pictures import save_comparison
 
 
@@ -60,6 +60,35 @@ def test_psnr_of_identical_tensors_is_infinite():
 def test_psnr_refuses(x, y, data_range, message):
     with pytest.raises(UserError, match=message):
         psnr(x, y, data_range)
+
+
+# L1 -----------------------------------------------------------------------------------------------------------------
+
+
+def test_l1_by_hand():
+    assert l1(torch.tensor([0.0, 1.0, -1.0, 0.5]), torch.tensor([0.5, -1.0, -1.0, 0.25])) == 2.75 / 4
+
+
+def test_psnr_and_l1_of_more_elements_than_are_converted_at_once():
+    """One in four elements is off by 1, in whichever part it is."""
+    x = torch.zeros(2**20 + 2**18, dtype=torch.int8)
+    y = x.clone()
+    y[-len(x) // 4 :] = 1
+    assert l1(x, y) == 0.25
+    assert psnr(x, y) == pytest.approx(10 * math.log10(16), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3, 2), r"L1 compares tensors of one shape, got \(2, 3\) and \(3, 2\)"),
+        (torch.zeros(0), torch.zeros(0), "L1 of an empty tensor"),
+        (torch.tensor([0.0, math.inf]), torch.ones(2), "L1 is not defined for tensors with NaN or infinite"),
+    ],
+)
+def test_l1_refuses(x, y, message):
+    with pytest.raises(UserError, match=message):
+        l1(x, y)
 
 
 # MMD ----------------------------------------------------------------------------------------------------------------
