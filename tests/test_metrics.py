@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from config.errors import UserError
 from dataset.pictures import central_slices, save_slice_grid
+from evaluation.metrics.codes import codebook_usage, perplexity
 from evaluation.metrics.distances import median_bandwidth, mmd_rbf, nearest_class_mean
 from evaluation.metrics.reconstruction import l1, psnr
 from evaluation.pictures import save_comparison
@@ -89,6 +90,38 @@ def test_psnr_and_l1_of_more_elements_than_are_converted_at_once():
 def test_l1_refuses(x, y, message):
     with pytest.raises(UserError, match=message):
         l1(x, y)
+
+
+# Codes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "usage", "expected"),
+    [
+        ([3, 3, 3, 3], 1.0, 4.0),
+        ([0, 7, 0, 0], 0.25, 1.0),
+        ([2, 1, 1, 0], 0.75, 2**1.5),  # entropy (1/2)·ln 2 + (1/2)·ln 4
+    ],
+)
+def test_codebook_usage_and_perplexity_by_hand(counts, usage, expected):
+    assert codebook_usage(torch.tensor(counts)) == usage
+    assert perplexity(torch.tensor(counts)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", [codebook_usage, perplexity])
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (torch.ones(2, 3), r"counts \(n_codes,\) of codes that occurred, got shape \(2, 3\)"),
+        (torch.zeros(0), r"got shape \(0,\)"),
+        (torch.tensor([-1, 2]), "got -1 to 2"),
+        (torch.zeros(3), "got 0 to 0"),
+        (torch.tensor([math.inf, 1.0]), "got 1 to inf"),
+    ],
+)
+def test_codes_refuse(metric, counts, message):
+    with pytest.raises(UserError, match=message):
+        metric(counts)
 
 
 # MMD ----------------------------------------------------------------------------------------------------------------
