@@ -9,14 +9,9 @@ from matplotlib.image import imread
 
 from config.errors import UserError
 from dataset.pictures import central_slices, save_slice_grid
-from evaluation.metrics.distances import median_bandwidth, mmd_rbf, nearest_class_mean
-from evaluation.metrics.reconstruction import psnr
+from evaluation.metrics.codes import codebook_usage, perplexity
+from evaluation.metrics.reconstruction import l1, psnr
 from evaluation.pictures import save_comparison
-
-
-def features(count: int, mean: float = 0.0, seed: int = 0) -> torch.Tensor:
-    return mean + torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
-
 
 # PSNR ---------------------------------------------------------------------------------------------------------------
 
@@ -62,85 +57,65 @@ def test_psnr_refuses(x, y, data_range, message):
         psnr(x, y, data_range)
 
 
-# MMD ----------------------------------------------------------------------------------------------------------------
+# L1 -----------------------------------------------------------------------------------------------------------------
 
 
-def test_mmd_by_hand():
-    """Points 0, 1 against 1, 3 with bandwidth 1: the kernel exp(−d²/2) at distances 1, 2 and 0, 1, 2, 3."""
-    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]])
-    k = [math.exp(-(d**2) / 2) for d in range(4)]
-    cross = 2 * (k[1] + k[3] + k[0] + k[2]) / 4
-    assert mmd_rbf(x, y, bandwidth=1.0) == pytest.approx(k[1] + k[2] - cross, abs=1e-12)
-    assert mmd_rbf(x, y, bandwidth=1.0, unbiased=False) == pytest.approx(
-        (1 + k[1]) / 2 + (1 + k[2]) / 2 - cross, abs=1e-12
-    )
+def test_l1_by_hand():
+    assert l1(torch.tensor([0.0, 1.0, -1.0, 0.5]), torch.tensor([0.5, -1.0, -1.0, 0.25])) == 2.75 / 4
 
 
-@pytest.mark.parametrize(("values", "expected"), [([0.0, 1.0, 4.0], 3.0), ([0.0, 1.0, 4.0, 10.0], 5.0)])
-def test_median_bandwidth_by_hand(values, expected):
-    """Distances 1, 3, 4 have the median 3; 1, 3, 4, 6, 9, 10 have 5, the mean of the middle two."""
-    points = torch.tensor(values)[:, None]
-    assert median_bandwidth(points[:1], points[1:]) == pytest.approx(expected)
-
-
-def test_mmd_takes_the_median_bandwidth_by_default():
-    x, y = features(6), features(7, mean=1.0, seed=1)
-    assert mmd_rbf(x, y) == mmd_rbf(x, y, bandwidth=median_bandwidth(x, y))
-
-
-def test_unbiased_mmd_is_zero_on_average_for_one_distribution_and_the_biased_is_not():
-    draws = [(features(8, seed=2 * i), features(8, seed=2 * i + 1)) for i in range(200)]
-    unbiased = np.array([mmd_rbf(x, y, bandwidth=3.0) for x, y in draws])
-    biased = np.array([mmd_rbf(x, y, bandwidth=3.0, unbiased=False) for x, y in draws])
-    assert abs(unbiased.mean()) < 4 * unbiased.std() / math.sqrt(len(draws))
-    assert unbiased.min() < 0 < biased.min()
-    assert biased.mean() > 0.02
-
-
-def test_mmd_grows_with_the_shift_and_does_not_depend_on_order():
-    x = features(40)
-    shifted = [mmd_rbf(x, features(40, mean=shift, seed=1), bandwidth=3.0) for shift in (0.0, 0.5, 1.0, 2.0)]
-    assert shifted == sorted(shifted)
-    y = features(40, mean=0.5, seed=1)
-    assert mmd_rbf(x.flip(0), y, bandwidth=3.0) == pytest.approx(shifted[1], abs=1e-12)
-    assert mmd_rbf(y, x, bandwidth=3.0) == pytest.approx(shifted[1], abs=1e-12)
-
-
-def test_mmd_keeps_its_digits_far_from_the_origin():
-    """Adding 2²⁶ to multiples of 2⁻²⁰ is exact in float64 and changes no distance, hence no digit of the result."""
-    x, y = (set_.double().mul(2**20).round() / 2**20 for set_ in (features(10), features(10, mean=1.0, seed=1)))
-    assert mmd_rbf(x + 2**26, y + 2**26) == pytest.approx(mmd_rbf(x, y), rel=1e-12)
+def test_psnr_and_l1_of_more_elements_than_are_converted_at_once():
+    """One in four elements is off by 1, in whichever part it is."""
+    x = torch.zeros(2**20 + 2**18, dtype=torch.int8)
+    y = x.clone()
+    y[-len(x) // 4 :] = 1
+    assert l1(x, y) == 0.25
+    assert psnr(x, y) == pytest.approx(10 * math.log10(16), abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "options", "message"),
+    ("x", "y", "message"),
     [
-        (features(3)[:, :2], features(3), {}, r"got \(3, 2\) and \(3, 5\)"),
-        (features(1), features(3), {}, "at least 2 feature vectors"),
-        (features(3), features(3) * math.nan, {}, "NaN or infinite"),
-        (features(3), features(3), {"bandwidth": 0.0}, "positive bandwidth"),
-        (torch.zeros(3, 5), torch.zeros(3, 5), {}, "median distance between the feature vectors is 0"),
+        (torch.zeros(2, 3), torch.zeros(3, 2), r"L1 compares tensors of one shape, got \(2, 3\) and \(3, 2\)"),
+        (torch.zeros(0), torch.zeros(0), "L1 of an empty tensor"),
+        (torch.tensor([0.0, math.inf]), torch.ones(2), "L1 is not defined for tensors with NaN or infinite"),
     ],
 )
-def test_mmd_refuses(x, y, options, message):
+def test_l1_refuses(x, y, message):
     with pytest.raises(UserError, match=message):
-        mmd_rbf(x, y, **options)
+        l1(x, y)
 
 
-# Nearest class mean -------------------------------------------------------------------------------------------------
+# Codes --------------------------------------------------------------------------------------------------------------
 
 
-def test_nearest_class_mean_by_hand():
-    """Class 7 has the mean (1, 0), class 2 the mean (0, 4); the nearest single vector would decide otherwise."""
-    known = torch.tensor([[-1.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 7.0]])
-    labels = torch.tensor([7, 7, 2, 2])
-    queries = torch.tensor([[0.0, 1.2], [0.0, 4.0], [3.0, 1.0]])
-    assert nearest_class_mean(known, labels, queries).tolist() == [7, 2, 7]
+@pytest.mark.parametrize(
+    ("counts", "usage", "expected"),
+    [
+        ([3, 3, 3, 3], 1.0, 4.0),
+        ([0, 7, 0, 0], 0.25, 1.0),
+        ([2, 1, 1, 0], 0.75, 2**1.5),  # entropy (1/2)·ln 2 + (1/2)·ln 4
+    ],
+)
+def test_codebook_usage_and_perplexity_by_hand(counts, usage, expected):
+    assert codebook_usage(torch.tensor(counts)) == usage
+    assert perplexity(torch.tensor(counts)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_nearest_class_mean_refuses_other_label_counts():
-    with pytest.raises(UserError, match="3 feature vectors need as many labels"):
-        nearest_class_mean(features(3), torch.tensor([0, 1]), features(2))
+@pytest.mark.parametrize("metric", [codebook_usage, perplexity])
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (torch.ones(2, 3), r"counts \(n_codes,\) of codes that occurred, got shape \(2, 3\)"),
+        (torch.zeros(0), r"got shape \(0,\)"),
+        (torch.tensor([-1, 2]), "got -1 to 2"),
+        (torch.zeros(3), "got 0 to 0"),
+        (torch.tensor([math.inf, 1.0]), "got 1 to inf"),
+    ],
+)
+def test_codes_refuse(metric, counts, message):
+    with pytest.raises(UserError, match=message):
+        metric(counts)
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------
