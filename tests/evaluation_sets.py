@@ -1,0 +1,58 @@
+"""Small sets of volumes for tests of evaluation: folders and dataset JSONs of random blobs, and configs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from config.loading import load_config
+from config.schema import GenerationMetricsConfig, ValidityConfig
+from dataset.geometry import affine_from_spacing
+from dataset.volume_io import write_volume
+from train.distributed import Distributed, choose_device
+
+PLACE = Distributed(0, 0, 1, choose_device("cpu"))
+
+
+def blob(seed: int, size: int = 16, blur: float = 0.0) -> np.ndarray:
+    """(D, H, W) in [-1, 1]: an ellipsoid with texture on background -1; every seed another one."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*[np.linspace(-1, 1, size)] * 3, indexing="ij")
+    centre, radii = rng.uniform(-0.15, 0.15, 3), rng.uniform(0.6, 0.85, 3)
+    inside = sum(((axis - c) / r) ** 2 for axis, c, r in zip(axes, centre, radii, strict=True)) < 1
+    texture = rng.uniform(0.2, 0.4) + 0.2 * rng.standard_normal(inside.shape) * (1 - blur)
+    return np.where(inside, texture, -1).clip(-1, 1).astype(np.float32)
+
+
+def write_set(folder: Path, seeds, spacing=(1.0, 1.0, 1.0), size: int = 16, blur: float = 0.0) -> Path:
+    """One file for each seed."""
+    for seed in seeds:
+        write_volume(folder / f"v{seed:03d}.nii.gz", blob(seed, size, blur), affine_from_spacing(spacing))
+    return folder
+
+
+def write_json(path: Path, **folders: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({name: str(folder) for name, folder in folders.items()}))
+    return path
+
+
+def write_record(volume: Path, class_id: int, class_name: str, **more) -> None:
+    """The JSON beside a generated volume, as far as evaluation reads it."""
+    path = volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
+    path.write_text(json.dumps({"class_id": class_id, "class_name": class_name, **more}))
+
+
+FAST = {"num_workers": 0, "device": "cpu", "num_resamples": 20, "num_halvings": 2, "slices": 2, "num_pairs": 6}
+
+
+def metrics_config(tmp_path: Path, **values):
+    values = {"real": tmp_path / "real", "generated": tmp_path / "generated", "output_dir": tmp_path / "out", **values}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return load_config(GenerationMetricsConfig, None, values={**FAST, **plain})
+
+
+def validity_config(tmp_path: Path, **values):
+    values = {"output_dir": tmp_path / "out", **values}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return load_config(ValidityConfig, None, values={**FAST, **plain})
