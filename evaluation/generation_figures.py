@@ -175,14 +175,14 @@ def memorisation_figures(
         return ((difference < 0).double() + 0.5 * (difference == 0).double()).mean().item()
 
     def ratio(a: Indices, b: Indices) -> float:
-        below = found.held_out[b].median().item()
-        return found.generated[a].median().item() / below if below > 0 else float("nan")
+        return found.generated[a].median().item() / found.held_out[b].median().item()
 
     num = {"generated": sizes[0], "real": sizes[1], "training": num_training}
     figures = []
     for metric, statistic in (("nearer than held-out", nearer), ("nearest distance ratio", ratio)):
-        value = statistic(*map(torch.arange, sizes))
-        interval = _interval(statistic, sizes, sampling) if value == value else None
+        value, interval = float("nan"), None  # no ratio to a real volume that is a training volume
+        if statistic is nearer or found.held_out.min() > 0:
+            value, interval = statistic(*map(torch.arange, sizes)), _interval(statistic, sizes, sampling)
         figures.append(Figure(group, metric, value, interval, num, "real", network=network))
     return figures
 
@@ -245,9 +245,11 @@ def _halvings(strata: Strata, sampling: Sampling) -> Iterator[tuple[Indices, Ind
     empty = torch.arange(0)
     of_classes = []
     for real, generated, half in zip(strata.real, strata.generated, strata.halves, strict=True):
+        if half == 0:
+            of_classes.append([(empty, empty, empty)] * sampling.num_halvings)
+            continue
         pairs = random_halves(real, half, sampling.num_halvings, sampling.seed)
-        parts = _parts(generated, half, sampling)
-        of_classes.append([(*p, c) for p, c in zip(pairs, parts, strict=True)] if half else [(empty,) * 3] * len(parts))
+        of_classes.append([(*pair, part) for pair, part in zip(pairs, _parts(generated, half, sampling), strict=True)])
     for drawn in zip(*of_classes, strict=True):
         first, second, part = zip(*drawn, strict=True)
         yield _joined(first, strata.real), _joined(second, strata.real), _joined(part, strata.generated)

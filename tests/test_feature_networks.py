@@ -118,11 +118,8 @@ def test_slices_lie_across_the_axis_of_their_plane(volumes):
     found = SliceFeatures("x", "", Ends(), {}, num_slices=2)(volumes)
     places = {"axial": (3, 9), "coronal": (5, 15), "sagittal": (4, 12)}
     for plane, (first, second) in places.items():
-        slices = {
-            "axial": volumes[:, 0, [first, second]],
-            "coronal": volumes[:, 0, :, :, [first, second]].permute(0, 3, 1, 2),
-            "sagittal": volumes[:, 0, :, [first, second]].transpose(1, 2),
-        }[plane]
+        axis = {"axial": 0, "sagittal": 1, "coronal": 2}[plane]  # z, x, y
+        slices = torch.stack([volumes[:, 0].select(axis + 1, i) for i in (first, second)], dim=1)
         assert found[plane][0, 0, :2].tolist() == [*slices.shape[2:]]
         torch.testing.assert_close(found[plane][..., 2], slices[..., 0, 0])
         torch.testing.assert_close(found[plane][..., 3], slices[..., -1, -1])

@@ -70,6 +70,16 @@ def test_parts_make_the_whole(monkeypatch):
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
+def test_balls_of_no_size_hold_their_copies():
+    metrics = precision_recall_density_coverage(torch.ones(4, 2), torch.ones(5, 2), k=2)
+    assert {name: metric.mean().item() for name, metric in metrics.items()} == {
+        "precision": 1.0,
+        "recall": 1.0,
+        "density": 2.0,
+        "coverage": 1.0,
+    }
+
+
 def test_sets_far_apart_share_nothing():
     real, generated = torch.randn(8, 3), torch.randn(9, 3) + 1e3
     assert all(not metric.any() for metric in precision_recall_density_coverage(real, generated).values())
