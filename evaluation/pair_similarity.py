@@ -10,10 +10,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from evaluation.feature_extraction import cache_folder, check_refused
+from config.errors import UserError
+from evaluation.feature_extraction import cache_folder
 from evaluation.metrics.reconstruction import ms_ssim
 from evaluation.result_cache import Arrays, ResultCache, Work, do_work
-from evaluation.volume_sets import SetVolume
+from evaluation.volume_sets import SetVolume, list_refused
 from train.distributed import Distributed
 
 VERSION = 1  # rises when the same two volumes give another value
@@ -60,7 +61,8 @@ def pair_scores(cfg: DictConfig, volumes: Sequence[SetVolume], label: str, place
         cache=ResultCache(cache_folder(cfg), "ms_ssim", {"version": VERSION}),
     )
     found, refused = do_work(work, items, place, cfg.num_workers)
-    check_refused({item.item.path: item.reason for item in refused}, len(items), f"pairs of {label}", exclude=False)
+    if refused:  # they could be read for their features
+        raise UserError(list_refused({pair.item.path: pair.reason for pair in refused}, f"pairs of {label}"))
     scores = [float(arrays["ms_ssim"]) for arrays in found] if place.is_main else []
     return PairScores(pairs, torch.tensor(scores, dtype=torch.float64), len(volumes))
 
