@@ -4,25 +4,23 @@
 
     OUT/validity.json, .csv    distances of real volumes to real, reconstructed, other, noisy and blurred ones; checks
 
-All distances are between random halves of the real set, one of them degraded, so that they have the same N. The
-checks: another class is farther than reconstructions, these are farther than real volumes; more noise and more blur
-are farther; the order of the volumes changes nothing; a generator that repeats one volume shows in the diversity gap;
-copies of training volumes show in the memorisation check, real volumes that are none don't. A check that fails ends in
-exit status 1.
+The checks: between random halves of the real set, so that N is the same, another class is farther than reconstructions
+and these are farther than real volumes; the more noise or blur, the farther the set is from itself; the order of the
+volumes changes nothing; a generator that repeats one volume shows in the diversity gap; copies of training volumes show
+in the memorisation check, real volumes that are none don't. A check that fails ends in exit status 1.
 """
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
-from scipy import ndimage
 from torch import Tensor, nn
 
 if __name__ == "__main__":
@@ -33,7 +31,7 @@ from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import ValidityConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
-from dataset.intensity import MODEL_RANGE  # noqa: E402
+from evaluation.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures  # noqa: E402
 from evaluation.feature_extraction import SetFeatures, cache_folder, check_refused, extract  # noqa: E402
 from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks  # noqa: E402
 from evaluation.generation_figures import (  # noqa: E402
@@ -44,7 +42,7 @@ from evaluation.generation_figures import (  # noqa: E402
 )
 from evaluation.generation_warnings import diversity_warning, memorisation_warnings  # noqa: E402
 from evaluation.metrics.distances import frechet_distance  # noqa: E402
-from evaluation.metrics.intervals import random_halves  # noqa: E402
+from evaluation.metrics.intervals import bootstrap_interval, random_halves  # noqa: E402
 from evaluation.pair_similarity import pair_scores  # noqa: E402
 from evaluation.results import Curves, Figure, Results, Series, TextTable, make_folder, settings_of  # noqa: E402
 from evaluation.volume_record import file_sha256  # noqa: E402
@@ -55,60 +53,16 @@ from train.logger import get_logger  # noqa: E402
 
 PATIENCE = timedelta(days=30)
 LEAST = 6  # real volumes of a class: three parts of two
-NOISE = (0.05, 0.1, 0.2, 0.4)  # standard deviations, of intensities in [-1, 1]
-BLUR = (0.5, 1.0, 2.0, 4.0)  # standard deviations in voxels
 SAME = 1e-6  # relative difference that the order of summation makes
 
 DEFINITIONS = {
     "FID of a half": "Fréchet distance between the features of one random half of the real volumes and those of the "
-    "other half after what the name says, mean over random halvings; the interval is the range over the halvings",
-    "noise": "Gaussian noise added to intensities in [-1, 1], then limited to [-1, 1]",
-    "blur": "Gaussian filter, standard deviation in voxels",
+    "other half after what the name says (real: as they are), mean over random halvings; no interval",
+    "FID to itself": "Fréchet distance between the features of the real volumes and those of the same volumes with "
+    "noise (Gaussian, added to intensities in [-1, 1], then limited to these) or blur (Gaussian, in voxels)",
+    "interval": "95 %, bootstrap over volumes, shifted to lie around the value",
     "reconstructed": "by the autoencoder, limited to [-1, 1]",
 }
-
-
-@dataclass(frozen=True)
-class Degraded:
-    """A volume made worse in a known way. level: standard deviation of the noise, or of the blur in voxels."""
-
-    volume: SetVolume
-    kind: str
-    level: float
-
-    @property
-    def path(self) -> Path:
-        return self.volume.path
-
-    def key(self) -> str:
-        """Equal for equal voxels."""
-        return hashlib.sha256(f"{self.volume.key()} {self.kind} {self.level}".encode()).hexdigest()
-
-    def read(self) -> Tensor:
-        """(1, D, H, W) in [-1, 1]."""
-        data = self.volume.read().numpy()
-        if self.kind == "blur":
-            data[0] = ndimage.gaussian_filter(data[0], self.level)
-        else:
-            rng = np.random.default_rng(int(self.volume.key()[:16], 16))
-            data = data + np.float32(self.level) * rng.standard_normal(data.shape, dtype=np.float32)
-        return torch.from_numpy(data).clamp(*MODEL_RANGE)
-
-
-class ReconstructedFeatures(FeatureNetwork):
-    """The features of an autoencoder's reconstructions."""
-
-    def __init__(self, network: FeatureNetwork, autoencoder: nn.Module, sha256: str) -> None:
-        super().__init__()
-        self.network, self.autoencoder = network, autoencoder
-        self.name, self.planes = network.name, network.planes
-        self.description = f"{network.description}, of reconstructions"
-        self.settings = {**network.settings, "autoencoder_sha256": sha256}
-        self.prepare()
-
-    def forward(self, volumes: Tensor) -> dict[str, Tensor]:
-        reconstructed = torch.cat([self.autoencoder.reconstruct(volume[None]) for volume in volumes])
-        return self.network(reconstructed.clamp(*MODEL_RANGE))
 
 
 @dataclass(frozen=True)
@@ -236,7 +190,7 @@ def degraded_sets(
         sets["reconstructed"] = features(reconstructed, real, "reconstructed")
     if other is not None:
         sets["other"] = features(network, other, "other")
-    for kind, levels in (("noise", NOISE), ("blur", BLUR)):
+    for kind, levels, _ in DEGRADATIONS:
         for level in levels:
             worse = [Degraded(volume, kind, level) for volume in real]
             sets[f"{kind} {level:g}"] = features(network, worse, f"{kind} {level:g}")
@@ -247,41 +201,55 @@ def add_distances(
     cfg: DictConfig, results: Results, name: str, network: FeatureNetwork, sets: dict[str, SetFeatures]
 ) -> list[Check]:
     """Figures, curves and checks of one class on one network."""
-    real = sets["real"].planes
-    found = {what: halves_distances(cfg, real, features.planes) for what, features in sets.items()}
-    means = {what: fmean(values) for what, values in found.items()}
-    half = len(sets["real"]) // 2
-    for what, values in found.items():
-        title = "FID of a half" if what == "real" else f"FID of a half: {what}"
-        interval, num = (min(values), max(values)), {"real": half, what: half}
-        results.figures.append(Figure(name, title, means[what], interval, num, "lower", network=network.name))
+    real, count = sets["real"].planes, len(sets["real"])
+    half = count // 2
+
+    def add(metric: str, value: float, interval: tuple[float, float] | None, num: dict[str, int]) -> float:
+        results.figures.append(Figure(name, metric, value, interval, num, "lower", network=network.name))
+        return value
+
+    halves = {
+        what: add(f"FID of a half: {what}", halves_distance(cfg, real, sets[what].planes), None, {"of each": half})
+        for what in ("other", "reconstructed", "real")
+        if what in sets
+    }
     checks = []
-    order = [what for what in ("other", "reconstructed", "real") if what in found]
-    if len(order) > 1:
-        shown = ", ".join(f"{what} {means[what]:.4g}" for what in order)
-        passed = all(means[a] > means[b] for a, b in zip(order, order[1:], strict=False))
-        checks.append(Check(name, network.name, f"{' is farther than '.join(order)}", shown, passed))
-    for kind, levels in (("noise", NOISE), ("blur", BLUR)):
-        values = [found["real"], *(found[f"{kind} {level:g}"] for level in levels)]
-        y = [fmean(one) for one in values]
-        passed = all(a < b for a, b in zip(y, y[1:], strict=False))
-        checks.append(Check(name, network.name, f"more {kind} is farther", ", ".join(f"{v:.4g}" for v in y), passed))
-        series = Series(network.name, [0, *levels], y, [min(one) for one in values], [max(one) for one in values])
-        unit = "standard deviation of the noise" if kind == "noise" else "standard deviation of the filter, voxels"
-        results.curves.append(Curves(f"{name}: {kind} ({network.name})", unit, "FID of a half", [series]))
-    shuffled = torch.randperm(len(sets["real"]), generator=torch.Generator().manual_seed(cfg.seed))
-    worse = next(sets[what].planes for what in sets if what.startswith("noise"))
-    before, after = (
-        fmean(frechet_distance(real[p].flatten(0, 1), x[p].flatten(0, 1)) for p in real)
-        for x in (worse, {plane: of_plane[shuffled] for plane, of_plane in worse.items()})
-    )
-    passed = abs(before - after) <= SAME * abs(before)
-    checks.append(Check(name, network.name, "order changes nothing", f"{before:.9g}, shuffled {after:.9g}", passed))
-    return checks
+    if len(halves) > 1:
+        passed = all(a > b for a, b in pairwise(halves.values()))
+        shown = ", ".join(f"{what} {value:.4g}" for what, value in halves.items())
+        checks.append(Check(name, network.name, " is farther than ".join(halves), shown, passed))
+
+    for kind, levels, unit in DEGRADATIONS:
+        values, low, high = [0.0], [0.0], [0.0]  # of the set as it is
+        for level in levels:
+            what = f"{kind} {level:g}"
+            to_itself = partial(paired_distance, real, sets[what].planes)
+            interval = bootstrap_interval(to_itself, [count], num_resamples=cfg.num_resamples, seed=cfg.seed)
+            values.append(add(f"FID to itself: {what}", to_itself(torch.arange(count)), interval, {"real": count}))
+            low.append(max(0.0, interval[0]))
+            high.append(interval[1])
+        passed = all(a < b for a, b in pairwise(values))
+        shown = ", ".join(f"{value:.4g}" for value in values)
+        checks.append(Check(name, network.name, f"more {kind} is farther", shown, passed))
+        series = [Series(f"{kind}", [0, *levels], values, low, high)]
+        series.append(Series("two real halves", [0, levels[-1]], [halves["real"]] * 2))
+        results.curves.append(Curves(f"{name}: {kind} ({network.name})", unit, "Fréchet distance", series))
+
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(cfg.seed))
+    worse = {plane: of_plane[shuffled] for plane, of_plane in sets[what].planes.items()}
+    after = paired_distance(real, worse, torch.arange(count))
+    passed = abs(values[-1] - after) <= SAME * abs(after)
+    shown = f"{values[-1]:.9g}, shuffled {after:.9g}"
+    return [*checks, Check(name, network.name, "order changes nothing", shown, passed)]
 
 
-def halves_distances(cfg: DictConfig, real: dict[str, Tensor], worse: dict[str, Tensor]) -> list[float]:
-    """FID of one half of the real set with the other half of the worse one, mean over planes, for each halving.
+def paired_distance(real: dict[str, Tensor], worse: dict[str, Tensor], chosen: Tensor) -> float:
+    """FID of some of the real volumes with the same of the worse ones, mean over planes."""
+    return fmean(frechet_distance(real[p][chosen].flatten(0, 1), worse[p][chosen].flatten(0, 1)) for p in real)
+
+
+def halves_distance(cfg: DictConfig, real: dict[str, Tensor], worse: dict[str, Tensor]) -> float:
+    """FID of one half of the real set with the other half of the worse one, mean over planes and halvings.
 
     A worse set of another length is that of other volumes: a random part of it is taken.
     """
@@ -292,8 +260,8 @@ def halves_distances(cfg: DictConfig, real: dict[str, Tensor], worse: dict[str, 
     distances = []
     for a, b in random_halves(count, half, cfg.num_halvings, cfg.seed):
         part = b if other == count else torch.randperm(other, generator=generator)[:half]
-        distances.append(fmean(frechet_distance(real[p][a].flatten(0, 1), worse[p][part].flatten(0, 1)) for p in real))
-    return distances
+        distances += [frechet_distance(real[p][a].flatten(0, 1), worse[p][part].flatten(0, 1)) for p in real]
+    return fmean(distances)
 
 
 def memorisation_checks(cfg: DictConfig, name: str, network: str, real: Tensor) -> list[Check]:
