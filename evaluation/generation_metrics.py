@@ -15,6 +15,7 @@ evaluation/report.py makes a page of the results; docs/evaluation.md says what e
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,6 +105,9 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
             of_group = extract_group(cfg, network, group, place)
             found[network.name][group.name] = {role: features for role, (features, _) in of_group.items()}
             excluded |= {path: reason for _, reasons in of_group.values() for path, reason in reasons.items()}
+            if network is networks[0]:
+                ranges = {role: features and features.ranges for role, (features, _) in of_group.items()}
+                warnings += place.on_main(partial(check_ranges, group, ranges))
     pairs = [
         {
             role: pair_scores(
@@ -176,8 +180,6 @@ def extract_group(
             num_workers=cfg.num_workers,
             exclude=cfg.exclude_unreadable,
         )
-    ranges = {role: features.ranges for role, (features, _) in found.items() if features is not None}
-    place.on_main(lambda: check_ranges(group.name, ranges), share=False)
     return found
 
 

@@ -56,11 +56,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class SetVolume:
-    """One file of a set. intensity_range: its lowest and highest value. resample: the grid it is brought to."""
+    """One file of a set.
+
+    intensity_range: its lowest and highest value. resample: the grid it is brought to. is_range_stated: whether the range
+    was said for this file, and not assumed.
+    """
 
     path: Path
     intensity_range: tuple[float, float] = MODEL_RANGE
     resample: Grid | None = None
+    is_range_stated: bool = False
 
     def key(self) -> str:
         """Equal for volumes that give the same voxels: hash of the file and of how it is read."""
@@ -174,10 +179,13 @@ def _generated_by_class(path: str, real_names: set[str]) -> dict[str, tuple[str,
 
 def _with_range(path: Path, given: Sequence[float] | None) -> SetVolume:
     if given is not None:
-        return SetVolume(path, check_intensity_range(given))
-    intensity = (read_record(path) or {}).get("intensity") or {}
+        return SetVolume(path, check_intensity_range(given), is_range_stated=True)
+    record = read_record(path) or {}
+    intensity = record.get("intensity", {})
+    if intensity is None:  # written as it was generated
+        return SetVolume(path, is_range_stated=True)
     try:
-        return SetVolume(path, (float(intensity["low"]), float(intensity["high"])))
+        return SetVolume(path, (float(intensity["low"]), float(intensity["high"])), is_range_stated=True)
     except (KeyError, TypeError, ValueError):
         return SetVolume(path)
 
@@ -253,22 +261,29 @@ def on_one_grid(
     return result
 
 
-def check_ranges(name: str, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """UserError where the darkest values of two sets differ so much that one must have another scale.
+def check_ranges(group: Group, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> list[str]:
+    """A warning where the darkest values of two sets differ by more than a quarter of the range.
 
     ranges: role -> lowest and highest value of each volume after conversion to [-1, 1].
+    UserError where they do so and the brighter set's range was assumed: it must be another one.
     """
     lows = {role: torch.tensor([low for low, _ in values]).median().item() for role, values in ranges.items()}
     role, low = max(lows.items(), key=lambda item: item[1])
     other, lowest = min(lows.items(), key=lambda item: item[1])
-    if low - lowest > (MODEL_RANGE[1] - MODEL_RANGE[0]) / 4:
-        option = "generated_range" if role == "generated" else "real_range"
-        high = max(high for _, high in ranges[role])
-        raise UserError(
-            f"{name}: the darkest voxels of {role} volumes are {low:.3g}, those of {other} ones {lowest:.3g} (of "
-            f"-1 ... 1): their scales differ, give the range that the {role} files have, e.g. {option}=[0,1] (highest "
-            f"found {high:.3g})"
-        )
+    if low - lowest <= (MODEL_RANGE[1] - MODEL_RANGE[0]) / 4:
+        return []
+    found = (
+        f"{group.name}: the darkest voxels of {role} volumes are {low:.3g}, those of {other} ones {lowest:.3g} (of "
+        "-1 ... 1)"
+    )
+    if all(volume.is_range_stated for volume in group.sets[role]):
+        return [f"{found}: {role} volumes have no background, or their range is not the one that was stated"]
+    option = "generated_range" if role == "generated" else "real_range"
+    high = max(high for _, high in ranges[role])
+    raise UserError(
+        f"{found}: their scales differ, give the range that the {role} files have, e.g. {option}=[0,1] (highest found "
+        f"{high:.3g})"
+    )
 
 
 def list_refused(refused: Mapping[Path, str], what: str) -> str:

@@ -12,6 +12,7 @@ from config.errors import UserError
 from dataset.volume_io import read_volume, write_volume
 from evaluation.volume_sets import (
     Grid,
+    Group,
     SetVolume,
     check_ranges,
     group_volumes,
@@ -74,6 +75,8 @@ def test_range_of_generated_volumes(tmp_path, given):
     expected = [(-1000, 1000), RANGE] if given is None else [given] * 2
     assert [volume.intensity_range for volume in group.sets["generated"]] == expected
     assert {volume.intensity_range for volume in group.sets["real"]} == {RANGE}
+    assert all(volume.is_range_stated for volume in group.sets["generated"])
+    assert not any(volume.is_range_stated for volume in group.sets["real"])
 
 
 def make_refused(tmp_path, case):
@@ -216,13 +219,18 @@ def test_headers_that_cannot_be_read_are_listed_and_left_out(tmp_path):
         without(groups, {*problems, real / "v001.nii.gz"})
 
 
-def test_other_scales_are_noticed_by_the_darkest_voxels():
+def test_other_scales_are_noticed_by_the_darkest_voxels(tmp_path):
+    files = {role: (SetVolume(tmp_path / role),) * 2 for role in ("real", "generated")}
+    group, stated = Group("a", files), Group("a", {**files, "generated": (SetVolume(tmp_path, is_range_stated=True),)})
     same = {"real": [(-1.0, 0.9)] * 3, "generated": [(-0.9, 0.5)] * 2}
-    check_ranges("a", same)
+    grey = {**same, "generated": [(0.0, 1.0)] * 2}
+    assert check_ranges(group, same) == []
     with pytest.raises(UserError, match=r"darkest voxels of generated volumes are 0, .*generated_range=\[0,1\]"):
-        check_ranges("a", {**same, "generated": [(0.0, 1.0)] * 2})
+        check_ranges(group, grey)
+    (warning,) = check_ranges(stated, grey)
+    assert "generated volumes have no background" in warning
     with pytest.raises(UserError, match=r"darkest voxels of real volumes .*real_range=\[0,1\]"):
-        check_ranges("a", {**same, "real": [(0.0, 1.0)] * 2})
+        check_ranges(stated, {**same, "real": [(0.0, 1.0)] * 2})
 
 
 def test_only_the_first_few_of_many_refused_files_are_named():
