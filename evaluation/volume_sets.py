@@ -58,8 +58,8 @@ class Grid:
 class SetVolume:
     """One file of a set.
 
-    intensity_range: its lowest and highest value. resample: the grid it is brought to. is_range_stated: whether the range
-    was said for this file, and not assumed.
+    intensity_range: its lowest and highest value. resample: the grid it is brought to. is_range_stated: whether the
+    range was said for this file, and not assumed.
     """
 
     path: Path
