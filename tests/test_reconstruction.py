@@ -144,6 +144,8 @@ def test_what_cannot_be_measured_is_left_out():
     metrics = measure(x, x + 0.01, torch.ones(4), PATCH, None, None)
     assert {name for name, value in metrics.items() if math.isnan(value)} == {"ssim", "ms_ssim", "lpips", "seam_ratio"}
     assert math.isnan(measure(x, torch.zeros_like(x), torch.ones(4), 4, None, None)["seam_ratio"])  # constant
+    smooth = torch.tensor([-1.0, 1.0, -1.0, -1.0]).repeat(3).expand(1, 12, 12, 12)  # no difference at any border of 4
+    assert math.isnan(measure(smooth, x, torch.ones(4), 4, None, None)["seam_ratio"])
     beyond = measure(x, x.sign() * 5, torch.ones(4), 4, None, None)
     assert beyond["l1"] == pytest.approx(measure(x, x.sign(), torch.ones(4), 4, None, None)["l1"])  # clipped
 

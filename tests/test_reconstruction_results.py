@@ -28,7 +28,7 @@ from AutoEncoder.model.lpips import TriplanarLPIPS
 from config.errors import UserError
 from config.script import run_script
 from dataset.volume_io import read_volume
-from evaluation import reconstruction, reconstruction_results
+from evaluation import reconstruction, reconstruction_checks, reconstruction_results
 from evaluation.reconstruction import evaluate, main
 from evaluation.reconstruction_checks import short_names
 from evaluation.reconstruction_metrics import reconstruct
@@ -102,9 +102,9 @@ def test_pictures_show_original_reconstructions_and_differences(finished, data, 
         lambda path, rows, columns: drawn.update({path.name: (rows, columns)}) or save(path, rows, columns=columns),
     )
     shutil.copytree(finished / "cache", tmp_path / "cache")
-    evaluate(config(data, checkpoints, tmp_path, num_pictures=2))
+    evaluate(config(data, checkpoints, tmp_path, num_pictures=1))
     rows, columns = drawn["reconstruction_Head.png"]
-    assert [label for label, _ in rows] == ["scan_0", "scan_1"]
+    assert [label for label, _ in rows] == ["scan_0"]
     assert columns[1::3] == ["original", "stage1", "stage2", "difference of stage1", "difference of stage2"]
     cells = rows[0][1]
     assert [cell.shape for cell in cells] == [(24, 24), (48, 24), (48, 24)] * 5  # z is twice as long as x and y
@@ -162,9 +162,11 @@ def small(tmp_path_factory) -> Path:
     return folder / "data.json"
 
 
-def test_lpips_is_the_mean_over_all_slices(small, checkpoints, weights, tmp_path, calls):
+def test_lpips_is_the_mean_over_all_slices(small, checkpoints, weights, tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(reconstruction_checks, "LPIPS_PIXELS", 5 * 16 * 20)  # several chunks
     evaluate(config(small, checkpoints[:1], tmp_path, lpips="off"))
     assert len(calls) == 4
+    assert [text for text in content_of(tmp_path)["warnings"] if "LPIPS" in text] == ["LPIPS is left out: lpips is off"]
     evaluate(config(small, checkpoints[:1], tmp_path, weights_dir=str(weights)))
     assert len(calls) == 6  # those that are too small need not be measured again
     rows = table(tmp_path)
@@ -182,6 +184,7 @@ def test_lpips_is_the_mean_over_all_slices(small, checkpoints, weights, tmp_path
     text = "\n".join(content["warnings"])
     assert "tiny: LPIPS left out: a volume has a side of 10 voxels, 16 are needed" in text
     assert "tiny: SSIM and MS-SSIM left out: a volume has a side of 10 voxels, 11 are needed" in text
+    assert "tiny: seam_ratio of stage1 leaves out 2 of 2 volumes" in text
     assert "not torchvision's file" in text
     assert {figure["network"] for figure in content["figures"] if figure["metric"] == "lpips"} == {"vgg16"}
 
