@@ -30,11 +30,13 @@ def check_intensity_range(intensity_range: Sequence[float]) -> tuple[float, floa
     return values
 
 
-def to_model_range(data: torch.Tensor, intensity_range: Sequence[float], path: str | Path) -> torch.Tensor:
+def to_model_range(
+    data: torch.Tensor, intensity_range: Sequence[float], path: str | Path, advice: str = RESCALING
+) -> torch.Tensor:
     """Maps `intensity_range` linearly to [-1, 1].
 
     Values that lie outside by no more than 0.1 % of the range are clamped; anything further out is a UserError that
-    names the file, because the scale of such a file is unknown.
+    names the file, because the scale of such a file is unknown, and ends with the `advice`.
     """
     low, high = check_intensity_range(intensity_range)
     found_low, found_high = float(data.min()), float(data.max())
@@ -42,7 +44,7 @@ def to_model_range(data: torch.Tensor, intensity_range: Sequence[float], path: s
     if found_low < low - tolerance or found_high > high + tolerance:
         raise UserError(
             f"{path}: intensities from {found_low:g} to {found_high:g} lie outside the declared range "
-            f"[{low:g}, {high:g}]: {RESCALING.format(found_low=found_low, found_high=found_high, low=low, high=high)}"
+            f"[{low:g}, {high:g}]: {advice.format(found_low=found_low, found_high=found_high, low=low, high=high)}"
         )
     if (low, high) != MODEL_RANGE:
         data = (data - low) * ((MODEL_RANGE[1] - MODEL_RANGE[0]) / (high - low)) + MODEL_RANGE[0]

@@ -5,7 +5,7 @@ Axes of a volume: D = z, H = x, W = y (see dataset/volume_io.py).
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +33,19 @@ def central_slices(volume: Tensor, spacing_mm: Sequence[float] | None = None) ->
         raise UserError(f"a picture needs a volume (D, H, W) or (1, D, H, W), got shape {tuple(volume.shape)}")
     array = volume.detach().to("cpu", torch.float32).numpy()
     depth, height, width = array.shape
-    x, y, z = (1.0, 1.0, 1.0) if spacing_mm is None else spacing_mm
-    return {
-        "axial": _square_pixels(array[depth // 2].T[::-1], y, x),  # (H, W) -> (W, H), rows from the top
-        "coronal": _square_pixels(array[:, :, width // 2][::-1], z, x),
-        "sagittal": _square_pixels(array[:, height // 2, :][::-1], z, y),
+    slices = {
+        "axial": array[depth // 2].T[::-1],  # (H, W) -> (W, H), rows from the top
+        "coronal": array[:, :, width // 2][::-1],
+        "sagittal": array[:, height // 2, :][::-1],
     }
+    return slices if spacing_mm is None else with_square_pixels(slices, spacing_mm)
+
+
+def with_square_pixels(slices: Mapping[str, np.ndarray], spacing_mm: Sequence[float]) -> dict[str, np.ndarray]:
+    """What `central_slices` gives with this spacing (x, y, z) from what it gives without."""
+    x, y, z = spacing_mm
+    extents = {"axial": (y, x), "coronal": (z, x), "sagittal": (z, y)}
+    return {plane: _square_pixels(slices[plane], *extents[plane]) for plane in PLANES}
 
 
 def _square_pixels(picture: np.ndarray, row_mm: float, column_mm: float) -> np.ndarray:

@@ -49,6 +49,7 @@ class Figure:
     group: class of the volumes. metric: its name. value: NaN and infinity are None in JSON. interval: 95 %, by
     bootstrap over volumes. num: volumes by set, e.g. {"real": 100, "generated": 50}. better: "lower", "higher" or
     "real" (the nearer to that of real volumes). network: the features it is measured on. model: the checkpoint.
+    std: standard deviation over volumes, of means.
     """
 
     group: str
@@ -61,6 +62,7 @@ class Figure:
     network: str = ""
     model: str = ""
     floor: Floor | None = None
+    std: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Results:
 
 
 FIGURE_COLUMNS = (
-    *("group", "metric", "network", "model", "value", "low", "high", "unit", "better", "num"),
+    *("group", "metric", "network", "model", "value", "low", "high", "std", "unit", "better", "num"),
     *("floor", "comparable", "floor_num"),
 )
 
@@ -189,7 +191,7 @@ def _csv_row(figure: Figure) -> list[Any]:
     ends = (None, None, None) if floor is None else (floor.value, floor.comparable, floor.num)
     return [
         *(figure.group, figure.metric, figure.network, figure.model),
-        *(figure.value, low, high, figure.unit, figure.better, num, *ends),
+        *(figure.value, low, high, figure.std, figure.unit, figure.better, num, *ends),
     ]
 
 

@@ -25,6 +25,10 @@ from evaluation.volume_record import file_sha256, read_record
 SAME_SPACING = 0.01  # relative difference that rounding and class tables make
 MIN_VOLUMES = 2  # of a set: a covariance, and a pair
 MOST_SHOWN = 5  # files in a message
+OTHER_RANGE = (
+    "if all files have this scale, declare it (real_range=[{found_low:g},{found_high:g}], or generated_range for "
+    "generated ones); otherwise rescale the file to [{low:g}, {high:g}]"
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class SetVolume:
     def read(self) -> torch.Tensor:
         """(1, D, H, W) float32 in [-1, 1]. UserError: as `read_volume`, and values outside `intensity_range`."""
         volume = read_volume(self.path)
-        data = to_model_range(volume.data, self.intensity_range, self.path)
+        data = to_model_range(volume.data, self.intensity_range, self.path, OTHER_RANGE)
         if self.resample is None:
             return data
         # The way that training data are brought to a spacing and size, so that both sets get the same.
