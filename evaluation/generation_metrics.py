@@ -13,7 +13,7 @@ evaluation/report.py makes a page of the results; docs/evaluation.md says what e
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ from evaluation.generation_warnings import (  # noqa: E402
 )
 from evaluation.metrics.reconstruction import num_scales_of  # noqa: E402
 from evaluation.pair_similarity import pair_scores  # noqa: E402
-from evaluation.results import Results, TextTable, make_folder, settings_of, write_csv  # noqa: E402
+from evaluation.results import Results, TextTable, file_names, make_folder, settings_of, write_csv  # noqa: E402
 from evaluation.volume_sets import (  # noqa: E402
     Group,
     check_ranges,
@@ -135,9 +135,9 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
         results.warnings += diversity_warning(group.name, figures[-1])
     if cfg.training:
         add_memorisation(cfg, results, networks, found)
-    for group in groups:
-        sets = found[networks[0].name][group.name]
-        results.pictures += side_by_side(cfg, group.name, sets["real"].volumes, sets["generated"].volumes)
+    if cfg.num_pictures:
+        for (name, sets), stem in _with_file_names(found[networks[0].name]):
+            results.pictures.append(side_by_side(cfg, name, stem, sets["real"].volumes, sets["generated"].volumes))
     return results
 
 
@@ -238,6 +238,13 @@ def _all_classes(results: Results, found: dict[str, dict[str, SetFeatures]]) -> 
     return {ALL: classes}
 
 
+def _with_file_names(
+    found: dict[str, dict[str, SetFeatures]],
+) -> Iterator[tuple[tuple[str, dict[str, SetFeatures]], str]]:
+    """Each class, its sets, and a name for its files."""
+    return zip(found.items(), file_names(list(found)), strict=True)
+
+
 # -------------------------------------------------------------------------------------------------------- memorisation
 
 
@@ -252,14 +259,15 @@ def add_memorisation(
     for network in networks:
         if tuple(network.planes) != (VOLUME,):
             continue
-        for name, sets in found[network.name].items():
+        for (name, sets), stem in _with_file_names(found[network.name]):
             real, generated, training = (sets[role].planes[VOLUME][:, 0] for role in ("real", "generated", "training"))
             memory = memorisation_of(real, generated, training)
             figures = memorisation_figures(name, network.name, memory, len(training), _sampling(cfg))
             results.figures += figures
             results.warnings += memorisation_warnings(name, network.name, memory, figures)
             rows += _nearest_rows(name, network.name, sets, memory)
-            results.pictures.append(nearest_picture(cfg, name, network.name, sets, memory))
+            if cfg.num_pictures:
+                results.pictures.append(nearest_picture(cfg, name, stem, network.name, sets, memory))
     write_csv(Path(cfg.output_dir) / "memorisation.csv", MEMORISATION_COLUMNS, rows)
     closest = sorted(rows, key=lambda row: row[4] / row[5] if row[5] else row[4])[:CLOSEST]
     results.tables.append(TextTable("Closest pairs (all: memorisation.csv)", MEMORISATION_COLUMNS, closest))

@@ -1,6 +1,6 @@
 """Slices of generated volumes beside real ones, and beside the training volumes that are nearest to them."""
 
-import re
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,21 +16,19 @@ from evaluation.volume_sets import SetVolume
 
 
 def side_by_side(
-    cfg: DictConfig, name: str, real: Sequence[SetVolume], generated: Sequence[SetVolume]
-) -> list[Picture]:
-    """Central slices in three planes, a real volume beside a generated one in each row."""
+    cfg: DictConfig, name: str, stem: str, real: Sequence[SetVolume], generated: Sequence[SetVolume]
+) -> Picture:
+    """Central slices in three planes, a real volume beside a generated one in each row. stem: `name` for a file."""
     count = min(cfg.num_pictures, len(real), len(generated))
-    if count == 0:
-        return []
     rows = [(f"{i + 1}", [*_slices(real[i]), *_slices(generated[i])]) for i in range(count)]
-    return [_save_pairs(cfg, f"real_generated_{name}", rows, ("real", "generated"), f"{name}: real beside generated")]
+    return _save_pairs(cfg, f"real_generated_{stem}", rows, ("real", "generated"), f"{name}: real beside generated")
 
 
 def nearest_picture(
-    cfg: DictConfig, name: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation
+    cfg: DictConfig, name: str, stem: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation
 ) -> Picture:
-    """The generated volumes that are nearest to a training volume, beside it."""
-    closest = memory.generated.argsort()[: min(len(memory.generated), max(1, cfg.num_pictures))].tolist()
+    """The generated volumes that are nearest to a training volume, beside it. stem: `name` for a file."""
+    closest = memory.generated.argsort()[: cfg.num_pictures].tolist()
     usual = memory.held_out.median().item()
     rows = []
     for i in closest:
@@ -41,22 +39,18 @@ def nearest_picture(
         f"{name}: the generated volumes that are nearest to a training volume (on {network}), beside it; in front "
         "their distance over the median one of held-out real volumes"
     )
-    return _save_pairs(cfg, f"nearest_{name}_{network}", rows, ("generated", "training"), caption)
+    return _save_pairs(cfg, f"nearest_{stem}_{network}", rows, ("generated", "training"), caption)
 
 
 def _slices(volume: SetVolume) -> list[np.ndarray]:
     spacing = read_header(volume.path).spacing_mm if volume.resample is None else volume.resample.spacing_mm
-    pictures = central_slices(volume.read(), spacing)
+    has_size = all(0 < length < math.inf for length in spacing)
+    pictures = central_slices(volume.read(), spacing if has_size else None)
     return [pictures[plane] for plane in PLANES]
 
 
 def _save_pairs(cfg: DictConfig, stem: str, rows: Sequence, roles: tuple[str, str], caption: str) -> Picture:
     columns = [f"{role}: {plane}" if i == 0 else plane for role in roles for i, plane in enumerate(PLANES)]
-    file = f"{PICTURES_FOLDER}/{safe_name(stem)}.png"
+    file = f"{PICTURES_FOLDER}/{stem}.png"
     save_slice_grid(Path(cfg.output_dir) / file, rows, columns=columns)
     return Picture(file, caption)
-
-
-def safe_name(text: str) -> str:
-    """A file name of letters, digits, dots and dashes, different for different texts unless these differ in others."""
-    return re.sub(r"[^\w.-]+", "_", text)

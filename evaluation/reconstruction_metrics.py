@@ -32,8 +32,12 @@ _CODES = "of the codes that hold voxels of a volume, without those of padding al
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is to be read. network: the features it is measured on. definition: one sentence."""
+    """How a metric is to be read: its title in results, what is better, one sentence of definition.
 
+    network: the features it is measured on.
+    """
+
+    title: str
     better: str
     definition: str
     unit: str = ""
@@ -41,30 +45,40 @@ class Metric:
 
 
 VOLUME_METRICS = {
-    "psnr": Metric("higher", f"peak signal-to-noise ratio over all voxels; {_BOTH}", "dB"),
-    "psnr_foreground": Metric("higher", f"peak signal-to-noise ratio {_FOREGROUND}; {_BOTH}", "dB"),
-    "l1": Metric("lower", f"mean absolute difference over all voxels; {_BOTH}"),
-    "l1_foreground": Metric("lower", f"mean absolute difference {_FOREGROUND}; {_BOTH}"),
+    "psnr": Metric("PSNR", "higher", f"peak signal-to-noise ratio over all voxels; {_BOTH}", "dB"),
+    "psnr_foreground": Metric("PSNR, foreground", "higher", f"peak signal-to-noise ratio {_FOREGROUND}; {_BOTH}", "dB"),
+    "l1": Metric("L1", "lower", f"mean absolute difference over all voxels; {_BOTH}"),
+    "l1_foreground": Metric("L1, foreground", "lower", f"mean absolute difference {_FOREGROUND}; {_BOTH}"),
     "ssim": Metric(
-        "higher", f"structural similarity in 3D, Gaussian windows of 11³ voxels, standard deviation 1.5; {_BOTH}"
+        "SSIM",
+        "higher",
+        f"structural similarity in 3D, Gaussian windows of 11³ voxels, standard deviation 1.5; {_BOTH}",
     ),
-    "ms_ssim": Metric("higher", f"multi-scale structural similarity in 3D, windows as of ssim; {_BOTH}"),
+    "ms_ssim": Metric("MS-SSIM", "higher", f"multi-scale structural similarity in 3D, windows as of SSIM; {_BOTH}"),
     "lpips": Metric(
+        "LPIPS",
         "lower",
         "LPIPS v0.1 on VGG-16, mean over all slices of a plane, then over the axial, coronal and sagittal plane; "
         f"{_BOTH}",
         network="vgg16",
     ),
     "seam_ratio": Metric(
+        "seam index ratio",
         "real",
         "mean difference of neighbouring voxels across the borders of the autoencoder's patches over that of all "
         "other neighbours, of the reconstruction divided by that of the volume; 1: no seams",
     ),
-    "volume_perplexity": Metric("higher", f"perplexity {_CODES}, each volume by itself", "codes"),
+    "volume_perplexity": Metric(
+        "perplexity of a volume", "higher", f"perplexity {_CODES}, each volume by itself", "codes"
+    ),
 }
 GROUP_METRICS = {
-    "codebook_usage": Metric("higher", f"share of the codebook's vectors that occur {_CODES}, all volumes together"),
-    "codebook_perplexity": Metric("higher", f"perplexity {_CODES}, all volumes together", "codes"),
+    "codebook_usage": Metric(
+        "codebook usage", "higher", f"share of the codebook's vectors that occur {_CODES}, all volumes together"
+    ),
+    "codebook_perplexity": Metric(
+        "codebook perplexity", "higher", f"perplexity {_CODES}, all volumes together", "codes"
+    ),
 }
 METRICS = VOLUME_METRICS | GROUP_METRICS
 
@@ -140,9 +154,10 @@ def summarise(
         for model, of_model, is_there in rows:
             kept = of_model[is_there]
             if name == "seam_ratio" and model in results and len(kept) < len(of_model):
+                left_out = f"{len(of_model) - len(kept)} of {len(of_model)} volumes"
                 notes.append(
-                    f"{group}: {name} of {model} leaves out {len(of_model) - len(kept)} of {len(of_model)} volumes: no "
-                    "larger than a patch, or constant but at borders"
+                    f"{group}: {METRICS[name].title} of {model} leaves out {left_out}: no larger than a patch, or "
+                    "constant but at borders"
                 )
             if len(kept):
                 figures.append(_figure(group, name, model, _Mean(kept), kept, num_resamples, seed))
@@ -216,5 +231,6 @@ def _figure(
         std = None if isinstance(volumes, int) else volumes.std().item()
     metric = METRICS[name]
     return Figure(
-        *(group, name, value, interval, {"volumes": count}, metric.better, metric.unit, metric.network, model), std=std
+        *(group, metric.title, value, interval, {"volumes": count}, metric.better, metric.unit, metric.network, model),
+        std=std,
     )

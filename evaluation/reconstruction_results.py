@@ -1,7 +1,6 @@
 """What an evaluation of autoencoders found, as files: tables, pictures, warnings."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -16,7 +15,7 @@ from evaluation.metrics.reconstruction import WINDOW_EDGE
 from evaluation.reconstruction_checks import ROLE, Checkpoint, Plan
 from evaluation.reconstruction_metrics import METRICS, VOLUME_METRICS, summarise
 from evaluation.result_cache import Arrays
-from evaluation.results import PICTURES_FOLDER, Picture, Results, TextTable, settings_of, write_csv
+from evaluation.results import PICTURES_FOLDER, Picture, Results, TextTable, file_names, settings_of, write_csv
 from evaluation.volume_sets import Group
 from train.logger import get_logger
 
@@ -73,10 +72,11 @@ def size_warnings(plan: Plan, groups: Sequence[Group]) -> list[str]:
 
 def definitions(names: set[str], scales: Mapping[str, int | None]) -> dict[str, str]:
     """What the metrics with figures are here."""
-    found = {name: metric.definition for name, metric in METRICS.items() if name in names}
-    if "ms_ssim" in found:
+    found = {metric.title: metric.definition for metric in METRICS.values() if metric.title in names}
+    title = METRICS["ms_ssim"].title
+    if title in found:
         shown = ", ".join(f"{group} {count}" for group, count in scales.items() if count is not None)
-        found["ms_ssim"] += f"; scales, as the smallest volume of a class allows: {shown}"
+        found[title] += f"; scales, as the smallest volume of a class allows: {shown}"
     return found
 
 
@@ -133,15 +133,3 @@ def _cells(slices: Mapping[str, np.ndarray], spacing_mm: Sequence[float]) -> lis
 def _differences(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Absolute differences of slices, scaled so that the grey values of [-1, 1] show them."""
     return [2 * np.abs(x - y) / DIFFERENCE_SHOWN - 1 for x, y in zip(a, b, strict=True)]
-
-
-def file_names(groups: Sequence[str]) -> list[str]:
-    """A name for the file of each group, however it is called; different ones for all."""
-    names: list[str] = []
-    for group in groups:
-        name = base = re.sub(r"[^\w-]+", "_", group)[:50] or "_"
-        number = 2
-        while name.casefold() in [other.casefold() for other in names]:
-            name, number = f"{base}_{number}", number + 1
-        names.append(name)
-    return names

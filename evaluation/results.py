@@ -9,6 +9,7 @@ import io
 import json
 import math
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -177,6 +178,18 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"output_dir: {folder} can't be written to ({error.strerror}): choose another") from error
+
+
+def file_names(groups: Sequence[str]) -> list[str]:
+    """A name for the file of each group, however it is called; different ones for all."""
+    names: list[str] = []
+    for group in groups:
+        name = base = re.sub(r"[^\w-]+", "_", group)[:50] or "_"
+        number = 2
+        while name.casefold() in [other.casefold() for other in names]:
+            name, number = f"{base}_{number}", number + 1
+        names.append(name)
+    return names
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:

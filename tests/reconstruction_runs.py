@@ -11,7 +11,10 @@ from config.loading import load_config
 from config.schema import ReconstructionConfig
 from dataset.geometry import affine_from_spacing
 from dataset.volume_io import write_volume
+from evaluation.reconstruction_metrics import METRICS
 from train.checkpoints import load_checkpoint, save_checkpoint
+
+NAMES = {metric.title: name for name, metric in METRICS.items()}  # title in results -> name in the table of volumes
 
 PATCH = 16  # of the tiny autoencoders
 SIZES = {"Chest": [(32, 24, 24), (24, 16, 32)], "Head": [(24, 24, 24)] * 2}  # (D, H, W)
@@ -71,8 +74,9 @@ def content_of(folder: Path) -> dict:
 
 
 def figures(folder: Path) -> dict[tuple[str, str, str], dict]:
+    """By (group, name of the metric in the table of volumes, model)."""
     found = content_of(folder)["figures"]
-    return {(figure["group"], figure["metric"], figure["model"]): figure for figure in found}
+    return {(figure["group"], NAMES[figure["metric"]], figure["model"]): figure for figure in found}
 
 
 def table(folder: Path) -> list[dict[str, str]]:

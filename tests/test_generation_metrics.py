@@ -20,7 +20,6 @@ from dataset.volume_io import read_volume, write_volume
 from evaluation import feature_extraction, pair_similarity
 from evaluation.feature_networks import build_networks
 from evaluation.generation_metrics import main
-from evaluation.generation_pictures import safe_name
 from evaluation.metrics.distances import frechet_distance
 from evaluation.metrics.reconstruction import ms_ssim
 from evaluation.results import read_results
@@ -336,5 +335,7 @@ def test_sizes_are_resampled_when_asked_for(sets):
     assert results["figures"][0]["num"] == {"real": 8, "generated": 6}
 
 
-def test_names_of_pictures_are_those_of_files():
-    assert safe_name("real_<b>$x/../y z") == "real__b_x_.._y_z"
+def test_without_pictures(sets):
+    results = run(sets, "--training", sets / "training", "--num-pictures", "0")
+    assert results["pictures"] == []
+    assert not (sets / "out" / "pictures").exists()

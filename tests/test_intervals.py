@@ -41,6 +41,25 @@ def test_resamples_are_independent_draws_with_replacement_of_every_set():
     assert different == pytest.approx(1 - (1 - 1 / 50) ** 50, abs=0.01)
 
 
+def test_resamples_of_large_sets_are_smaller_and_their_spread_is_scaled():
+    numbers = torch.randn(900, generator=torch.Generator().manual_seed(2)).double()
+    sizes = []
+
+    def mean(i: torch.Tensor, j: torch.Tensor) -> float:
+        sizes.append((len(i), len(j)))
+        return numbers[i].mean().item()
+
+    widths = {}
+    for largest in (900, 100):
+        sizes.clear()
+        lower, upper = bootstrap_interval(mean, [900, 450], num_resamples=1000, largest=largest)
+        assert lower < numbers.mean() < upper
+        assert sizes[0] == (900, 450)
+        assert set(sizes[1:]) == {(largest, largest // 2)}
+        widths[largest] = upper - lower
+    assert widths[100] == pytest.approx(widths[900], rel=0.1)
+
+
 def test_repeated_volumes_do_not_move_the_interval():
     """The share of different volumes is 1 for all of them and about 0.64 in resamples."""
     lower, upper = bootstrap_interval(lambda i: len(i.unique()) / 30, [30])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reconstruction_runs import (
+    NAMES,
     NUM_SCALES,
     NUM_VOLUMES,
     PATCH,
@@ -158,14 +159,14 @@ def arrays(psnr_value: float, seam: float = 1.0) -> dict[str, np.ndarray]:
 def test_a_volume_reproduced_exactly_has_no_interval():
     results = {"A": [arrays(math.inf), arrays(30, seam=math.nan)], "B": [arrays(math.inf), arrays(32)]}
     found, notes = summarise("Chest", results, 20, 0)
-    by_name = {(figure.metric, figure.model): figure for figure in found}
+    by_name = {(NAMES[figure.metric], figure.model): figure for figure in found}
     infinite, difference = by_name["psnr", "A"], by_name["psnr", "B minus A"]
     assert (infinite.value, infinite.interval, infinite.std) == (math.inf, None, None)
     assert math.isnan(difference.value)
     assert difference.interval is None
     assert [by_name["seam_ratio", model].num["volumes"] for model in ("A", "B", "B minus A")] == [1, 2, 1]
     assert notes == [
-        "Chest: seam_ratio of A leaves out 1 of 2 volumes: no larger than a patch, or constant but at borders"
+        "Chest: seam index ratio of A leaves out 1 of 2 volumes: no larger than a patch, or constant but at borders"
     ]
     assert not [name for name, _ in by_name if name == "lpips"]
 
@@ -179,7 +180,7 @@ def test_use_of_the_codebook_is_that_of_a_resample_together():
         model: [arrays(30) | {COUNTS: of_volume.numpy()} for of_volume in of_model]
         for model, of_model in counts.items()
     }
-    found = {(figure.metric, figure.model): figure for figure in summarise("Chest", results, 20, 3)[0]}
+    found = {(NAMES[figure.metric], figure.model): figure for figure in summarise("Chest", results, 20, 3)[0]}
     for name, function in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
 
         def difference(chosen, function=function):

@@ -32,7 +32,7 @@ from evaluation import reconstruction, reconstruction_checks, reconstruction_res
 from evaluation.reconstruction import evaluate, main
 from evaluation.reconstruction_checks import short_names
 from evaluation.reconstruction_metrics import reconstruct
-from evaluation.reconstruction_results import file_names
+from evaluation.results import file_names
 from train.checkpoints import build_autoencoder, load_autoencoder, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -78,10 +78,10 @@ def test_results_say_what_they_are(checkpoints, finished):
     assert [one["name"] for one in content["settings"]["checkpoints"]] == ["stage1", "stage2"]
     assert [row[1] for row in content["tables"][0]["rows"]] == checkpoints
     assert {figure["metric"] for figure in content["figures"]} == content["definitions"].keys()
-    assert "lpips" not in content["definitions"]
+    assert "LPIPS" not in content["definitions"]
     for text in ("clipped", "data range 2", "Chest 1, Head 2"):
-        assert text in content["definitions"]["ms_ssim"]
-    assert "above the background" in content["definitions"]["l1_foreground"]
+        assert text in content["definitions"]["MS-SSIM"]
+    assert "above the background" in content["definitions"]["L1, foreground"]
     few = [text for text in content["warnings"] if "few" in text]
     assert [text[:16] for text in few] == ["Chest: 2 volumes", "Head: 2 volumes "]
     with (finished / "reconstruction.csv").open() as file:
@@ -184,9 +184,9 @@ def test_lpips_is_the_mean_over_all_slices(small, checkpoints, weights, tmp_path
     text = "\n".join(content["warnings"])
     assert "tiny: LPIPS left out: a volume has a side of 10 voxels, 16 are needed" in text
     assert "tiny: SSIM and MS-SSIM left out: a volume has a side of 10 voxels, 11 are needed" in text
-    assert "tiny: seam_ratio of stage1 leaves out 2 of 2 volumes" in text
+    assert "tiny: seam index ratio of stage1 leaves out 2 of 2 volumes" in text
     assert "not torchvision's file" in text
-    assert {figure["network"] for figure in content["figures"] if figure["metric"] == "lpips"} == {"vgg16"}
+    assert {figure["network"] for figure in content["figures"] if figure["metric"] == "LPIPS"} == {"vgg16"}
 
 
 def test_lpips_without_its_weights(data, checkpoints, finished, weights, tmp_path, monkeypatch):

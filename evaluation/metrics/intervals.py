@@ -17,6 +17,7 @@ def bootstrap_interval(
     num_resamples: int = 200,
     seed: int = 0,
     confidence: float = 0.95,
+    largest: int = 1000,
 ) -> tuple[float, float]:
     """Confidence interval around a statistic of all volumes, from resamples of the volumes with replacement.
 
@@ -29,6 +30,9 @@ def bootstrap_interval(
         are resampled independently; one set is what volumes that belong in pairs take.
     sizes: number of volumes of each set.
     num_resamples, confidence: the bounds are the percentiles 100·(1 ± confidence) / 2 of that many resamples.
+    largest: volumes of a set in a resample. Of larger sets, resamples are as many times smaller as this says, and their
+        spread is scaled by the square root of that ("m out of n", Bickel et al., Statistica Sinica 7, 1997): 10,000
+        volumes need no 200 times the work of the value itself.
     seed: the same one gives the same resamples; torch's own random state is neither used nor changed.
     Returns the lower and the upper bound.
     Raises UserError for a set below 2 volumes, fewer than 2 resamples, a confidence outside (0, 1), and a statistic
@@ -45,9 +49,11 @@ def bootstrap_interval(
         raise UserError(f"an interval needs a finite statistic, got {value} for all volumes")
 
     generator = torch.Generator().manual_seed(seed)
+    share = min(1.0, largest / max(sizes))
+    drawn = [max(2, round(share * size)) for size in sizes]
     resamples = np.array(
         [
-            statistic(*(torch.randint(size, (size,), generator=generator) for size in sizes))
+            statistic(*(torch.randint(size, (n,), generator=generator) for size, n in zip(sizes, drawn, strict=True)))
             for _ in range(num_resamples)
         ],
         dtype=np.float64,
@@ -61,7 +67,7 @@ def bootstrap_interval(
     # The usual percentiles lie between the resamples and are too narrow where these are few (94 % of 200 for 95 %).
     # Weibull's, p·(n + 1), hold one more resample with the probability asked for.
     bounds = np.quantile(resamples, [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull")
-    lower, upper = (bounds + (value - resamples.mean())).tolist()
+    lower, upper = (value + math.sqrt(share) * (bounds - resamples.mean())).tolist()
     return lower, upper
 
 
