@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet50
 
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER
 from config.errors import UserError
@@ -265,6 +264,8 @@ def load_resnet50(path: Path) -> nn.Module:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: no dictionary of weights: it is not the file of a ResNet-50")
     state = {_torchvision_name(name): value for name, value in state.items()}
+    from torchvision.models import resnet50  # here, since importing it takes as long as all the rest
+
     net = resnet50(weights=None)
     net.fc = nn.Identity()
     expected = net.state_dict()

@@ -3,10 +3,27 @@
 import pytest
 from omegaconf import DictConfig
 
-from config.cli import BIFLOWNET_FLAGS, GENERATION_FLAGS, LATENT_FLAGS, Flag, parse_command_line
+from config.cli import (
+    BIFLOWNET_FLAGS,
+    GENERATION_FLAGS,
+    GENERATION_METRICS_FLAGS,
+    LATENT_FLAGS,
+    RECONSTRUCTION_FLAGS,
+    VALIDITY_FLAGS,
+    Flag,
+    parse_command_line,
+)
 from config.errors import UserError
 from config.loading import load_config
-from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig
+from config.schema import (
+    AutoencoderConfig,
+    BiFlowNetConfig,
+    GenerationConfig,
+    GenerationMetricsConfig,
+    LatentConfig,
+    ReconstructionConfig,
+    ValidityConfig,
+)
 from config.script import run_script
 
 BIFLOWNET_COMMAND = (
@@ -115,6 +132,9 @@ def test_bad_command_lines(line, message, capsys):
         (LatentConfig, LATENT_FLAGS),
         (BiFlowNetConfig, BIFLOWNET_FLAGS),
         (GenerationConfig, GENERATION_FLAGS),
+        (ReconstructionConfig, RECONSTRUCTION_FLAGS),
+        (GenerationMetricsConfig, GENERATION_METRICS_FLAGS),
+        (ValidityConfig, VALIDITY_FLAGS),
     ],
 )
 def test_help_shows_every_key(schema, flags, capsys):
@@ -134,6 +154,9 @@ def test_every_flag_is_a_key():
         (LatentConfig, LATENT_FLAGS),
         (BiFlowNetConfig, BIFLOWNET_FLAGS),
         (GenerationConfig, GENERATION_FLAGS),
+        (ReconstructionConfig, RECONSTRUCTION_FLAGS),
+        (GenerationMetricsConfig, GENERATION_METRICS_FLAGS),
+        (ValidityConfig, VALIDITY_FLAGS),
     ]:
         assert {flag.target for flag in flags} <= set(load_config(schema, None))
     assert Flag("--a-b", key="c").target == "c"
