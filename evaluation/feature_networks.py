@@ -56,6 +56,11 @@ class FeatureNetwork(nn.Module):
     def is_random(self) -> bool:
         return self.name.startswith("random")
 
+    @property
+    def takes_volumes(self) -> bool:
+        """Whether it sees whole volumes, not slices."""
+        return tuple(self.planes) == (VOLUME,)
+
 
 class VolumeFeatures(FeatureNetwork):
     """Features of whole volumes: the mean of a network's last maps over all voxels ("global average pool").

@@ -168,7 +168,7 @@ def extract_group(
     """The features of each set of a group that the network is needed for; memorisation goes by whole volumes alone."""
     found = {}
     for role, volumes in group.sets.items():
-        if role == "training" and tuple(network.planes) != (VOLUME,):
+        if role == "training" and not network.takes_volumes:
             continue
         found[role] = extract(
             network,
@@ -181,10 +181,6 @@ def extract_group(
             exclude=cfg.exclude_unreadable,
         )
     return found
-
-
-def _cache_dir(cfg: DictConfig) -> Path:
-    return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
 
 
 def _sampling(cfg: DictConfig) -> Sampling:
@@ -203,11 +199,12 @@ def add_distances(
     if len(found) > 1:
         sets |= _all_classes(results, found)
     for name, classes in sets.items():
+        get_logger().info("figures of %s on %s", name, network.name)
         real, generated = (_joined(classes, role) for role in ("real", "generated"))
         strata = Strata(*(tuple(len(of[role]) for of in classes) for role in ("real", "generated")))
         results.figures += distance_figures(name, network.name, real, generated, strata, sampling)
         results.warnings += distance_warnings(name, network.name, real, generated)
-        if tuple(network.planes) != (VOLUME,):
+        if not network.takes_volumes:
             continue
         x, y = real[VOLUME][:, 0], generated[VOLUME][:, 0]  # (N, F), (M, F)
         if min(len(x), len(y)) > cfg.neighbours:
@@ -257,7 +254,7 @@ def add_memorisation(
     """Figures, memorisation.csv, and the closest pairs as table and picture."""
     rows = []
     for network in networks:
-        if tuple(network.planes) != (VOLUME,):
+        if not network.takes_volumes:
             continue
         for (name, sets), stem in _with_file_names(found[network.name]):
             real, generated, training = (sets[role].planes[VOLUME][:, 0] for role in ("real", "generated", "training"))

@@ -114,7 +114,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
             sets = degraded_sets(cfg, network, autoencoder, group, others.get(group.name), place)
             if place.is_main:
                 checks += add_distances(cfg, results, group.name, network, sets)
-                if tuple(network.planes) == (VOLUME,):
+                if network.takes_volumes:
                     checks += memorisation_checks(cfg, group.name, network.name, sets["real"].planes[VOLUME][:, 0])
         honest = pair_scores(cfg, real, f"real volumes of {group.name}", place)
         collapsed = pair_scores(cfg, [real[0]] * len(real), f"one volume of {group.name}", place)

@@ -146,6 +146,8 @@ def group_volumes(
         sets["generated"] = [_with_range(path, generated_range) for path in volumes]
         if training_files is not None:
             sets["training"] = [SetVolume(path, real_range) for path in training_files[name]]
+        if title in [group.name for group in groups]:
+            title = f"{title} ({name})"
         group = Group(title or name or Path(real).name, {role: tuple(of_role) for role, of_role in sets.items()})
         _check_group(group)
         groups.append(group)

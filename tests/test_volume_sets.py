@@ -55,6 +55,15 @@ def test_generated_volumes_go_to_the_class_that_their_record_says(tmp_path):
         assert notes == []
 
 
+def test_two_classes_of_one_name_stay_apart(tmp_path):
+    folders = {str(i): write_set(tmp_path / f"real{i}", [2 * i, 2 * i + 1]) for i in range(2)}
+    made = write_set(tmp_path / "made", range(10, 14))
+    for i, path in enumerate(sorted(made.glob("*.nii.gz"))):
+        write_record(path, i % 2, "CT")
+    groups, _ = groups_of(write_json(tmp_path / "d.json", **folders), made)
+    assert [group.name for group in groups] == ["CT", "CT (1)"]
+
+
 def test_classes_on_one_side_only_are_left_out_with_a_note(tmp_path):
     folders = {name: write_set(tmp_path / name, seeds) for name, seeds in (("a", [0, 1]), ("b", [2, 3]), ("c", [4, 5]))}
     real = write_json(tmp_path / "real.json", a=folders["a"], b=folders["b"])
