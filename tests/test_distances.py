@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from monai.metrics import FIDMetric
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
@@ -255,3 +256,11 @@ def test_nearest_class_mean_takes_the_smallest_of_equally_near_classes():
 def test_nearest_class_mean_refuses_other_label_counts():
     with pytest.raises(UserError, match="3 feature vectors need as many labels"):
         nearest_class_mean(features(3), torch.tensor([0, 1]), features(2))
+
+
+@pytest.mark.parametrize(("count", "width"), [(50, 8), (16, 64)])
+def test_frechet_distance_is_that_of_monai(count, width):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
+    expected = FIDMetric()(x, 1.1 * y + 0.3).item()
+    assert frechet_distance(x, 1.1 * y + 0.3) == pytest.approx(expected, rel=1e-6)
