@@ -9,8 +9,10 @@ from evaluation.results import Figure, TextTable
 
 MISSING = "–"
 ARROWS = {"lower": "↓ lower", "higher": "↑ higher", "real": "≈ like real"}
-RANDOM = "random features, not comparable with published numbers"
+RANDOM = "random features"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+RANDOM_NOTE = "Distances on random features can't be compared with published ones."
+DEVIATION_NOTE = "±: standard deviation over volumes."
 INTERVAL_NOTE = "In brackets: 95 % interval, by bootstrap over volumes."
 FLOOR_NOTE = (
     "A distance depends on the number of volumes: at the same number N, compare this set with real against real, "
@@ -52,7 +54,10 @@ def figure_table(figures: Sequence[Figure]) -> str:
     has_network = any(figure.network for figure in figures)
     has_floor = any(figure.floor for figure in figures)
     has_interval = any(figure.interval for figure in figures)
-    notes = [INTERVAL_NOTE] * has_interval + [FLOOR_NOTE] * has_floor
+    has_deviation = any(figure.std is not None for figure in figures)
+    has_random = any(_is_random(figure.network) for figure in figures)
+    notes = [DEVIATION_NOTE] * has_deviation + [INTERVAL_NOTE] * has_interval + [FLOOR_NOTE] * has_floor
+    notes += [RANDOM_NOTE] * has_random
     note = f'<p class="note">{" ".join(notes)}</p>\n' if notes else ""
     bodies = []
     for rows in _by_metric(figures):
@@ -139,8 +144,12 @@ def _cells(row: Row, models: Sequence[str], has_network: bool, has_floor: bool) 
 
 
 def _network(name: str) -> str:
-    mark = f' <strong class="random">{RANDOM}</strong>' if name.lower().startswith("random") else ""
+    mark = f' <strong class="random">{RANDOM}</strong>' if _is_random(name) else ""
     return escape(name) + mark
+
+
+def _is_random(network: str) -> bool:
+    return network.lower().startswith("random")
 
 
 def _value_cell(figure: Figure | None) -> str:
@@ -149,7 +158,8 @@ def _value_cell(figure: Figure | None) -> str:
         return "<td></td>"
     ends = "" if figure.interval is None else f"[{', '.join(map(number, figure.interval))}]"
     interval = f' <span class="interval">{ends}</span>' if ends else ""
-    return f'<td class="num"><span class="value">{number(figure.value)}</span>{interval}</td>'
+    deviation = "" if figure.std is None else f' <span class="std">± {number(figure.std)}</span>'
+    return f'<td class="num"><span class="value">{number(figure.value)}</span>{deviation}{interval}</td>'
 
 
 def _num_cell(value: float | None) -> str:
