@@ -202,6 +202,9 @@ def test_auto_takes_every_file_that_is_there_and_random_ones_for_the_rest(tmp_pa
     assert [net.name for net in networks] == ["imagenet_resnet50", "radimagenet_resnet50", "random_3d"]
     with torch.inference_mode():
         assert networks[0](volumes)["coronal"].shape == (2, 2, 2048)
+    assert networks[0].mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert networks[0].std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert networks[1].mean.flatten().tolist() == networks[1].std.flatten().tolist() == [0.5] * 3
     digest = hashlib.sha256((tmp_path / "ResNet50.pt").read_bytes()).hexdigest()
     assert networks[1].settings["weights_sha256"] == digest
 

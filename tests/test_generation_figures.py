@@ -23,8 +23,10 @@ from evaluation.generation_warnings import (
     memorisation_warnings,
 )
 from evaluation.metrics.distances import frechet_distance, median_bandwidth, mmd_rbf
+from evaluation.metrics.intervals import bootstrap_interval
 from evaluation.metrics.manifolds import precision_recall_density_coverage
 from evaluation.pair_similarity import PairScores, choose_pairs
+from evaluation.results import Figure
 
 SAMPLING = Sampling(num_resamples=40, num_halvings=3, seed=0)
 
@@ -93,6 +95,24 @@ def test_halvings_keep_the_classes():
         assert not set(a.tolist()) & set(b.tolist())
         assert len(set(part.tolist())) == len(a) == len(b) == 4
         assert [sum((low <= x) & (x < high) for x in part) for low, high in ((0, 2), (2, 7), (7, 16))] == [2, 0, 2]
+
+
+@pytest.mark.parametrize("planes", [["volume"], ["axial", "coronal"]])
+def test_floors_are_means_over_halvings(planes):
+    """Of four volumes there are few halvings, so that the same indices come again for other sets."""
+    real = {plane: features(4, seed=i, slices=3) for i, plane in enumerate(planes)}
+    generated = {plane: features(4, 1.0, seed=5 + i, slices=3) for i, plane in enumerate(planes)}
+    sampling = Sampling(num_resamples=20, num_halvings=30, seed=1)
+    strata = Strata((4,), (4,))
+    figure = distance_figures("CT", "net", real, generated, strata, sampling)[0]
+
+    def distance(x, a, y, b):
+        return fmean(frechet_distance(x[p][a].flatten(0, 1), y[p][b].flatten(0, 1)) for p in planes)
+
+    drawn = list(_halvings(strata, sampling))
+    assert figure.floor.value == pytest.approx(fmean(distance(real, a, real, b) for a, b, _ in drawn))
+    assert figure.floor.comparable == pytest.approx(fmean(distance(real, b, generated, part) for _, b, part in drawn))
+    assert figure.floor.num == 2
 
 
 def test_resamples_keep_the_classes():
@@ -164,6 +184,21 @@ def test_intervals_of_pairs_are_over_volumes():
     assert figure.interval[1] - figure.interval[0] > 4 * 0.433 / 28**0.5  # the width if pairs were independent
 
 
+def test_a_resample_of_pairs_has_the_pairs_of_its_volumes():
+    """Every pair of two different volumes that are in it, as often as they are."""
+    found = scores_of(5, 0.5, 0.3)
+    table = torch.zeros(5, 5, dtype=torch.float64)
+    table[found.pairs[:, 0], found.pairs[:, 1]] = found.scores
+    table += table.T.clone()
+
+    def mean_of_pairs(chosen: torch.Tensor) -> float:
+        pairs = [(i, j) for n, i in enumerate(chosen.tolist()) for j in chosen.tolist()[:n] if i != j]
+        return fmean(table[i, j].item() for i, j in pairs)
+
+    expected = bootstrap_interval(mean_of_pairs, [5], num_resamples=40)
+    assert diversity_figures("CT", found, found, SAMPLING)[0].interval == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("count", "num", "expected"), [(4, 10, 6), (4, 6, 6), (30, 20, 20), (2, 5, 1)])
 def test_pairs_are_different_ones(count, num, expected):
     pairs = choose_pairs(count, num, 0)
@@ -208,9 +243,33 @@ def test_copies_and_what_lies_too_near_are_noticed():
     assert len(warnings_of(torch.zeros(5), usual)) == 2
 
 
+def figure(value: float, *interval: float) -> Figure:
+    return Figure("CT", "x", value, interval, {}, "real")
+
+
+@pytest.mark.parametrize(
+    ("gap", "num_warnings"), [(figure(0.2, 0.06, 0.3), 1), (figure(0.2, 0.04, 0.3), 0), (figure(-0.2, -0.3, -0.1), 0)]
+)
+def test_a_gap_is_warned_of_where_its_interval_says_so(gap, num_warnings):
+    assert len(diversity_warning("CT", gap)) == num_warnings
+
+
+@pytest.mark.parametrize(
+    ("nearer", "ratio", "num_warnings"),
+    [
+        (figure(0.7, 0.6, 0.8), figure(0.8, 0.7, 0.9), 1),
+        (figure(0.7, 0.4, 0.8), figure(0.8, 0.7, 0.9), 0),
+        (figure(0.7, 0.6, 0.8), figure(0.8, 0.7, 1.1), 0),
+    ],
+)
+def test_nearness_is_warned_of_where_both_intervals_say_so(nearer, ratio, num_warnings):
+    found = Memorisation(torch.ones(5), torch.ones(5), torch.zeros(5, dtype=torch.long))
+    assert len(memorisation_warnings("CT", "net", found, [nearer, ratio])) == num_warnings
+
+
 def test_held_out_volumes_that_were_trained_on_are_noticed():
     held_out = torch.tensor([0.0, 0.0, 1.0])
-    (first, *others) = warnings_of(torch.tensor([0.5, 0.6]), held_out)
+    (first, *others) = warnings_of(torch.tensor([0.0, 0.6]), held_out)
     assert "2 of 3 real volumes are training volumes" in first
     assert not any("copies" in other for other in others)
 
