@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from config.errors import UserError
@@ -90,11 +89,6 @@ def compute_features(network: FeatureNetwork, device: torch.device, volumes: Ten
         arrays = {plane: of_plane[i].float().cpu().numpy() for plane, of_plane in features.items()}
         found.append({**arrays, RANGE: np.array([volume.min().item(), volume.max().item()])})
     return found
-
-
-def cache_folder(cfg: DictConfig) -> Path:
-    """Where what was computed of each volume is kept."""
-    return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
 
 
 def check_refused(reasons: dict[Path, str], count: int, what: str, exclude: bool) -> None:

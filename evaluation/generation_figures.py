@@ -16,10 +16,15 @@ from evaluation.metrics.distances import (
     nearest,
     rbf_kernel,
 )
-from evaluation.metrics.intervals import bootstrap_interval, random_halves
+from evaluation.metrics.intervals import bootstrap_interval, random_halves, subsampling_interval
 from evaluation.metrics.manifolds import precision_recall_density_coverage
 from evaluation.pair_similarity import PairScores
 from evaluation.results import Figure, Floor
+
+SLICES = "slices of each"
+MOST_VECTORS = 2000  # of a set in a resample, so that intervals of 10,000 volumes take minutes
+FEWEST_VOLUMES = 100  # of a class, whatever their slices
+MANIFOLD_METRICS = ("precision", "recall", "density", "coverage")
 
 Indices = Tensor  # (n,) which volumes of a set
 Statistic = Callable[[Indices, Indices], float]  # of some real and some generated volumes
@@ -80,16 +85,17 @@ def distance_figures(
         return lambda a, b: fmean(frechet(plane, a, b, other) for plane in of_planes)
 
     is_volume = len(planes) == 1
-    slices = {} if is_volume else {"slices of each": real[planes[0]].shape[1]}
+    slices = {plane: real[plane].shape[1] for plane in planes}
     asked = {"FID-3D": planes} if is_volume else {"FID-2.5D": planes, **{f"FID-2.5D {p}": [p] for p in planes}}
     figures = []
     for metric, of_planes in asked.items():
         statistic, of_real = mean_frechet(of_planes, generated), mean_frechet(of_planes, real)
-        figures.append(_distance(group, metric, network, statistic, of_real, slices, strata, sampling))
+        more = {} if is_volume else {SLICES: sum(slices[plane] for plane in of_planes)}
+        figures.append(_distance(group, metric, network, statistic, of_real, more, strata, sampling))
     if is_volume:
         x, y = (features[planes[0]][:, 0] for features in (real, generated))
         statistic, of_real = mmd_statistics(x, y)
-        figures.append(_distance(group, "MMD", network, statistic, of_real, {}, strata, sampling))
+        figures.append(_distance(group, "MMD", network, statistic, of_real, {}, strata, sampling, can_be_negative=True))
     return figures
 
 
@@ -110,52 +116,55 @@ def mmd_statistics(x: Tensor, y: Tensor) -> tuple[Statistic, Statistic]:
 def manifold_figures(
     group: str, network: str, real: Tensor, generated: Tensor, neighbours: int, strata: Strata, sampling: Sampling
 ) -> list[Figure]:
-    """Precision, recall, density and coverage of features (N, F), (M, F).
+    """Precision, recall, density and coverage of features (N, F), (M, F)."""
+    memory: dict[tuple, dict[str, float]] = {}  # the four metrics ask for the same resamples
 
-    Intervals are those of a mean over volumes: the balls of the other set are taken as they are.
-    """
-    values = precision_recall_density_coverage(real, generated, neighbours)
+    def measure(metric: str, a: Indices, b: Indices) -> float:
+        key = (a.numpy().tobytes(), b.numpy().tobytes())
+        if key not in memory:
+            found = precision_recall_density_coverage(real[a], generated[b], neighbours)
+            memory[key] = {name: values.mean().item() for name, values in found.items()}
+        return memory[key][metric]
+
     counts = {"real": len(real), "generated": len(generated), "neighbours": neighbours}
     floors = _manifold_floors(real, generated, neighbours, strata, sampling)
-    strata_of = {name: strata.generated if name in ("precision", "density") else strata.real for name in values}
     return [
         Figure(
             group=group,
             metric=metric,
-            value=of_volumes.mean().item(),
-            interval=_interval(partial(_mean_of, of_volumes, strata_of[metric]), strata_of[metric], sampling),
+            value=measure(metric, *map(torch.arange, strata.totals)),
+            interval=_set_interval(partial(measure, metric), strata, sampling, least=neighbours + 1),
             num=counts,
             better="higher",
             network=network,
             floor=floors.get(metric),
         )
-        for metric, of_volumes in values.items()
+        for metric in MANIFOLD_METRICS
     ]
 
 
 def diversity_figures(group: str, real: PairScores, generated: PairScores, sampling: Sampling) -> list[Figure]:
     """MS-SSIM of pairs of each set, and the gap between them.
 
-    Intervals are over volumes, not over pairs, which share them.
+    Intervals are over volumes where pairs share them, over pairs where they don't.
     """
-
-    def mean_of(found: PairScores, chosen: Indices) -> float:
-        weights = torch.bincount(chosen, minlength=found.count).double()
-        of_pairs = weights[found.pairs[:, 0]] * weights[found.pairs[:, 1]]
-        total = of_pairs.sum().item()
-        return (of_pairs * found.scores).sum().item() / total if total > 0 else found.scores.mean().item()
 
     figures = []
     for role, found in (("generated", generated), ("real", real)):
         num = {role: found.count, "pairs": len(found.pairs)}
-        interval = _interval(lambda chosen, found=found: mean_of(found, chosen), [found.count], sampling)
+        interval = _interval(found.mean_of, [found.num_units], sampling)
         metric = f"MS-SSIM of {role} pairs"
         figures.append(Figure(group, metric, found.scores.mean().item(), interval, num, "real"))
     gap = figures[0].value - figures[1].value
-    counts = [generated.count, real.count]
-    interval = _interval(lambda a, b: mean_of(generated, a) - mean_of(real, b), counts, sampling)
+    units = [generated.num_units, real.num_units]
+    interval = _interval(lambda a, b: generated.mean_of(a) - real.mean_of(b), units, sampling)
     num = {"generated": generated.count, "real": real.count}
     return [*figures, Figure(group, "diversity gap", gap, interval, num, "lower")]
+
+
+def median(values: Tensor) -> float:
+    """The mean of the middle two of an even number; torch's median is the lower one."""
+    return values.double().quantile(0.5).item()
 
 
 def memorisation_of(real: Tensor, generated: Tensor, training: Tensor) -> Memorisation:
@@ -175,7 +184,7 @@ def memorisation_figures(
         return ((difference < 0).double() + 0.5 * (difference == 0).double()).mean().item()
 
     def ratio(a: Indices, b: Indices) -> float:
-        return found.generated[a].median().item() / found.held_out[b].median().item()
+        return median(found.generated[a]) / median(found.held_out[b])
 
     num = {"generated": sizes[0], "real": sizes[1], "training": num_training}
     figures = []
@@ -200,8 +209,30 @@ def _joined(of_classes: Sequence[Indices], sizes: Sequence[int]) -> Indices:
     return torch.cat([indices + start for indices, start in zip(of_classes, starts, strict=False)])
 
 
-def _mean_of(values: Tensor, sizes: Sequence[int], *of_classes: Indices) -> float:
-    return values[_joined(of_classes, sizes)].mean().item()
+def _set_interval(
+    statistic: Statistic, strata: Strata, sampling: Sampling, least: int, num_slices: int = 1
+) -> tuple[float, float] | None:
+    """Interval of a statistic of two sets, by resamples within each class of at most MOST_VECTORS vectors or so.
+
+    None where a class has fewer than three volumes, or a resample fewer than `least`.
+    """
+    sizes = [*strata.real, *strata.generated]
+    num_classes = len(strata.real)
+    if min(sizes) < 3:
+        return None
+    smallest = []
+
+    def of_resample(*chosen: Indices) -> float:
+        a = _joined(chosen[:num_classes], strata.real)
+        b = _joined(chosen[num_classes:], strata.generated)
+        smallest.append(min(len(a), len(b)))
+        return statistic(a, b) if smallest[-1] >= least else 0.0
+
+    largest = max(FEWEST_VOLUMES, MOST_VECTORS // num_slices)
+    interval = subsampling_interval(
+        of_resample, sizes, num_resamples=sampling.num_resamples, seed=sampling.seed, largest=largest
+    )
+    return interval if min(smallest) >= least else None
 
 
 def _distance(
@@ -213,13 +244,9 @@ def _distance(
     more: dict[str, int],
     strata: Strata,
     sampling: Sampling,
+    can_be_negative: bool = False,
 ) -> Figure:
     """A distance with interval and floor. statistic(a, b): of real a, generated b; of_real(a, b): both real."""
-    num_classes = len(strata.real)
-
-    def of_resample(*chosen: Indices) -> float:
-        return statistic(_joined(chosen[:num_classes], strata.real), _joined(chosen[num_classes:], strata.generated))
-
     floor = None  # where the real set is too small to be halved
     if sum(strata.halves) >= 2:
         drawn = list(_halvings(strata, sampling))
@@ -228,11 +255,14 @@ def _distance(
             fmean(statistic(b, part) for _, b, part in drawn),
             len(drawn[0][0]),
         )
+    interval = _set_interval(statistic, strata, sampling, least=2, num_slices=more.get(SLICES, 1))
+    if interval is not None and not can_be_negative:
+        interval = (max(0.0, interval[0]), interval[1])
     return Figure(
         group=group,
         metric=metric,
         value=statistic(*map(torch.arange, strata.totals)),
-        interval=_interval(of_resample, [*strata.real, *strata.generated], sampling),
+        interval=interval,
         num={"real": strata.totals[0], "generated": strata.totals[1], **more},
         better="lower",
         network=network,

@@ -15,7 +15,6 @@ evaluation/report.py makes a page of the results; docs/evaluation.md says what e
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +25,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config.cli import GENERATION_METRICS_FLAGS, parse_command_line  # noqa: E402
+from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import GenerationMetricsConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
-from evaluation.feature_extraction import SetFeatures, cache_folder, check_refused, extract  # noqa: E402
+from evaluation.feature_extraction import SetFeatures, check_refused, extract  # noqa: E402
 from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks  # noqa: E402
 from evaluation.generation_definitions import DEFINITIONS  # noqa: E402
 from evaluation.generation_figures import (  # noqa: E402
@@ -39,31 +39,45 @@ from evaluation.generation_figures import (  # noqa: E402
     distance_figures,
     diversity_figures,
     manifold_figures,
+    median,
     memorisation_figures,
     memorisation_of,
 )
 from evaluation.generation_pictures import nearest_picture, side_by_side  # noqa: E402
 from evaluation.generation_warnings import (  # noqa: E402
+    content_warnings,
     distance_warnings,
     diversity_warning,
     memorisation_warnings,
 )
 from evaluation.metrics.reconstruction import num_scales_of  # noqa: E402
 from evaluation.pair_similarity import pair_scores  # noqa: E402
-from evaluation.results import Results, TextTable, file_names, make_folder, settings_of, write_csv  # noqa: E402
+from evaluation.results import (  # noqa: E402
+    Figure,
+    Results,
+    TextTable,
+    cache_folder,
+    file_names,
+    make_folders,
+    settings_of,
+    write_csv,
+)
 from evaluation.volume_sets import (  # noqa: E402
+    ALL,
     Group,
     check_ranges,
     group_volumes,
     on_one_grid,
     read_headers,
+    sample_ranges,
     without,
 )
 from train.distributed import Distributed, cleanup, setup  # noqa: E402
 from train.logger import get_logger  # noqa: E402
 
 PATIENCE = timedelta(days=30)  # a process whose volumes are done waits for those whose volumes are larger
-ALL = "all classes"
+KIND = "generation"
+MEMORISATION_FILE = "memorisation.csv"
 CLOSEST = 8  # pairs of generated and training volumes in the picture and table
 MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "distance", "median_held_out_distance")
 
@@ -93,8 +107,10 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     """
     groups, warnings, excluded = place.on_main(lambda: find_groups(cfg))
     networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
-    place.on_main(lambda: make_folder(Path(cfg.output_dir)), share=False)
-    results = Results("generation", settings_of(cfg), DEFINITIONS, warnings=warnings)
+    if cfg.training and not any(network.takes_volumes for network in networks):
+        raise UserError("training: the memorisation check needs a network of whole volumes: add one to networks")
+    place.on_main(lambda: make_folders(cfg, KIND), share=False)
+    results = Results(KIND, settings_of(cfg), DEFINITIONS, warnings=warnings)
     results.settings["device"] = str(place.device)
     results.settings["feature_networks"] = {net.name: {"is": net.description, **net.settings} for net in networks}
 
@@ -105,9 +121,6 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
             of_group = extract_group(cfg, network, group, place)
             found[network.name][group.name] = {role: features for role, (features, _) in of_group.items()}
             excluded |= {path: reason for _, reasons in of_group.values() for path, reason in reasons.items()}
-            if network is networks[0]:
-                ranges = {role: features and features.ranges for role, (features, _) in of_group.items()}
-                warnings += place.on_main(partial(check_ranges, group, ranges))
     pairs = [
         {
             role: pair_scores(
@@ -133,8 +146,16 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
         figures = diversity_figures(group.name, of_group["real"], of_group["generated"], sampling)
         results.figures += figures
         results.warnings += diversity_warning(group.name, figures[-1])
+    if excluded:
+        results.warnings.append(f"{len(excluded)} volumes were left out (excluded): the figures are those of the rest")
+    for name, sets in found[networks[0].name].items():
+        of_role = {role: features.planes[networks[0].planes[0]].flatten(1) for role, features in sets.items()}
+        ranges = {role: features.ranges for role, features in sets.items()}
+        results.warnings += content_warnings(name, of_role["real"], of_role["generated"], ranges)
     if cfg.training:
         add_memorisation(cfg, results, networks, found)
+    else:
+        (Path(cfg.output_dir) / MEMORISATION_FILE).unlink(missing_ok=True)  # of an earlier run
     if cfg.num_pictures:
         for (name, sets), stem in _with_file_names(found[networks[0].name]):
             results.pictures.append(side_by_side(cfg, name, stem, sets["real"].volumes, sets["generated"].volumes))
@@ -154,6 +175,7 @@ def find_groups(cfg: DictConfig) -> tuple[list[Group], list[str], dict[Path, str
     groups = on_one_grid(groups, grids, cfg.resample, cfg.ignore_spacing)
     for group in groups:
         num_scales_of(_shape(group, grids))  # refuses volumes that are too small for MS-SSIM
+        notes += check_ranges(group, sample_ranges(group))
     return groups, notes, problems
 
 
@@ -202,18 +224,26 @@ def add_distances(
         get_logger().info("figures of %s on %s", name, network.name)
         real, generated = (_joined(classes, role) for role in ("real", "generated"))
         strata = Strata(*(tuple(len(of[role]) for of in classes) for role in ("real", "generated")))
-        results.figures += distance_figures(name, network.name, real, generated, strata, sampling)
+        try:
+            figures = distance_figures(name, network.name, real, generated, strata, sampling)
+        except UserError as error:  # of features that are all the same
+            raise UserError(f"{name}, {network.name}: {error}") from error
         results.warnings += distance_warnings(name, network.name, real, generated)
-        if not network.takes_volumes:
-            continue
-        x, y = real[VOLUME][:, 0], generated[VOLUME][:, 0]  # (N, F), (M, F)
-        if min(len(x), len(y)) > cfg.neighbours:
-            results.figures += manifold_figures(name, network.name, x, y, cfg.neighbours, strata, sampling)
-        else:
+        if network.takes_volumes and min(strata.totals) > cfg.neighbours:
+            x, y = real[VOLUME][:, 0], generated[VOLUME][:, 0]  # (N, F), (M, F)
+            figures += manifold_figures(name, network.name, x, y, cfg.neighbours, strata, sampling)
+        elif network.takes_volumes:
             results.warnings.append(
-                f"{name}: precision, recall, density and coverage need more than {cfg.neighbours} volumes in each set "
-                f"(neighbours={cfg.neighbours}), there are {len(x)} real and {len(y)} generated ones"
+                f"{name}: precision, recall, density and coverage need more than neighbours={cfg.neighbours} volumes in "
+                f"each set, there are {strata.totals[0]} real and {strata.totals[1]} generated ones"
             )
+        results.figures += figures
+        results.warnings += _without_intervals(figures, name)
+
+
+def _without_intervals(figures: Sequence[Figure], name: str) -> list[str]:
+    missing = [figure.metric for figure in figures if figure.interval is None]
+    return [f"{name}: {', '.join(missing)} without interval: there are too few volumes to resample"] if missing else []
 
 
 def _joined(classes: Sequence[dict[str, SetFeatures]], role: str) -> dict[str, Tensor]:
@@ -224,7 +254,7 @@ def _joined(classes: Sequence[dict[str, SetFeatures]], role: str) -> dict[str, T
 def _all_classes(results: Results, found: dict[str, dict[str, SetFeatures]]) -> dict[str, list[dict[str, SetFeatures]]]:
     """The sets of all classes, to be put together; none where their slices don't fit."""
     classes = list(found.values())
-    if len({of["real"].planes[plane].shape[1] for of in classes for plane in of["real"].planes}) > 1:
+    if len({tuple(features.shape[1] for features in of["real"].planes.values()) for of in classes}) > 1:
         note = f"{ALL}: classes differ in size, so that they have different numbers of slices: not put together"
         results.warnings.append(note)
         return {}
@@ -265,13 +295,13 @@ def add_memorisation(
             rows += _nearest_rows(name, network.name, sets, memory)
             if cfg.num_pictures:
                 results.pictures.append(nearest_picture(cfg, name, stem, network.name, sets, memory))
-    write_csv(Path(cfg.output_dir) / "memorisation.csv", MEMORISATION_COLUMNS, rows)
+    write_csv(Path(cfg.output_dir) / MEMORISATION_FILE, MEMORISATION_COLUMNS, rows)
     closest = sorted(rows, key=lambda row: row[4] / row[5] if row[5] else row[4])[:CLOSEST]
-    results.tables.append(TextTable("Closest pairs (all: memorisation.csv)", MEMORISATION_COLUMNS, closest))
+    results.tables.append(TextTable(f"Closest pairs (all: {MEMORISATION_FILE})", MEMORISATION_COLUMNS, closest))
 
 
 def _nearest_rows(name: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation) -> list[list]:
-    usual = memory.held_out.median().item()
+    usual = median(memory.held_out)
     return [
         [name, network, str(volume.path), str(sets["training"].volumes[index].path), distance, usual]
         for volume, index, distance in zip(

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from dataset.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volume_io import read_header
 from evaluation.feature_extraction import SetFeatures
-from evaluation.generation_figures import Memorisation
+from evaluation.generation_figures import Memorisation, median
 from evaluation.results import PICTURES_FOLDER, Picture
 from evaluation.volume_sets import SetVolume
 
@@ -29,7 +29,7 @@ def nearest_picture(
 ) -> Picture:
     """The generated volumes that are nearest to a training volume, beside it. stem: `name` for a file."""
     closest = memory.generated.argsort()[: cfg.num_pictures].tolist()
-    usual = memory.held_out.median().item()
+    usual = median(memory.held_out)
     rows = []
     for i in closest:
         ratio = memory.generated[i].item() / usual if usual else float("nan")

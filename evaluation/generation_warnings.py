@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from evaluation.generation_figures import Memorisation
+from evaluation.generation_figures import Memorisation, median
+from evaluation.metrics.distances import nearest
 from evaluation.results import Figure
 
 COLLAPSE = 0.05  # gap of MS-SSIM beyond which a warning is due
+SAME = 1e-4  # share of the median distance that rounding may make of none
+USUAL = 1000  # real volumes whose distances are looked at for that
 COPY = 0.5  # share of the nearest held-out distance below which a volume counts as a copy
 
 
@@ -39,7 +43,7 @@ def diversity_warning(group: str, gap: Figure) -> list[str]:
 def memorisation_warnings(group: str, network: str, found: Memorisation, figures: Sequence[Figure]) -> list[str]:
     """Generated volumes that are copies; and a whole set that lies too near; and real volumes that were trained on."""
     warnings = []
-    trained_on = int((found.held_out == 0).sum())
+    trained_on = int((found.held_out <= SAME * median(found.held_out)).sum())
     if trained_on:
         warnings.append(
             f"{group}: {trained_on} of {len(found.held_out)} real volumes are training volumes: the memorisation check "
@@ -58,5 +62,24 @@ def memorisation_warnings(group: str, network: str, found: Memorisation, figures
             f"{group}: generated volumes lie nearer to training volumes than real ones do that were not trained on "
             f"(on {network}, probability {nearer.value:.2f}, distance ratio {ratio.value:.2f}): memorised, or without "
             "detail; see the picture of nearest pairs"
+        )
+    return warnings
+
+
+def content_warnings(
+    group: str, real: Tensor, generated: Tensor, ranges: dict[str, Sequence[tuple[float, float]]]
+) -> list[str]:
+    """Volumes of one value, volumes that are there twice, generated ones that are real. Features (N, F), (M, F)."""
+    warnings = []
+    for role, features in (("real", real), ("generated", generated)):
+        if blank := sum(low == high for low, high in ranges[role]):
+            warnings.append(f"{group}: {blank} of {len(features)} {role} volumes have one value everywhere")
+        if repeated := len(features) - len(features.unique(dim=0)):
+            warnings.append(f"{group}: {repeated} of {len(features)} {role} volumes are copies of others of the set")
+    between = nearest(real, generated)[0]  # of each real volume
+    usual = median(torch.cdist(real[:USUAL], real[:USUAL]).flatten())
+    if same := int((between <= SAME * usual).sum()):
+        warnings.append(
+            f"{group}: {same} of {len(real)} real volumes are among the generated ones: distances mean nothing"
         )
     return warnings

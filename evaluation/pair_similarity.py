@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from config.errors import UserError
-from evaluation.feature_extraction import cache_folder
 from evaluation.metrics.reconstruction import ms_ssim
 from evaluation.result_cache import Arrays, ResultCache, Work, do_work
+from evaluation.results import cache_folder
 from evaluation.volume_sets import SetVolume, list_refused
 from train.distributed import Distributed
 
@@ -48,6 +48,23 @@ class PairScores:
     scores: Tensor
     count: int
 
+    @property
+    def are_independent(self) -> bool:
+        """Whether no volume is in two pairs."""
+        return len(self.pairs) > 1 and len(self.pairs.unique()) == self.pairs.numel()
+
+    @property
+    def num_units(self) -> int:
+        """How many things there are to resample: independent pairs, or the volumes that pairs share."""
+        return len(self.pairs) if self.are_independent else self.count
+
+    def mean_of(self, chosen: Tensor) -> float:
+        """The mean score of a resample of these; pairs of a volume with itself don't count."""
+        times = torch.bincount(chosen, minlength=self.num_units).double()
+        weights = times if self.are_independent else times[self.pairs].prod(dim=1)
+        total = weights.sum().item()
+        return (weights * self.scores).sum().item() / total if total > 0 else self.scores.mean().item()
+
 
 def pair_scores(cfg: DictConfig, volumes: Sequence[SetVolume], label: str, place: Distributed) -> PairScores:
     """MS-SSIM of random pairs of readable volumes. To be called on every rank."""
@@ -68,11 +85,15 @@ def pair_scores(cfg: DictConfig, volumes: Sequence[SetVolume], label: str, place
 
 
 def choose_pairs(count: int, num_pairs: int, seed: int) -> Tensor:
-    """`num_pairs` different pairs of `count` items, drawn at random, (P, 2); all pairs where there are fewer."""
-    total = count * (count - 1) // 2
-    if total <= num_pairs:
+    """`num_pairs` different pairs of `count` items, drawn at random, (P, 2); all pairs where there are fewer.
+
+    No item is in two pairs where there are enough: such pairs tell most, and are independent of each other.
+    """
+    if count * (count - 1) // 2 <= num_pairs:
         return torch.triu_indices(count, count, offset=1).T
     rng = np.random.default_rng(seed)
+    if num_pairs <= count // 2:
+        return torch.from_numpy(np.sort(rng.permutation(count)[: 2 * num_pairs].reshape(-1, 2), axis=1))
     chosen: set[tuple[int, int]] = set()
     while len(chosen) < num_pairs:
         first, second = sorted(rng.integers(count, size=2).tolist())

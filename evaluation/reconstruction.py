@@ -33,7 +33,6 @@ from config.loading import require  # noqa: E402
 from config.schema import ReconstructionConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
 from dataset.pictures import central_slices  # noqa: E402
-from evaluation.feature_extraction import cache_folder  # noqa: E402
 from evaluation.generation import PATIENCE  # noqa: E402
 from evaluation.reconstruction_checks import (  # noqa: E402
     ROLE,
@@ -48,7 +47,7 @@ from evaluation.reconstruction_checks import (  # noqa: E402
 from evaluation.reconstruction_metrics import COUNTS, measure, reconstruct  # noqa: E402
 from evaluation.reconstruction_results import Measured, write_results  # noqa: E402
 from evaluation.result_cache import Arrays, ResultCache, Work, do_work  # noqa: E402
-from evaluation.results import Results, make_folder  # noqa: E402
+from evaluation.results import Results, cache_folder, make_folders  # noqa: E402
 from evaluation.volume_sets import Group, SetVolume, list_refused  # noqa: E402
 from train.checkpoints import load_autoencoder  # noqa: E402
 from train.distributed import cleanup, setup  # noqa: E402
@@ -74,7 +73,7 @@ def evaluate(cfg: DictConfig) -> Results | None:
         # What there is to do.
         logger = get_logger(place.rank)
         plan = place.on_main(lambda: make_plan(cfg, place.device))
-        place.on_main(lambda: make_folder(Path(cfg.output_dir)), share=False)
+        place.on_main(lambda: make_folders(cfg, "reconstruction"), share=False)
         groups, excluded = read_all(cfg, plan, place)
         num_volumes = sum(len(group.sets[ROLE]) for group in groups)
         logger.info("%d volumes of %d classes, %d checkpoints", num_volumes, len(groups), len(plan.checkpoints))

@@ -15,9 +15,9 @@ from AutoEncoder.patches import padded_size
 from config.errors import UserError
 from dataset.intensity import check_intensity_range, is_empty
 from evaluation.decoding import free_memory
-from evaluation.feature_extraction import cache_folder
 from evaluation.metrics.reconstruction import WINDOW_EDGE, num_scales_of
 from evaluation.result_cache import Arrays, ResultCache, Work, do_work
+from evaluation.results import cache_folder
 from evaluation.volume_record import file_sha256
 from evaluation.volume_sets import Grid, Group, SetVolume, list_refused, list_set, read_headers, without
 from train.checkpoints import load_autoencoder

@@ -1,13 +1,12 @@
 """Work done once per volume: kept on disk under the hash of the file, shared out to processes, continued when killed.
 
 CACHE/NAME-HASH/settings.json     what the results depend on besides the volume
-CACHE/NAME-HASH/xx/KEY.npz        the results of one volume; KEY is the SHA-256 of its file (see `Work.key`)
+CACHE/NAME-HASH/xx/KEY.arrays     the results of one volume; KEY is the SHA-256 of its file (see `Work.key`)
 """
 
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from dataset.volume_io import write_atomically
 from train.distributed import Distributed
 
 Arrays = dict[str, np.ndarray]
+DIGEST_BYTES = 32  # SHA-256 of the rest of a file, so that a damaged one is never taken for whole
 
 
 class ResultCache:
@@ -41,10 +41,14 @@ class ResultCache:
     def get(self, key: str) -> Arrays | None:
         """The arrays under a key, None where there are none."""
         try:
-            with np.load(self._path(key), allow_pickle=False) as file:
-                return dict(file)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            content = self._path(key).read_bytes()
+        except OSError:
             return None
+        digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return dict(file)
 
     def put(self, key: str, arrays: Arrays) -> None:
         """Keeps the arrays of a key. UserError if they cannot be written."""
@@ -52,10 +56,11 @@ class ResultCache:
             write_atomically(self.folder / "settings.json", self._settings.encode())
         content = io.BytesIO()
         np.savez(content, **arrays)
-        write_atomically(self._path(key), content.getvalue())
+        content = content.getvalue()
+        write_atomically(self._path(key), hashlib.sha256(content).digest(), content)
 
     def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.npz"
+        return self.folder / key[:2] / f"{key}.arrays"
 
 
 @dataclass(frozen=True)

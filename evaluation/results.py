@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -169,15 +170,31 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
     write_atomically(path, text.getvalue().encode())
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder of the results, so that a place that can't be written to shows before any work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} can't be written to ({error.strerror}): choose another") from error
+def make_folders(cfg: DictConfig, kind: str) -> None:
+    """Makes the folders of results, pictures and cache, so that a place that can't be written to shows before any work.
+
+    cfg: of an evaluation script (`output_dir`, `cache_dir`). kind: of the results.
+    """
+    output = Path(cfg.output_dir)
+    folders = [("output_dir", output), ("cache_dir", cache_folder(cfg))]
+    if OmegaConf.select(cfg, "num_pictures"):
+        folders.append(("output_dir", output / PICTURES_FOLDER))
+    for option, folder in folders:
+        probe = folder / f".probe-{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{option}: {folder} can't be written to ({error.strerror}): choose another") from error
+    for file in (output / f"{kind}.json", output / f"{kind}.csv"):
+        if file.is_dir():
+            raise UserError(f"output_dir: {file} is a folder: remove it, or choose another output_dir")
+
+
+def cache_folder(cfg: DictConfig) -> Path:
+    """Where what was computed of each volume is kept."""
+    return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
 
 
 def file_names(groups: Sequence[str]) -> list[str]:

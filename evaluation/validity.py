@@ -32,7 +32,7 @@ from config.loading import require  # noqa: E402
 from config.schema import ValidityConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
 from evaluation.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures  # noqa: E402
-from evaluation.feature_extraction import SetFeatures, cache_folder, check_refused, extract  # noqa: E402
+from evaluation.feature_extraction import SetFeatures, check_refused, extract  # noqa: E402
 from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks  # noqa: E402
 from evaluation.generation_figures import (  # noqa: E402
     Sampling,
@@ -42,9 +42,9 @@ from evaluation.generation_figures import (  # noqa: E402
 )
 from evaluation.generation_warnings import diversity_warning, memorisation_warnings  # noqa: E402
 from evaluation.metrics.distances import frechet_distance  # noqa: E402
-from evaluation.metrics.intervals import bootstrap_interval, random_halves  # noqa: E402
+from evaluation.metrics.intervals import random_halves, subsampling_interval  # noqa: E402
 from evaluation.pair_similarity import pair_scores  # noqa: E402
-from evaluation.results import Curves, Figure, Results, Series, TextTable, make_folder, settings_of  # noqa: E402
+from evaluation.results import Curves, Figure, Results, Series, TextTable, cache_folder, make_folders, settings_of  # noqa: E402
 from evaluation.volume_record import file_sha256  # noqa: E402
 from evaluation.volume_sets import Group, SetVolume, list_set, on_one_grid, read_headers, without  # noqa: E402
 from train.checkpoints import load_autoencoder  # noqa: E402
@@ -101,7 +101,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
     groups, others, excluded = place.on_main(lambda: find_groups(cfg))
     networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
     autoencoder = None if cfg.AE_ckpt is None else load_autoencoder(cfg.AE_ckpt, place.device)
-    place.on_main(lambda: make_folder(Path(cfg.output_dir)), share=False)
+    place.on_main(lambda: make_folders(cfg, "validity"), share=False)
     results = Results("validity", settings_of(cfg), DEFINITIONS)
     results.settings["device"] = str(place.device)
     results.settings["feature_networks"] = {net.name: {"is": net.description, **net.settings} for net in networks}
@@ -202,14 +202,16 @@ def add_distances(
 ) -> list[Check]:
     """Figures, curves and checks of one class on one network."""
     real, count = sets["real"].planes, len(sets["real"])
-    half = count // 2
+    half = min(count // 2, len(sets.get("other", sets["real"])))  # of every set, so that their distances compare
 
     def add(metric: str, value: float, interval: tuple[float, float] | None, num: dict[str, int]) -> float:
         results.figures.append(Figure(name, metric, value, interval, num, "lower", network=network.name))
         return value
 
     halves = {
-        what: add(f"FID of a half: {what}", halves_distance(cfg, real, sets[what].planes), None, {"of each": half})
+        what: add(
+            f"FID of a half: {what}", halves_distance(cfg, real, sets[what].planes, half), None, {"of each": half}
+        )
         for what in ("other", "reconstructed", "real")
         if what in sets
     }
@@ -224,7 +226,7 @@ def add_distances(
         for level in levels:
             what = f"{kind} {level:g}"
             to_itself = partial(paired_distance, real, sets[what].planes)
-            interval = bootstrap_interval(to_itself, [count], num_resamples=cfg.num_resamples, seed=cfg.seed)
+            interval = subsampling_interval(to_itself, [count], num_resamples=cfg.num_resamples, seed=cfg.seed)
             values.append(add(f"FID to itself: {what}", to_itself(torch.arange(count)), interval, {"real": count}))
             low.append(max(0.0, interval[0]))
             high.append(interval[1])
@@ -248,14 +250,13 @@ def paired_distance(real: dict[str, Tensor], worse: dict[str, Tensor], chosen: T
     return fmean(frechet_distance(real[p][chosen].flatten(0, 1), worse[p][chosen].flatten(0, 1)) for p in real)
 
 
-def halves_distance(cfg: DictConfig, real: dict[str, Tensor], worse: dict[str, Tensor]) -> float:
-    """FID of one half of the real set with the other half of the worse one, mean over planes and halvings.
+def halves_distance(cfg: DictConfig, real: dict[str, Tensor], worse: dict[str, Tensor], half: int) -> float:
+    """FID of `half` real volumes with as many others of the worse set, mean over planes and random draws.
 
     A worse set of another length is that of other volumes: a random part of it is taken.
     """
     plane = next(iter(real))
     count, other = len(real[plane]), len(worse[plane])
-    half = min(count // 2, other)
     generator = torch.Generator().manual_seed(cfg.seed)
     distances = []
     for a, b in random_halves(count, half, cfg.num_halvings, cfg.seed):

@@ -4,26 +4,32 @@ A set is given as a folder, all of whose `*.nii.gz` are one class, or as a datas
 Generated volumes may also lie in one folder for all classes: the JSON beside each tells its class.
 """
 
+import contextlib
 import hashlib
 import json
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import torch
 
 from config.errors import UserError
 from dataset.examine import format_numbers, format_size
 from dataset.index import list_volumes, read_dataset_json
-from dataset.intensity import MODEL_RANGE, check_intensity_range, to_model_range
+from dataset.intensity import MODEL_RANGE, RANGE_TOLERANCE, check_intensity_range, to_model_range
 from dataset.recipe import Recipe, prepare
 from dataset.sources import Scan
 from dataset.volume_io import Header, read_header, read_volume, tensor_to_nifti
 from evaluation.volume_record import file_sha256, read_record
 
+ALL = "all classes"  # the name of all groups together
 SAME_SPACING = 0.01  # relative difference that rounding and class tables make
 MIN_VOLUMES = 2  # of a set: a covariance, and a pair
+SAMPLED = 4  # volumes of a set whose range is looked at before any work
 MOST_SHOWN = 5  # files in a message
 OTHER_RANGE = (
     "if all files have this scale, declare it (real_range=[{found_low:g},{found_high:g}], or generated_range for "
@@ -42,6 +48,13 @@ class Grid:
     @classmethod
     def of(cls, header: Header) -> "Grid":
         return cls(header.shape, header.spacing_mm, header.orientation if header.is_oriented else "")
+
+    def in_ras(self) -> "Grid":
+        """The same voxels once their axes are in the order right, front, head, as preprocessing leaves them."""
+        if "?" in self.orientation or not self.orientation:
+            return self
+        axes = np.argsort(nib.orientations.axcodes2ornt(tuple(self.orientation))[:, 0]).tolist()
+        return Grid(*(tuple(values[axis] for axis in axes) for values in (self.shape, self.spacing_mm)), "RAS")
 
     def fits(self, other: "Grid", ignore_spacing: bool = False) -> bool:
         """Whether volumes on both can be compared voxel by voxel. An unknown orientation fits every one."""
@@ -103,6 +116,8 @@ def list_set(path: str | Path, option: str) -> dict[str, list[Path]]:
     """Files of a folder, under "" , or of each name of a dataset JSON. UserError names the option."""
     path = Path(path)
     try:
+        if not path.exists():
+            raise UserError(f"{path}: no such folder or dataset JSON")
         if path.is_dir():
             return {"": list_volumes(path)}
         return read_dataset_json(path)
@@ -146,7 +161,7 @@ def group_volumes(
         sets["generated"] = [_with_range(path, generated_range) for path in volumes]
         if training_files is not None:
             sets["training"] = [SetVolume(path, real_range) for path in training_files[name]]
-        if title in [group.name for group in groups]:
+        if title in [ALL, *(group.name for group in groups)]:
             title = f"{title} ({name})"
         group = Group(title or name or Path(real).name, {role: tuple(of_role) for role, of_role in sets.items()})
         _check_group(group)
@@ -191,9 +206,10 @@ def _with_range(path: Path, given: Sequence[float] | None) -> SetVolume:
     if intensity is None:  # written as it was generated
         return SetVolume(path, is_range_stated=True)
     try:
-        return SetVolume(path, (float(intensity["low"]), float(intensity["high"])), is_range_stated=True)
-    except (KeyError, TypeError, ValueError):
+        stated = check_intensity_range((float(intensity["low"]), float(intensity["high"])))
+    except (KeyError, TypeError, ValueError):  # UserError is a ValueError
         return SetVolume(path)
+    return SetVolume(path, stated, is_range_stated=True)
 
 
 def _check_group(group: Group) -> None:
@@ -252,7 +268,7 @@ def on_one_grid(
         }
         if resample:
             sets = {
-                role: tuple(replace(volume, resample=wanted) for volume in volumes)
+                role: tuple(replace(volume, resample=wanted.in_ras()) for volume in volumes)
                 for role, volumes in group.sets.items()
             }
             group = replace(group, sets=sets)
@@ -267,29 +283,52 @@ def on_one_grid(
     return result
 
 
-def check_ranges(group: Group, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> list[str]:
-    """A warning where the darkest values of two sets differ by more than a quarter of the range.
+def sample_ranges(group: Group) -> dict[str, list[tuple[float, float]]]:
+    """Lowest and highest value, after conversion to [-1, 1], of a few volumes of each set that can be read."""
+    ranges: dict[str, list[tuple[float, float]]] = {role: [] for role in group.sets}
+    for role, volumes in group.sets.items():
+        for volume in volumes[:: max(1, len(volumes) // SAMPLED)][:SAMPLED]:
+            with contextlib.suppress(UserError):  # all of those are listed when all are read
+                data = replace(volume, resample=None).read()
+                ranges[role].append((float(data.min()), float(data.max())))
+    return {role: found for role, found in ranges.items() if found}
 
-    ranges: role -> lowest and highest value of each volume after conversion to [-1, 1].
-    UserError where they do so and the brighter set's range was assumed: it must be another one.
+
+def check_ranges(group: Group, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> list[str]:
+    """Warnings where the darkest or brightest values of two sets differ by more than a quarter of the range.
+
+    ranges: role -> lowest and highest value of volumes after conversion to [-1, 1], as `sample_ranges` gives.
+    UserError where a set must have another scale than was assumed: it is brighter than others at its darkest, or has
+    nothing in the lower half of the range.
     """
-    lows = {role: torch.tensor([low for low, _ in values]).median().item() for role, values in ranges.items()}
-    role, low = max(lows.items(), key=lambda item: item[1])
-    other, lowest = min(lows.items(), key=lambda item: item[1])
-    if low - lowest <= (MODEL_RANGE[1] - MODEL_RANGE[0]) / 4:
-        return []
-    found = (
-        f"{group.name}: the darkest voxels of {role} volumes are {low:.3g}, those of {other} ones {lowest:.3g} (of "
-        "-1 ... 1)"
-    )
-    if all(volume.is_range_stated for volume in group.sets[role]):
-        return [f"{found}: {role} volumes have no background, or their range is not the one that was stated"]
+    assumed = [role for role in ranges if not all(volume.is_range_stated for volume in group.sets[role])]
+    warnings = []
+    for i, which in enumerate(("darkest", "brightest")):
+        ends = {role: statistics.median(values[i] for values in found) for role, found in ranges.items()}
+        role, other = max(ends, key=ends.get), min(ends, key=ends.get)
+        if ends[role] - ends[other] <= (MODEL_RANGE[1] - MODEL_RANGE[0]) / 4:
+            continue
+        found = (
+            f"{group.name}: the {which} voxels of {role} volumes are {ends[role]:.3g}, those of {other} ones "
+            f"{ends[other]:.3g} (of -1 ... 1)"
+        )
+        if which == "darkest" and role in assumed:
+            raise UserError(f"{found}: their scales differ, {_range_advice(role, ranges)}")
+        warnings.append(f"{found}: sets of other content, or a range that is not the one that was stated")
+    middle = sum(MODEL_RANGE) / 2
+    for role in assumed:
+        if min(low for low, _ in ranges[role]) > middle - RANGE_TOLERANCE < max(high for _, high in ranges[role]):
+            raise UserError(
+                f"{group.name}: the {role} volumes have nothing in the lower half of the range -1 ... 1: "
+                f"{_range_advice(role, ranges)}"
+            )
+    return warnings
+
+
+def _range_advice(role: str, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     option = "generated_range" if role == "generated" else "real_range"
-    high = max(high for _, high in ranges[role])
-    raise UserError(
-        f"{found}: their scales differ, give the range that the {role} files have, e.g. {option}=[0,1] (highest found "
-        f"{high:.3g})"
-    )
+    highest = max(high for _, high in ranges[role])
+    return f"give the range that the {role} files have, e.g. {option}=[0,1] (highest found {highest:.3g})"
 
 
 def list_refused(refused: Mapping[Path, str], what: str) -> str:

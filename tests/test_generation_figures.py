@@ -61,7 +61,8 @@ def test_distances_of_slices_take_all_slices_of_a_set_and_the_mean_of_the_planes
         assert found[f"FID-2.5D {plane}"].value == pytest.approx(expected)
     mean = fmean(found[f"FID-2.5D {plane}"].value for plane in real)
     assert found["FID-2.5D"].value == pytest.approx(mean)
-    assert found["FID-2.5D"].num == {"real": 6, "generated": 5, "slices of each": 4}
+    assert found["FID-2.5D"].num == {"real": 6, "generated": 5, "slices of each": 12}
+    assert found["FID-2.5D axial"].num["slices of each"] == 4
     assert found["FID-2.5D"].floor.num == 3
     assert len({figure.floor.value for figure in figures}) == 4
 
@@ -74,6 +75,25 @@ def test_the_order_of_volumes_changes_nothing():
         for z in (y, shuffled)
     )
     assert before == pytest.approx(after, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "has_interval"), [((6, 6), True), ((5, 6), False), ((4, 4, 4, 4), True), ((2, 9, 2, 9), False)]
+)
+def test_resamples_too_small_for_the_neighbours_give_no_interval(sizes, has_interval):
+    """Of six volumes a resample has five, of five four: four neighbours need five volumes."""
+    half = len(sizes) // 2
+    strata = Strata(sizes[:half], sizes[half:])
+    real, generated = (features(count, seed=i)[:, 0] for i, count in enumerate(strata.totals))
+    figures = manifold_figures("CT", "net", real, generated, 4, strata, SAMPLING)
+    assert [figure.interval is not None for figure in figures] == [has_interval] * 4
+
+
+def test_distances_are_not_negative_nor_are_their_intervals():
+    x = features(20)
+    fid, mmd = distance_figures("CT", "net", {"volume": x}, {"volume": x}, Strata((20,), (20,)), SAMPLING)
+    assert fid.interval[0] == 0 <= fid.value < 1e-9
+    assert mmd.interval[0] < 0
 
 
 def test_one_kernel_gives_the_distances_of_parts():
@@ -145,6 +165,7 @@ def test_manifold_figures_are_means_over_volumes():
         assert figure.interval[0] <= figure.value <= figure.interval[1]
     precision = figures[0]
     assert precision.floor.value > precision.floor.comparable
+    assert precision.interval[1] - precision.interval[0] > 0.1
     few = manifold_figures("CT", "net", real[:7], generated, 3, Strata((7,), (12,)), SAMPLING)
     assert [figure.floor for figure in few] == [None] * 4
 
@@ -199,7 +220,16 @@ def test_a_resample_of_pairs_has_the_pairs_of_its_volumes():
     assert diversity_figures("CT", found, found, SAMPLING)[0].interval == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("count", "num", "expected"), [(4, 10, 6), (4, 6, 6), (30, 20, 20), (2, 5, 1)])
+def test_pairs_that_share_no_volume_are_resampled_themselves():
+    pairs = choose_pairs(40, 20, 0)
+    assert sorted(pairs.flatten().tolist()) == list(range(40))
+    scores = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = PairScores(pairs, scores, 40)
+    expected = bootstrap_interval(lambda chosen: scores[chosen].mean().item(), [20], num_resamples=40)
+    assert diversity_figures("CT", found, found, SAMPLING)[1].interval == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("count", "num", "expected"), [(4, 10, 6), (4, 6, 6), (30, 20, 20), (40, 20, 20), (2, 5, 1)])
 def test_pairs_are_different_ones(count, num, expected):
     pairs = choose_pairs(count, num, 0)
     assert pairs.shape == (expected, 2)
@@ -222,7 +252,7 @@ def test_memorisation_by_hand():
     assert found.held_out.tolist() == [3.0, 2.0, 4.0]
     nearer, ratio = memorisation_figures("CT", "net", found, 2, SAMPLING)
     assert nearer.value == pytest.approx((3 + 2.5) / 6)  # 2.0 against 2.0 counts half
-    assert ratio.value == pytest.approx(0.5 / 3)  # of two values torch takes the lower as median
+    assert ratio.value == pytest.approx(1.25 / 3)  # medians
     assert nearer.num == {"generated": 2, "real": 3, "training": 2}
 
 

@@ -49,7 +49,7 @@ def value_of(results: dict, metric: str, network: str | None = None) -> float:
 
 
 def test_everything_is_measured(sets):
-    results = run(sets, "--training", sets / "training")
+    results = run(sets, "--training", sets / "training", "--neighbours", "3")
     metrics = [(f["metric"], f["network"]) for f in results["figures"]]
     of_volumes = ["FID-3D", "MMD", "precision", "recall", "density", "coverage"]
     of_slices = ["FID-2.5D", "FID-2.5D axial", "FID-2.5D coronal", "FID-2.5D sagittal"]
@@ -128,7 +128,10 @@ def test_unequal_shares_of_the_classes_are_noticed(sets):
     made = write_json(sets / "g.json", a=sets / "generated", b=write_set(sets / "c", range(70, 73)))
     results = run(sets, "--real", real, "--generated", made)
     assert sum("the classes' shares differ" in warning for warning in results["warnings"]) == 1
-    assert any("precision, recall, density and coverage need more than 5" in warning for warning in results["warnings"])
+    assert any(
+        "precision, recall, density and coverage need more than neighbours=5" in warning
+        for warning in results["warnings"]
+    )
 
 
 def test_a_copied_training_set_and_a_collapsed_generator_are_noticed(sets):
@@ -260,7 +263,7 @@ def test_files_that_cannot_be_read_are_named_or_left_out(sets, case, message):
     (excluded,) = results["excluded"]
     assert excluded["file"].endswith("v021.nii.gz")
     assert results["figures"][0]["num"] == {"real": 8, "generated": 5}
-    assert "v021" not in json.dumps(results["tables"])
+    assert "1 volumes were left out (excluded): the figures are those of the rest" in results["warnings"]
 
 
 def test_the_sound_volumes_are_kept_when_others_turn_out_damaged(sets, monkeypatch):
@@ -308,6 +311,64 @@ def test_other_scales_are_refused(sets):
     with pytest.raises(UserError, match=r"their scales differ.*generated_range=\[0,1\]"):
         run(sets)
     run(sets, "--generated-range", "0", "1")
+
+
+def test_memorisation_without_a_network_of_volumes_is_refused(sets):
+    with pytest.raises(UserError, match="memorisation check needs a network of whole volumes"):
+        run(sets, "--training", sets / "training", "--networks", "random_2d")
+
+
+def test_volumes_that_say_nothing_are_warned_of(sets):
+    shutil.copy(sets / "real" / "v001.nii.gz", sets / "real" / "again.nii.gz")
+    write_volume(sets / "generated" / "v020.nii.gz", read_volume(sets / "real" / "v002.nii.gz").data, np.eye(4))
+    write_volume(sets / "generated" / "v021.nii.gz", np.full((16, 16, 16), -1, np.float32), np.eye(4))
+    text = "\n".join(run(sets)["warnings"])
+    assert "1 of 9 real volumes are copies of others of the set" in text
+    assert "1 of 6 generated volumes have one value everywhere" in text
+    assert "1 of 9 real volumes are among the generated ones" in text
+    assert "generated volumes are copies" not in text
+
+
+def test_too_few_volumes_for_intervals_are_said(sets):
+    text = "\n".join(run(sets)["warnings"])
+    assert "precision, recall, density, coverage without interval" in text
+    assert "FID" not in text.split("without interval")[0].splitlines()[-1]
+
+
+def test_sides_with_fewer_slices_than_asked_for(tmp_path):
+    for name, seeds in (("a", range(4)), ("b", range(4, 8)), ("ga", range(8, 12)), ("gb", range(12, 16))):
+        for seed in seeds:
+            write_volume(tmp_path / name / f"{seed}.nii.gz", blob(seed, 24)[:17], affine_from_spacing((1, 1, 1)))
+    real = write_json(tmp_path / "r.json", a=tmp_path / "a", b=tmp_path / "b")
+    made = write_json(tmp_path / "g.json", a=tmp_path / "ga", b=tmp_path / "gb")
+    results = run(tmp_path, "--real", real, "--generated", made, "--networks", "random_2d", "--slices", "20")
+    found = {f["metric"]: f["num"]["slices of each"] for f in results["figures"] if f["group"] == "all classes"}
+    assert found == {"FID-2.5D": 57, "FID-2.5D axial": 17, "FID-2.5D coronal": 20, "FID-2.5D sagittal": 20}
+
+
+@pytest.mark.parametrize("name", ["generation.json", "generation.csv"])
+def test_a_folder_in_the_place_of_a_result_is_refused_first(sets, name, monkeypatch):
+    sizes = counted(monkeypatch)
+    (sets / "out" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{name} is a folder: remove it"):
+        run(sets)
+    assert sizes == []
+
+
+@pytest.mark.parametrize(("file", "option"), [("out/pictures", "output_dir"), ("cache", "cache_dir")])
+def test_a_file_in_the_place_of_a_folder_is_refused_first(sets, file, option, monkeypatch):
+    sizes = counted(monkeypatch)
+    (sets / "out").mkdir()
+    (sets / file).write_text("")
+    with pytest.raises(UserError, match=f"{option}: .*{file} can't be written to"):
+        run(sets, "--cache-dir", sets / "cache")
+    assert sizes == []
+
+
+def test_a_table_of_an_earlier_run_does_not_stay(sets):
+    run(sets, "--training", sets / "training")
+    run(sets)
+    assert not (sets / "out" / "memorisation.csv").exists()
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_first(sets, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config.errors import UserError
-from evaluation.metrics.intervals import bootstrap_interval, random_halves
+from evaluation.metrics.intervals import bootstrap_interval, random_halves, subsampling_interval
 
 
 def test_interval_covers_the_mean_of_normal_numbers():
@@ -41,23 +41,38 @@ def test_resamples_are_independent_draws_with_replacement_of_every_set():
     assert different == pytest.approx(1 - (1 - 1 / 50) ** 50, abs=0.01)
 
 
-def test_resamples_of_large_sets_are_smaller_and_their_spread_is_scaled():
-    numbers = torch.randn(900, generator=torch.Generator().manual_seed(2)).double()
-    sizes = []
+def test_subsamples_are_draws_without_replacement_of_a_share_of_every_set():
+    calls = []
+    subsampling_interval(lambda *indices: calls.append(indices) or 0.0, [3, 50], num_resamples=200)
+    assert [i.tolist() for i in calls[0]] == [list(range(3)), list(range(50))]
+    small, large = (torch.stack(set_) for set_ in zip(*calls[1:], strict=True))
+    assert small.shape == (200, 2)
+    assert large.shape == (200, 40)
+    assert all(len(row.unique()) == len(row) for row in (*small, *large))
+    assert small.unique().tolist() == [0, 1, 2]
+    assert len({tuple(row.tolist()) for row in large}) == 200
 
-    def mean(i: torch.Tensor, j: torch.Tensor) -> float:
-        sizes.append((len(i), len(j)))
+
+def test_subsamples_show_the_spread_of_all_volumes():
+    """That of a mean is known: 1.96 times the deviation over √N on both sides, for any share."""
+    numbers = torch.randn(900, generator=torch.Generator().manual_seed(2)).double()
+    sizes = set()
+
+    def mean(i: torch.Tensor) -> float:
+        sizes.add(len(i))
         return numbers[i].mean().item()
 
-    widths = {}
-    for largest in (900, 100):
+    for share, largest, drawn in ((0.8, 1000, 720), (0.5, 1000, 450), (0.8, 90, 90)):
         sizes.clear()
-        lower, upper = bootstrap_interval(mean, [900, 450], num_resamples=1000, largest=largest)
-        assert lower < numbers.mean() < upper
-        assert sizes[0] == (900, 450)
-        assert set(sizes[1:]) == {(largest, largest // 2)}
-        widths[largest] = upper - lower
-    assert widths[100] == pytest.approx(widths[900], rel=0.1)
+        lower, upper = subsampling_interval(mean, [900], num_resamples=1000, share=share, largest=largest)
+        assert sizes == {900, drawn}
+        assert upper - lower == pytest.approx(2 * 1.96 * numbers.std().item() / 30, rel=0.1)
+        assert (lower + upper) / 2 == pytest.approx(numbers.mean().item(), abs=0.01)
+
+
+def test_subsampling_needs_three_volumes():
+    with pytest.raises(UserError, match=r"at least 3 volumes, got \[5, 2\]"):
+        subsampling_interval(lambda *i: 0.0, [5, 2])
 
 
 def test_repeated_volumes_do_not_move_the_interval():

@@ -72,13 +72,26 @@ def test_items_that_cannot_be_read_are_named_and_the_others_done(tmp_path):
     assert [(one.item, one.reason) for one in refused] == [(3, "3: truncated")]
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut off", b"\x80\x04pickle"])
-def test_damaged_results_are_made_again(tmp_path, damage):
+@pytest.mark.parametrize("place", [0, 40, 60, 100, -3])
+def test_damaged_results_are_made_again(tmp_path, place):
     numbers = Numbers(tmp_path)
     numbers.run([2])
-    next(tmp_path.rglob("*.npz")).write_bytes(damage)
+    path = next(tmp_path.rglob("*.arrays"))
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
     assert numbers.run([2])[0] == [4]
     assert numbers.computed == [[2], [2]]
+
+
+def test_results_cut_off_are_made_again(tmp_path):
+    numbers = Numbers(tmp_path)
+    for length in (0, 10, 32, 50):
+        numbers.run([2])
+        path = next(tmp_path.rglob("*.arrays"))
+        path.write_bytes(path.read_bytes()[:length])
+    assert numbers.run([2])[0] == [4]
+    assert numbers.computed == [[2]] * 5
 
 
 def test_other_settings_have_other_results(tmp_path):

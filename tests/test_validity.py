@@ -99,6 +99,14 @@ def test_a_class_is_compared_with_the_folder_that_is_given(tmp_path, made, monke
     assert results["figures"][0]["group"] == "CTChest"
 
 
+def test_a_small_other_set_makes_all_parts_small(tmp_path):
+    write_set(tmp_path / "other", range(50, 52))
+    real = write_set(tmp_path / "real", range(8))
+    _, results = run(tmp_path, real, "--other", tmp_path / "other", "--networks", "random_3d")
+    num = {f["metric"]: f["num"] for f in results["figures"] if f["metric"].startswith("FID of a half")}
+    assert num == dict.fromkeys(("FID of a half: other", "FID of a half: real"), {"of each": 2})
+
+
 def test_one_class_alone_is_compared_with_no_other(tmp_path):
     _, results = run(tmp_path, write_set(tmp_path / "real", range(6)), "--networks", "random_3d")
     assert not [f for f in results["figures"] if "other" in f["metric"]]

@@ -9,6 +9,7 @@ import torch
 from evaluation_sets import blob, write_json, write_record, write_set
 
 from config.errors import UserError
+from dataset.geometry import affine_from_spacing
 from dataset.volume_io import read_volume, write_volume
 from evaluation.volume_sets import (
     Grid,
@@ -19,6 +20,7 @@ from evaluation.volume_sets import (
     list_refused,
     on_one_grid,
     read_headers,
+    sample_ranges,
     without,
 )
 
@@ -115,7 +117,7 @@ def make_refused(tmp_path, case):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("no folder", "generated: .*nowhere: no such dataset JSON"),
+        ("no folder", "generated: .*nowhere: no such folder or dataset JSON"),
         ("empty folder", r"generated: .*empty: the folder has no \*.nii.gz file"),
         ("one volume", "a: 1 generated volume, at least 2 are needed"),
         ("other names", 'generated: .* has "x", real "a": no class is in both'),
@@ -190,6 +192,22 @@ def test_resampling_brings_all_to_the_grid_of_most_real_volumes(tmp_path):
     assert (group.sets["generated"][0].read() - coarse).abs().mean() < 0.1 * (coarse - coarse.mean()).abs().mean()
 
 
+def test_resampling_turns_the_axes_and_loses_nothing(tmp_path):
+    """Real volumes with axes (front to back, right to left, head to feet): sides go with their axes."""
+    data = np.full((17, 24, 33), -1, np.float32)  # (D, H, W)
+    data[3:14, 4:19, 5:28] = 0.5
+    affine = np.array([[0, -1.0, 0, 0], [-1.5, 0, 0, 0], [0, 0, -2, 0], [0, 0, 0, 1]])  # x to the back, y to the left
+    for i in range(2):
+        write_volume(tmp_path / "a" / f"{i}.nii.gz", data, affine)
+        turned = data[::-1].transpose(0, 2, 1)[:, ::-1, ::-1]  # (D, H, W) with axes right, front, head
+        write_volume(tmp_path / "b" / f"{i}.nii.gz", turned.copy(), affine_from_spacing((1, 1.5, 2)))
+    groups, _ = groups_of(tmp_path / "a", tmp_path / "b")
+    (group,) = on_grid(groups, resample=True)
+    assert group.sets["real"][0].resample == Grid((33, 24, 17), (1, 1.5, 2), "RAS")
+    for volumes in group.sets.values():
+        assert torch.equal(volumes[0].read()[0], torch.from_numpy(turned.copy()))
+
+
 def test_a_volume_keeps_its_key_as_long_as_it_gives_the_same_voxels(tmp_path):
     write_set(tmp_path, [0, 1])
     first = SetVolume(tmp_path / "v000.nii.gz")
@@ -237,9 +255,28 @@ def test_other_scales_are_noticed_by_the_darkest_voxels(tmp_path):
     with pytest.raises(UserError, match=r"darkest voxels of generated volumes are 0, .*generated_range=\[0,1\]"):
         check_ranges(group, grey)
     (warning,) = check_ranges(stated, grey)
-    assert "generated volumes have no background" in warning
+    assert "the darkest voxels of generated volumes are 0, those of real ones -1" in warning
+    (warning,) = check_ranges(group, {**same, "generated": [(-1.0, -0.2)] * 2})
+    assert "the brightest voxels of real volumes are 0.9, those of generated ones -0.2" in warning
     with pytest.raises(UserError, match=r"darkest voxels of real volumes .*real_range=\[0,1\]"):
         check_ranges(stated, {**same, "real": [(0.0, 1.0)] * 2})
+
+
+def test_sets_that_use_the_upper_half_alone_have_another_scale(tmp_path):
+    group = Group("a", {role: (SetVolume(tmp_path / role),) * 2 for role in ("real", "generated")})
+    with pytest.raises(UserError, match=r"real volumes have nothing in the lower half.*real_range=\[0,1\]"):
+        check_ranges(group, {role: [(0.0, 0.9)] * 3 for role in ("real", "generated")})
+
+
+def test_ranges_are_those_of_a_few_volumes_that_can_be_read(tmp_path):
+    real, made = write_set(tmp_path / "a", range(30)), write_set(tmp_path / "b", [40, 41])
+    for path in sorted(real.iterdir())[:4]:
+        path.write_bytes(b"nothing")
+    (group,), _ = groups_of(real, made)
+    ranges = sample_ranges(group)
+    assert {role: len(found) for role, found in ranges.items()} == {"real": 3, "generated": 2}
+    data = read_volume(made / "v040.nii.gz").data
+    assert ranges["generated"][0] == (data.min().item(), data.max().item())
 
 
 def test_only_the_first_few_of_many_refused_files_are_named():
@@ -251,5 +288,6 @@ def test_only_the_first_few_of_many_refused_files_are_named():
 def test_a_damaged_record_is_no_record(tmp_path):
     real, made = write_set(tmp_path / "a", [0, 1]), write_set(tmp_path / "b", [2, 3])
     (made / "v002.json").write_text(json.dumps({"intensity": {"low": "dark"}}))
+    (made / "v003.json").write_text(json.dumps({"intensity": {"low": 1, "high": 0}}))
     (group,), _ = groups_of(real, made)
     assert {volume.intensity_range for volume in group.sets["generated"]} == {RANGE}

@@ -17,7 +17,6 @@ def bootstrap_interval(
     num_resamples: int = 200,
     seed: int = 0,
     confidence: float = 0.95,
-    largest: int = 1000,
 ) -> tuple[float, float]:
     """Confidence interval around a statistic of all volumes, from resamples of the volumes with replacement.
 
@@ -30,34 +29,75 @@ def bootstrap_interval(
         are resampled independently; one set is what volumes that belong in pairs take.
     sizes: number of volumes of each set.
     num_resamples, confidence: the bounds are the percentiles 100·(1 ± confidence) / 2 of that many resamples.
-    largest: volumes of a set in a resample. Of larger sets, resamples are as many times smaller as this says, and their
-        spread is scaled by the square root of that ("m out of n", Bickel et al., Statistica Sinica 7, 1997): 10,000
-        volumes need no 200 times the work of the value itself.
     seed: the same one gives the same resamples; torch's own random state is neither used nor changed.
     Returns the lower and the upper bound.
     Raises UserError for a set below 2 volumes, fewer than 2 resamples, a confidence outside (0, 1), and a statistic
     that is not finite for all volumes or for any resample: without those the interval would be too narrow.
     """
-    if not sizes or min(sizes) < 2:
-        raise UserError(f"an interval needs sets of at least 2 volumes, got {list(sizes)}")
+    _check(sizes, num_resamples, confidence)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(size: int) -> Tensor:
+        return torch.randint(size, (size,), generator=generator)
+
+    return _interval(statistic, sizes, draw, num_resamples, confidence, 1.0)
+
+
+def subsampling_interval(
+    statistic: Callable[..., float],
+    sizes: Sequence[int],
+    *,
+    num_resamples: int = 200,
+    seed: int = 0,
+    confidence: float = 0.95,
+    share: float = 0.8,
+    largest: int = 1000,
+) -> tuple[float, float]:
+    """As `bootstrap_interval`, from resamples without replacement: for distances between sets.
+
+    "m out of n bootstrap" (Bickel et al., Statistica Sinica 7, 1997; Politis and Romano, Annals of Statistics 22,
+    1994): m of the n volumes of each set, their spread times √(m / (n − m)). No volume is repeated, which nearest
+    neighbours, kernels and covariances can't take: with 60 vectors of 30 features in each set, intervals with
+    replacement are up to 3 times too wide for coverage and 2 times for the Fréchet distance, these 1.5 times for both
+    (1.2 where sets differ).
+
+    share: m / n, lower where a set has more than `largest` / share volumes.
+    Raises UserError as `bootstrap_interval`, and for sets below 3 volumes.
+    """
+    _check(sizes, num_resamples, confidence, least=3)
+    generator = torch.Generator().manual_seed(seed)
+    part = min(share, largest / max(sizes))
+    drawn = {size: min(size - 1, max(1, round(part * size))) for size in sizes}
+    total = sum(drawn[size] for size in sizes)
+
+    def draw(size: int) -> Tensor:
+        return torch.randperm(size, generator=generator)[: drawn[size]]
+
+    return _interval(statistic, sizes, draw, num_resamples, confidence, math.sqrt(total / (sum(sizes) - total)))
+
+
+def _check(sizes: Sequence[int], num_resamples: int, confidence: float, least: int = 2) -> None:
+    if not sizes or min(sizes) < least:
+        raise UserError(f"an interval needs sets of at least {least} volumes, got {list(sizes)}")
     if num_resamples < 2:
         raise UserError(f"an interval needs at least 2 resamples, got {num_resamples}")
     if not 0 < confidence < 1:
         raise UserError(f"the confidence of an interval lies between 0 and 1, got {confidence}")
+
+
+def _interval(
+    statistic: Callable[..., float],
+    sizes: Sequence[int],
+    draw: Callable[[int], Tensor],
+    num_resamples: int,
+    confidence: float,
+    scale: float,
+) -> tuple[float, float]:
+    """Percentiles of the resamples less their mean, times `scale`, around the value of all volumes."""
     value = statistic(*(torch.arange(size) for size in sizes))
     if not math.isfinite(value):
         raise UserError(f"an interval needs a finite statistic, got {value} for all volumes")
-
-    generator = torch.Generator().manual_seed(seed)
-    share = min(1.0, largest / max(sizes))
-    drawn = [max(2, round(share * size)) for size in sizes]
-    resamples = np.array(
-        [
-            statistic(*(torch.randint(size, (n,), generator=generator) for size, n in zip(sizes, drawn, strict=True)))
-            for _ in range(num_resamples)
-        ],
-        dtype=np.float64,
-    )
+    resamples = np.array([statistic(*map(draw, sizes)) for _ in range(num_resamples)], dtype=np.float64)
     failed = num_resamples - int(np.isfinite(resamples).sum())
     if failed:
         raise UserError(
@@ -67,7 +107,7 @@ def bootstrap_interval(
     # The usual percentiles lie between the resamples and are too narrow where these are few (94 % of 200 for 95 %).
     # Weibull's, p·(n + 1), hold one more resample with the probability asked for.
     bounds = np.quantile(resamples, [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull")
-    lower, upper = (value + math.sqrt(share) * (bounds - resamples.mean())).tolist()
+    lower, upper = (value + scale * (bounds - resamples.mean())).tolist()
     return lower, upper
 
 
