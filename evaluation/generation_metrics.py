@@ -234,8 +234,8 @@ def add_distances(
             figures += manifold_figures(name, network.name, x, y, cfg.neighbours, strata, sampling)
         elif network.takes_volumes:
             results.warnings.append(
-                f"{name}: precision, recall, density and coverage need more than neighbours={cfg.neighbours} volumes in "
-                f"each set, there are {strata.totals[0]} real and {strata.totals[1]} generated ones"
+                f"{name}: precision, recall, density and coverage need more than neighbours={cfg.neighbours} volumes "
+                f"in each set, there are {strata.totals[0]} real and {strata.totals[1]} generated ones"
             )
         results.figures += figures
         results.warnings += _without_intervals(figures, name)
