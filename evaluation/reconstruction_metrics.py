@@ -52,7 +52,8 @@ VOLUME_METRICS = {
     "ssim": Metric(
         "SSIM",
         "higher",
-        f"structural similarity in 3D, Gaussian windows of 11³ voxels, standard deviation 1.5; {_BOTH}",
+        "structural similarity in 3D, Gaussian windows of 11³ voxels, standard deviation 1.5, luminance counted from "
+        f"-1; {_BOTH}",
     ),
     "ms_ssim": Metric("MS-SSIM", "higher", f"multi-scale structural similarity in 3D, windows as of SSIM; {_BOTH}"),
     "lpips": Metric(

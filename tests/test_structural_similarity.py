@@ -1,6 +1,7 @@
 """SSIM and MS-SSIM against float64 references of SciPy, and by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from scipy.ndimage import gaussian_filter
 
 from config.errors import UserError
 from evaluation.metrics.reconstruction import ms_ssim, num_scales_of, ssim
+
+# As the references count luminance: from 0, whatever the lowest value is.
+ssim_from_0, ms_ssim_from_0 = partial(ssim, low=0.0), partial(ms_ssim, low=0.0)
 
 
 def volumes(*shape: int, noise: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,27 +47,31 @@ def test_ssim_agrees_with_the_reference(shape, data_range):
     x, y = volumes(*shape)
     expected, _ = reference(x.double().numpy(), y.double().numpy(), data_range)
     assert 0.1 < expected < 0.95
-    assert ssim(x, y, data_range) == pytest.approx(expected, abs=1e-12)
-    assert ssim(x[None], y[None], data_range) == ssim(x, y, data_range) == pytest.approx(ssim(y, x, data_range))
+    assert ssim_from_0(x, y, data_range) == pytest.approx(expected, abs=1e-12)
+    assert (
+        ssim_from_0(x[None], y[None], data_range)
+        == ssim_from_0(x, y, data_range)
+        == pytest.approx(ssim_from_0(y, x, data_range))
+    )
 
 
 def test_ssim_of_constants_is_the_luminance_term():
     """(2·0.5·1 + C1) / (0.25 + 1 + C1) with C1 = (0.01·2)²; the contrast of two constants is 1."""
     x, y = torch.full((11, 12, 13), 0.5), torch.ones(11, 12, 13)
-    assert ssim(x, y) == pytest.approx(1.0004 / 1.2504, abs=1e-12)
+    assert ssim_from_0(x, y) == pytest.approx(1.0004 / 1.2504, abs=1e-12)
 
 
 def test_opposite_contrast_is_negative_in_ssim_and_zero_in_ms_ssim():
     noise = 0.2 * torch.randn(24, 24, 24, generator=torch.Generator().manual_seed(0))
-    assert -0.95 < ssim(0.5 + noise, 0.5 - noise) < -0.85
+    assert -0.95 < ssim_from_0(0.5 + noise, 0.5 - noise) < -0.85
     for num_scales in (1, 2):
-        assert ms_ssim(0.5 + noise, 0.5 - noise, num_scales=num_scales) == 0
+        assert ms_ssim_from_0(0.5 + noise, 0.5 - noise, num_scales=num_scales) == 0
 
 
 def test_identical_volumes_have_similarity_one():
     x, _ = volumes(24, 24, 24)
-    assert ssim(x, x) == pytest.approx(1.0, abs=1e-12)
-    assert ms_ssim(x, x) == pytest.approx(1.0, abs=1e-12)
+    assert ssim_from_0(x, x) == pytest.approx(1.0, abs=1e-12)
+    assert ms_ssim_from_0(x, x) == pytest.approx(1.0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +109,11 @@ def test_ms_ssim_agrees_with_the_reference(num_scales, weights):
         similarity, contrast = reference(a, b, 2.0)
         expected *= (similarity if scale == num_scales - 1 else contrast) ** (weight / sum(weights))
     assert 0.1 < expected < 0.95
-    assert ms_ssim(x, y, num_scales=num_scales) == pytest.approx(expected, abs=1e-12)
+    assert ms_ssim_from_0(x, y, num_scales=num_scales) == pytest.approx(expected, abs=1e-12)
     if num_scales == 3:
-        assert ms_ssim(x, y) == ms_ssim(x[None], y[None]) == pytest.approx(expected, abs=1e-12)
+        assert ms_ssim_from_0(x, y) == ms_ssim_from_0(x[None], y[None]) == pytest.approx(expected, abs=1e-12)
     if num_scales == 1:
-        assert ms_ssim(x, y, num_scales=1) == ssim(x, y)
+        assert ms_ssim_from_0(x, y, num_scales=1) == ssim_from_0(x, y)
 
 
 @pytest.mark.parametrize("data_range", [2.0, 1.0])
@@ -114,7 +122,7 @@ def test_ms_ssim_agrees_with_monai(data_range):
     x, y = volumes(48, 48, 48)
     weights = torch.tensor([0.0448, 0.2856, 0.3001])
     expected = compute_ms_ssim(x[None, None], y[None, None], 3, data_range, weights=(weights / weights.sum()).tolist())
-    assert ms_ssim(x, y, data_range) == pytest.approx(expected.item(), abs=5e-5)
+    assert ms_ssim_from_0(x, y, data_range) == pytest.approx(expected.item(), abs=5e-5)
 
 
 @pytest.mark.parametrize(("metric", "name"), [(ssim, "SSIM"), (ms_ssim, "MS-SSIM")])
@@ -154,4 +162,15 @@ def test_refuses(metric, name, x, y, data_range, message):
 def test_ms_ssim_refuses_scales_that_do_not_fit(num_scales):
     x = torch.zeros(24, 24, 24)
     with pytest.raises(UserError, match=rf"MS-SSIM of a volume \(24, 24, 24\) takes 1 to 2 scales, got {num_scales}"):
-        ms_ssim(x, x, num_scales=num_scales)
+        ms_ssim_from_0(x, x, num_scales=num_scales)
+
+
+def test_luminance_is_counted_from_the_lowest_value():
+    """Nearly equal greys on both sides of 0 are alike, and intensities of [-1, 1] are as good as those of [0, 2]."""
+    grey = torch.full((48, 48, 48), 0.05)
+    for metric, from_0 in ((ssim, ssim_from_0), (ms_ssim, ms_ssim_from_0)):
+        assert metric(grey, -grey) > 0.99
+        assert from_0(grey, -grey) <= 0.0
+        x, y = (volume.double() for volume in volumes(48, 48, 48))
+        assert metric(x, y) == pytest.approx(from_0(x + 1, y + 1), abs=1e-12)
+        assert metric(x - 1, y - 1, low=-2.0) == pytest.approx(metric(x, y), abs=1e-12)

@@ -45,27 +45,29 @@ def psnr(x: Tensor, y: Tensor, data_range: float = 2.0) -> float:
     return 10 * math.log10(data_range**2 / mse)
 
 
-def ssim(x: Tensor, y: Tensor, data_range: float = 2.0) -> float:
+def ssim(x: Tensor, y: Tensor, data_range: float = 2.0, low: float = -1.0) -> float:
     """Structural similarity, the mean over all windows that lie wholly in the volume; 1 for identical volumes.
 
     Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", IEEE TIP 13 (2004),
     equation 13, in 3D: Gaussian windows of 11³ voxels with a standard deviation of 1.5 voxels, K1 = 0.01, K2 = 0.03.
 
     x, y: two volumes (D, H, W) or (1, D, H, W). data_range: see `psnr`.
+    low: the lowest possible value, from which luminance is counted: the paper's images are not negative, and two means
+        of opposite sign, however near, would be as different as can be.
     Raises UserError for other shapes, a side below 11, NaN or infinite values, or a range that is not positive.
     """
     _check_data_range("SSIM", data_range)
-    return _similarity_and_contrast(*_check_volumes("SSIM", x, y), data_range)[0]
+    return _similarity_and_contrast(*_check_volumes("SSIM", x, y), data_range, low)[0]
 
 
-def ms_ssim(x: Tensor, y: Tensor, data_range: float = 2.0, num_scales: int | None = None) -> float:
+def ms_ssim(x: Tensor, y: Tensor, data_range: float = 2.0, num_scales: int | None = None, low: float = -1.0) -> float:
     """Multi-scale structural similarity: contrast and structure at every scale, luminance at the coarsest.
 
     Wang et al., "Multiscale Structural Similarity for Image Quality Assessment", Asilomar 2003, equation 7, with the
     windows and constants of `ssim`. Volumes are averaged over 2³ voxels from one scale to the next. A scale's
     negative mean counts as 0, since a power of it isn't defined.
 
-    x, y: two volumes (D, H, W) or (1, D, H, W). data_range: see `psnr`.
+    x, y: two volumes (D, H, W) or (1, D, H, W). data_range: see `psnr`. low: see `ssim`.
     num_scales: 1 to 5, finest first; None takes `num_scales_of(x.shape)`. The paper has five. With fewer, their weights
         are divided by their sum, and the values compare only with those of as many scales.
     Raises UserError as `ssim` does, and for more scales than the volume allows.
@@ -83,7 +85,7 @@ def ms_ssim(x: Tensor, y: Tensor, data_range: float = 2.0, num_scales: int | Non
     for scale, weight in enumerate(weights):
         if scale:
             x, y = (F.avg_pool3d(volume[None].double(), 2)[0] for volume in (x, y))  # every side halved, rounded down
-        similarity, contrast = _similarity_and_contrast(x, y, data_range)
+        similarity, contrast = _similarity_and_contrast(x, y, data_range, low)
         term = similarity if scale == num_scales - 1 else contrast
         product *= max(term, 0.0) ** (weight / sum(weights))
     return product
@@ -131,7 +133,7 @@ def _check_volumes(name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.reshape(x.shape[-3:]), y.reshape(y.shape[-3:])
 
 
-def _similarity_and_contrast(x: Tensor, y: Tensor, data_range: float) -> tuple[float, float]:
+def _similarity_and_contrast(x: Tensor, y: Tensor, data_range: float, low: float) -> tuple[float, float]:
     """(D, H, W) twice -> mean over all whole windows of SSIM, and of its factor for contrast and structure.
 
     Libraries were measured and not taken. torchmetrics 1.9 averages over windows in a reflected border too (off by
@@ -146,7 +148,7 @@ def _similarity_and_contrast(x: Tensor, y: Tensor, data_range: float) -> tuple[f
     for z, h in itertools.product(*starts):
         # Neighbouring blocks overlap by 10 voxels, their windows don't.
         block = (slice(z, z + BLOCK[0] + WINDOW_EDGE - 1), slice(h, h + BLOCK[1] + WINDOW_EDGE - 1))
-        a, b = x[block].double(), y[block].double()
+        a, b = x[block].double() - low, y[block].double() - low
         mean_a, mean_b, mean_squares, mean_product = _window_means(torch.stack([a, b, a * a + b * b, a * b]))
         product_of_means = mean_a * mean_b
         squares_of_means = mean_a.square() + mean_b.square()
