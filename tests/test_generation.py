@@ -177,8 +177,8 @@ def test_guidance_without_a_null_label_is_refused(models, tmp_path):
     ("values", "message"),
     [
         ({"AE_ckpt": ""}, "required but not set: AE_ckpt"),
-        ({"AE_ckpt": "none.ckpt"}, "none.ckpt: no such checkpoint"),
-        ({"model_ckpt": "none.pt"}, "none.pt: no such checkpoint"),
+        ({"AE_ckpt": "none.ckpt"}, "none.ckpt: no such file"),
+        ({"model_ckpt": "none.pt"}, "none.pt: no such file"),
         ({"downsample": 8}, r"ae.ckpt: this autoencoder compresses by 4x, 8x is needed"),
         ({"volume_channels": 8}, r"ae.ckpt: its latents have 4 channels, volume_channels is 8"),
         ({"model_dim": 48}, r"flow.pt: the weights do not fit"),
