@@ -148,7 +148,6 @@ def diversity_figures(group: str, real: PairScores, generated: PairScores, sampl
 
     Intervals are over volumes where pairs share them, over pairs where they don't.
     """
-
     figures = []
     for role, found in (("generated", generated), ("real", real)):
         num = {role: found.count, "pairs": len(found.pairs)}

@@ -12,6 +12,7 @@ from generation_models import save_models
 
 from AutoEncoder.model import PatchVolume
 from config.errors import UserError
+from config.script import run_script
 from dataset.cache import VolumeCache
 from dataset.volume_io import write_latent
 from evaluation.benchmark import main
@@ -57,10 +58,13 @@ def test_data(tmp_path):
         (["nothing"], "invalid choice: 'nothing'"),
     ],
 )
-def test_mistakes(words, message):
-    done = run(*words)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_mistakes(words, message, capsys):
+    try:
+        status = run_script(main, words)
+    except SystemExit as ended:  # of argparse
+        status = ended.code
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("dtype", "change"), [("float32", 1e-6), ("int16", 1e-4)])

@@ -209,7 +209,7 @@ def test_lpips_without_its_weights(data, checkpoints, finished, weights, tmp_pat
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"data": "nowhere.json"}, "data: nowhere.json: no such dataset JSON"),
+        ({"data": "nowhere.json"}, "data: nowhere.json: no such folder or dataset JSON"),
         ({"data": f"{ROOT / 'tests' / 'golden'}"}, "the folder has no *.nii.gz file"),
         ({"data": None}, "required but not set: data"),
         ({"output_dir": None}, "required but not set: output_dir"),
