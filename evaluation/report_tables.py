@@ -13,7 +13,7 @@ RANDOM = "random features"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 RANDOM_NOTE = "Distances on random features can't be compared with published ones."
 DEVIATION_NOTE = "±: standard deviation over volumes."
-INTERVAL_NOTE = "In brackets: 95 % interval, by bootstrap over volumes."
+INTERVAL_NOTE = "In brackets: 95 % interval, by resampling volumes (see the definitions)."
 FLOOR_NOTE = (
     "A distance depends on the number of volumes: at the same number N, compare this set with real against real, "
     "the mean over random halvings of the real set."
