@@ -188,6 +188,9 @@ def test_diversity_gap():
     for figure in (made, of_real, gap):
         assert figure.interval[0] < figure.value < figure.interval[1]
     assert "collapsed" in diversity_warning("CT", gap)[0]
+    real, generated = scores_of(8, 0.5, 0.05), scores_of(6, 0.9, 0.02, seed=1)
+    expected = bootstrap_interval(lambda a, b: generated.mean_of(a) - real.mean_of(b), [6, 8], num_resamples=40)
+    assert gap.interval == pytest.approx(expected)
 
 
 def test_sets_of_equal_variety_give_no_warning():
@@ -229,7 +232,9 @@ def test_pairs_that_share_no_volume_are_resampled_themselves():
     assert diversity_figures("CT", found, found, SAMPLING)[1].interval == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("count", "num", "expected"), [(4, 10, 6), (4, 6, 6), (30, 20, 20), (40, 20, 20), (2, 5, 1)])
+@pytest.mark.parametrize(
+    ("count", "num", "expected"), [(4, 10, 6), (4, 6, 6), (30, 20, 20), (40, 20, 20), (8, 26, 26), (2, 5, 1)]
+)
 def test_pairs_are_different_ones(count, num, expected):
     pairs = choose_pairs(count, num, 0)
     assert pairs.shape == (expected, 2)

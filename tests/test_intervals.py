@@ -70,6 +70,12 @@ def test_subsamples_show_the_spread_of_all_volumes():
         assert (lower + upper) / 2 == pytest.approx(numbers.mean().item(), abs=0.01)
 
 
+def test_a_subsample_leaves_a_volume_out_of_every_set():
+    sizes = []
+    subsampling_interval(lambda i, j: sizes.append((len(i), len(j))) or 0.0, [3, 10], share=0.99)
+    assert set(sizes[1:]) == {(2, 9)}
+
+
 def test_subsampling_needs_three_volumes():
     with pytest.raises(UserError, match=r"at least 3 volumes, got \[5, 2\]"):
         subsampling_interval(lambda *i: 0.0, [5, 2])
