@@ -190,6 +190,12 @@ def test_the_same_command_again_computes_nothing_and_finds_the_same(sets, monkey
     assert sizes[:2] == [1, 1]
 
 
+def test_training_volumes_go_through_networks_of_volumes_alone(sets, monkeypatch):
+    sizes = counted(monkeypatch)
+    run(sets, "--training", sets / "training")
+    assert sum(sizes) == 2 * (8 + 6) + 7 + 6 + 6  # two networks; training volumes; pairs
+
+
 def test_a_killed_run_goes_on(sets, monkeypatch):
     original, calls = feature_extraction.compute_features, []
 
