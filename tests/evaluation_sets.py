@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from config.loading import load_config
-from config.schema import GenerationMetricsConfig, ValidityConfig
+from config.schema import ValidityConfig
 from dataset.geometry import affine_from_spacing
 from dataset.volume_io import write_volume
+from evaluation import feature_extraction, pair_similarity
+from evaluation.generation_metrics import main
+from evaluation.results import read_results
 from train.distributed import Distributed, choose_device
 
 PLACE = Distributed(0, 0, 1, choose_device("cpu"))
@@ -43,16 +46,33 @@ def write_record(volume: Path, class_id: int, class_name: str, **more) -> None:
     path.write_text(json.dumps({"class_id": class_id, "class_name": class_name, **more}))
 
 
-FAST = {"num_workers": 0, "device": "cpu", "num_resamples": 20, "num_halvings": 2, "slices": 2, "num_pairs": 6}
-
-
-def metrics_config(tmp_path: Path, **values):
-    values = {"real": tmp_path / "real", "generated": tmp_path / "generated", "output_dir": tmp_path / "out", **values}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    return load_config(GenerationMetricsConfig, None, values={**FAST, **plain})
+FAST_VALUES = {"num_workers": 0, "device": "cpu", "num_resamples": 20, "num_halvings": 2, "slices": 2, "num_pairs": 6}
 
 
 def validity_config(tmp_path: Path, **values):
     values = {"output_dir": tmp_path / "out", **values}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    return load_config(ValidityConfig, None, values={**FAST, **plain})
+    return load_config(ValidityConfig, None, values={**FAST_VALUES, **plain})
+
+
+FAST = "--num-workers 0 --device cpu --num-resamples 20 --num-halvings 2 --slices 2 --num-pairs 6".split()
+
+
+def run_metrics(tmp_path: Path, *more: str) -> dict:
+    words = ["--real", tmp_path / "real", "--generated", tmp_path / "generated", "--output-dir", tmp_path / "out"]
+    main([*map(str, words), *FAST, *map(str, more)])
+    return read_results(tmp_path / "out" / "generation.json")
+
+
+def counted(monkeypatch) -> list[int]:
+    """Numbers of volumes or pairs that networks and MS-SSIM were given."""
+    sizes = []
+    for module, name in ((feature_extraction, "compute_features"), (pair_similarity, "_compare_pairs")):
+        original = getattr(module, name)
+
+        def count(*args, original=original):
+            sizes.append(len(args[-1]))
+            return original(*args)
+
+        monkeypatch.setattr(module, name, count)
+    return sizes
