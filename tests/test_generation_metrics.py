@@ -63,6 +63,7 @@ def test_everything_is_measured(sets):
     assert results["settings"]["num_resamples"] == 20
     assert "random weights" in results["settings"]["feature_networks"]["random_3d"]["is"]
     assert any("random_3d is an untrained network" in warning for warning in results["warnings"])
+    assert any("are too few for the 481 features of random_3d" in warning for warning in results["warnings"])
     for picture in results["pictures"]:
         assert (sets / "out" / picture["file"]).read_bytes().startswith(b"\x89PNG")
     assert len(results["pictures"]) == 2
