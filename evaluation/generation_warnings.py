@@ -12,6 +12,7 @@ from evaluation.results import Figure
 COLLAPSE = 0.05  # gap of MS-SSIM beyond which a warning is due
 SAME = 1e-4  # share of the median distance that rounding may make of none
 USUAL = 1000  # real volumes whose distances are looked at for that
+FEWEST = 5  # volumes of a set, below which an interval of nearest distances says nothing
 COPY = 0.5  # share of the nearest held-out distance below which a volume counts as a copy
 
 
@@ -57,6 +58,8 @@ def memorisation_warnings(group: str, network: str, found: Memorisation, figures
             f"so (on {network}, at most {COPY:g} of the smallest distance of a held-out one): see memorisation.csv"
         )
     nearer, ratio = figures
+    if min(len(found.generated), len(found.held_out)) < FEWEST:
+        return warnings
     if nearer.interval[0] > 0.5 and ratio.interval is not None and ratio.interval[1] < 1:
         warnings.append(
             f"{group}: generated volumes lie nearer to training volumes than real ones do that were not trained on "

@@ -272,6 +272,7 @@ def test_copies_and_what_lies_too_near_are_noticed():
     some = warnings_of(torch.cat([torch.tensor([0.0, 0.4]), usual]), usual)
     assert len(some) == 1
     assert "2 of 22 generated volumes are copies" in some[0]
+    assert warnings_of(0.7 * usual[:4], usual) == []  # too few to say so
     near = warnings_of(0.7 * usual, usual)
     assert len(near) == 1
     assert "lie nearer to training volumes" in near[0]
