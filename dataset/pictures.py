@@ -4,6 +4,7 @@ Axes of a volume: D = z, H = x, W = y (see dataset/volume_io.py).
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,12 @@ def central_slices(volume: Tensor, spacing_mm: Sequence[float] | None = None) ->
 
 
 def with_square_pixels(slices: Mapping[str, np.ndarray], spacing_mm: Sequence[float]) -> dict[str, np.ndarray]:
-    """What `central_slices` gives with this spacing (x, y, z) from what it gives without."""
+    """What `central_slices` gives with this spacing (x, y, z) from what it gives without.
+
+    The same where a header states no spacing that a voxel can have.
+    """
+    if not all(0 < length < math.inf for length in spacing_mm):
+        return dict(slices)
     x, y, z = spacing_mm
     extents = {"axial": (y, x), "coronal": (z, x), "sagittal": (z, y)}
     return {plane: _square_pixels(slices[plane], *extents[plane]) for plane in PLANES}

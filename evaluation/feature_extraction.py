@@ -14,7 +14,8 @@ from torch import Tensor
 from config.errors import UserError
 from evaluation.feature_networks import FeatureNetwork
 from evaluation.result_cache import Arrays, ResultCache, Work, do_work
-from evaluation.volume_sets import list_refused
+from evaluation.speed import exact_float32
+from evaluation.volume_sets import check_refused
 from train.distributed import Distributed
 
 VERSION = 1  # rises when the same network and volume give other features
@@ -81,19 +82,10 @@ def extract(
 
 def compute_features(network: FeatureNetwork, device: torch.device, volumes: Tensor) -> list[Arrays]:
     """Features and ranges of volumes (B, 1, D, H, W), in float32 without the rounding of TF32."""
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with torch.inference_mode(), exact:
+    with torch.inference_mode(), exact_float32():
         features = network(volumes.to(device))
     found = []
     for i, volume in enumerate(volumes):
         arrays = {plane: of_plane[i].float().cpu().numpy() for plane, of_plane in features.items()}
         found.append({**arrays, RANGE: np.array([volume.min().item(), volume.max().item()])})
     return found
-
-
-def check_refused(reasons: dict[Path, str], count: int, what: str, exclude: bool) -> None:
-    """UserError for volumes that can't be read, unless they are to be left out and two of `count` remain."""
-    if reasons and not exclude:
-        raise UserError(f"{list_refused(reasons, what)}; replace them, or leave them out with --exclude-unreadable")
-    if count - len(reasons) < 2:
-        raise UserError(f"{list_refused(reasons, what)}; at least 2 are needed")

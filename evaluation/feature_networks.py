@@ -225,6 +225,12 @@ def build_networks(
     return [_build(name, weights_dir, num_slices).to(device) for name in dict.fromkeys(names)]
 
 
+def describe_networks(networks: Sequence[FeatureNetwork], device: torch.device) -> dict[str, Any]:
+    """What the settings of results say of them."""
+    described = {net.name: {"is": net.description, **net.settings} for net in networks}
+    return {"device": str(device), "feature_networks": described}
+
+
 def find_weights(name: str, weights_dir: str | Path | None) -> Path | None:
     """The weight file of a pretrained network: in the folder, in torch hub's cache, or where MedicalNet's lie."""
     return next(
@@ -232,11 +238,17 @@ def find_weights(name: str, weights_dir: str | Path | None) -> Path | None:
     )
 
 
-def _folders(weights_dir: str | Path | None) -> list[Path]:
+def weight_folders(weights_dir: str | Path | None) -> tuple[list[Path], Path]:
+    """The user's folder, if one is named, and torch hub's cache. UserError: a folder that doesn't exist."""
     own = [] if weights_dir is None else [Path(weights_dir).expanduser()]
     if own and not own[0].is_dir():
         raise UserError(f"weights_dir: {own[0]}: no such folder: give the one that holds the weight files")
-    return [*own, Path(torch.hub.get_dir()) / "checkpoints", HUB_FOLDER / "medicalnet"]
+    return own, Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _folders(weights_dir: str | Path | None) -> list[Path]:
+    own, hub_cache = weight_folders(weights_dir)
+    return [*own, hub_cache, HUB_FOLDER / "medicalnet"]
 
 
 def _build(name: str, weights_dir: str | Path | None, num_slices: int) -> FeatureNetwork:

@@ -13,7 +13,6 @@ grid, I) only, so neither batches, order, processes nor the rest of the requests
 import math
 import shutil
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,9 @@ from evaluation.speed import CompiledDenoiser, autocast, clock
 from evaluation.volume_record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
 from evaluation.volume_requests import Request, batches_of_one_grid, list_requests, noise_generator, seed_folder
 from train.checkpoints import latent_fingerprint, load_autoencoder, load_biflownet, load_checkpoint
-from train.distributed import Distributed, cleanup, setup
+from train.distributed import PATIENCE, Distributed, cleanup, setup
 from train.logger import get_logger
 
-PATIENCE = timedelta(days=30)  # a process whose volumes are done waits for those whose volumes are larger
 SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
 
 

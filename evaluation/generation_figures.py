@@ -7,6 +7,7 @@ from itertools import accumulate
 from statistics import fmean
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from evaluation.metrics.distances import (
@@ -37,6 +38,11 @@ class Sampling:
     num_resamples: int
     num_halvings: int
     seed: int
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "Sampling":
+        """As the options of a script say."""
+        return cls(cfg.num_resamples, cfg.num_halvings, cfg.seed)
 
 
 @dataclass(frozen=True)

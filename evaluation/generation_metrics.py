@@ -14,7 +14,6 @@ evaluation/report.py makes a page of the results; docs/evaluation.md says what e
 
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,8 +28,8 @@ from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import GenerationMetricsConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
-from evaluation.feature_extraction import SetFeatures, check_refused, extract  # noqa: E402
-from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks  # noqa: E402
+from evaluation.feature_extraction import SetFeatures, extract  # noqa: E402
+from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks, describe_networks  # noqa: E402
 from evaluation.generation_definitions import DEFINITIONS  # noqa: E402
 from evaluation.generation_figures import (  # noqa: E402
     Memorisation,
@@ -58,6 +57,7 @@ from evaluation.results import (  # noqa: E402
     TextTable,
     cache_folder,
     file_names,
+    list_excluded,
     make_folders,
     settings_of,
     write_csv,
@@ -68,14 +68,12 @@ from evaluation.volume_sets import (  # noqa: E402
     check_ranges,
     group_volumes,
     on_one_grid,
-    read_headers,
+    read_groups,
     sample_ranges,
-    without,
 )
-from train.distributed import Distributed, cleanup, setup  # noqa: E402
+from train.distributed import PATIENCE, Distributed, cleanup, setup  # noqa: E402
 from train.logger import get_logger  # noqa: E402
 
-PATIENCE = timedelta(days=30)  # a process whose volumes are done waits for those whose volumes are larger
 KIND = "generation"
 MEMORISATION_FILE = "memorisation.csv"
 CLOSEST = 8  # pairs of generated and training volumes in the picture and table
@@ -110,9 +108,8 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     if cfg.training and not any(network.takes_volumes for network in networks):
         raise UserError("training: the memorisation check needs a network of whole volumes: add one to networks")
     place.on_main(lambda: make_folders(cfg, KIND), share=False)
-    results = Results(KIND, settings_of(cfg), DEFINITIONS, warnings=warnings)
-    results.settings["device"] = str(place.device)
-    results.settings["feature_networks"] = {net.name: {"is": net.description, **net.settings} for net in networks}
+    settings = {**settings_of(cfg), **describe_networks(networks, place.device)}
+    results = Results(KIND, settings, DEFINITIONS, warnings=warnings)
 
     found: dict[str, dict[str, dict[str, SetFeatures]]] = {}  # network -> group -> role
     for network in networks:
@@ -138,10 +135,10 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
         for net in networks
         if net.is_random
     ]
-    results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
+    results.excluded = list_excluded(excluded)
     for network in networks:
         add_distances(cfg, results, network, found[network.name])
-    sampling = _sampling(cfg)
+    sampling = Sampling.of(cfg)
     for group, of_group in zip(groups, pairs, strict=True):
         figures = diversity_figures(group.name, of_group["real"], of_group["generated"], sampling)
         results.figures += figures
@@ -168,10 +165,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
 def find_groups(cfg: DictConfig) -> tuple[list[Group], list[str], dict[Path, str]]:
     """The sets of each class, after all checks that headers allow; notes; files that are left out with the reason."""
     groups, notes = group_volumes(cfg.real, cfg.generated, cfg.training, cfg.real_range, cfg.generated_range)
-    grids, problems = read_headers(groups)
-    if problems:
-        check_refused(problems, len(grids) + len(problems), "volumes", cfg.exclude_unreadable)
-        groups = without(groups, set(problems))
+    groups, grids, problems = read_groups(groups, cfg.exclude_unreadable)
     groups = on_one_grid(groups, grids, cfg.resample, cfg.ignore_spacing)
     for group in groups:
         num_scales_of(_shape(group, grids))  # refuses volumes that are too small for MS-SSIM
@@ -205,10 +199,6 @@ def extract_group(
     return found
 
 
-def _sampling(cfg: DictConfig) -> Sampling:
-    return Sampling(cfg.num_resamples, cfg.num_halvings, cfg.seed)
-
-
 # ----------------------------------------------------------------------------------------------------------- distances
 
 
@@ -216,7 +206,7 @@ def add_distances(
     cfg: DictConfig, results: Results, network: FeatureNetwork, found: dict[str, dict[str, SetFeatures]]
 ) -> None:
     """FID and, on features of volumes, MMD, precision, recall, density and coverage; of each class and of all."""
-    sampling = _sampling(cfg)
+    sampling = Sampling.of(cfg)
     sets = {name: [of] for name, of in found.items()}
     if len(found) > 1:
         sets |= _all_classes(results, found)
@@ -289,7 +279,7 @@ def add_memorisation(
         for (name, sets), stem in _with_file_names(found[network.name]):
             real, generated, training = (sets[role].planes[VOLUME][:, 0] for role in ("real", "generated", "training"))
             memory = memorisation_of(real, generated, training)
-            figures = memorisation_figures(name, network.name, memory, len(training), _sampling(cfg))
+            figures = memorisation_figures(name, network.name, memory, len(training), Sampling.of(cfg))
             results.figures += figures
             results.warnings += memorisation_warnings(name, network.name, memory, figures)
             rows += _nearest_rows(name, network.name, sets, memory)

@@ -1,6 +1,5 @@
 """Slices of generated volumes beside real ones, and beside the training volumes that are nearest to them."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,8 +43,7 @@ def nearest_picture(
 
 def _slices(volume: SetVolume) -> list[np.ndarray]:
     spacing = read_header(volume.path).spacing_mm if volume.resample is None else volume.resample.spacing_mm
-    has_size = all(0 < length < math.inf for length in spacing)
-    pictures = central_slices(volume.read(), spacing if has_size else None)
+    pictures = central_slices(volume.read(), spacing)
     return [pictures[plane] for plane in PLANES]
 
 

@@ -33,7 +33,6 @@ from config.loading import require  # noqa: E402
 from config.schema import ReconstructionConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
 from dataset.pictures import central_slices  # noqa: E402
-from evaluation.generation import PATIENCE  # noqa: E402
 from evaluation.reconstruction_checks import (  # noqa: E402
     ROLE,
     Checkpoint,
@@ -48,9 +47,10 @@ from evaluation.reconstruction_metrics import COUNTS, measure, reconstruct  # no
 from evaluation.reconstruction_results import Measured, write_results  # noqa: E402
 from evaluation.result_cache import Arrays, ResultCache, Work, do_work  # noqa: E402
 from evaluation.results import Results, cache_folder, make_folders  # noqa: E402
+from evaluation.speed import exact_float32  # noqa: E402
 from evaluation.volume_sets import Group, SetVolume, list_refused  # noqa: E402
 from train.checkpoints import load_autoencoder  # noqa: E402
-from train.distributed import cleanup, setup  # noqa: E402
+from train.distributed import PATIENCE, cleanup, setup  # noqa: E402
 from train.logger import get_logger  # noqa: E402
 
 VERSION = 1  # of what is kept of a volume; rises when the same settings give other numbers
@@ -149,7 +149,7 @@ class Measurement:
 
         In float32 without the rounding of TF32.
         """
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with exact_float32():
             return [self._of_volume(volume.to(self.networks.device)) for volume in volumes]
 
     def _of_volume(self, volume: Tensor) -> Arrays:

@@ -15,6 +15,7 @@ from AutoEncoder.patches import padded_size
 from config.errors import UserError
 from dataset.intensity import check_intensity_range, is_empty
 from evaluation.decoding import free_memory
+from evaluation.feature_networks import weight_folders
 from evaluation.metrics.reconstruction import WINDOW_EDGE, num_scales_of
 from evaluation.result_cache import Arrays, ResultCache, Work, do_work
 from evaluation.results import cache_folder
@@ -138,12 +139,10 @@ def find_lpips(cfg: DictConfig) -> tuple[dict[str, str] | None, list[str]]:
 
     Raises UserError: with lpips=on files that are missing; files that are damaged or another network's.
     """
-    own = [] if cfg.weights_dir is None else [Path(cfg.weights_dir).expanduser()]
-    if own and not own[0].is_dir():
-        raise UserError(f"weights_dir: {own[0]}: no such folder: give the one that holds the weight files")
+    own, hub_cache = weight_folders(cfg.weights_dir)
     if cfg.lpips == "off":
         return None, ["LPIPS is left out: lpips is off"]
-    places = {VGG_FILE: [*own, Path(torch.hub.get_dir()) / "checkpoints"], HEADS_FILE: own + package_folder()}
+    places = {VGG_FILE: [*own, hub_cache], HEADS_FILE: own + package_folder()}
     files = {name: first_existing(folders, name) for name, folders in places.items()}
     for name, path in files.items():
         if path is None:

@@ -1,6 +1,5 @@
 """What an evaluation of autoencoders found, as files: tables, pictures, warnings."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -15,7 +14,16 @@ from evaluation.metrics.reconstruction import WINDOW_EDGE
 from evaluation.reconstruction_checks import ROLE, Checkpoint, Plan
 from evaluation.reconstruction_metrics import METRICS, VOLUME_METRICS, summarise
 from evaluation.result_cache import Arrays
-from evaluation.results import PICTURES_FOLDER, Picture, Results, TextTable, file_names, settings_of, write_csv
+from evaluation.results import (
+    PICTURES_FOLDER,
+    Picture,
+    Results,
+    TextTable,
+    file_names,
+    list_excluded,
+    settings_of,
+    write_csv,
+)
 from evaluation.volume_sets import Group
 from train.logger import get_logger
 
@@ -42,7 +50,7 @@ def write_results(
         results.figures += figures
         results.warnings += notes
     results.definitions = definitions({figure.metric for figure in results.figures}, scales)
-    results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
+    results.excluded = list_excluded(excluded)
     results.tables = [table_of(plan.checkpoints)]
     folder = Path(cfg.output_dir)
     write_volumes(folder / "reconstruction_volumes.csv", groups, measured)
@@ -124,10 +132,9 @@ def draw(folder: Path, plan: Plan, groups: Sequence[Group], measured: Measured, 
 
 
 def _cells(slices: Mapping[str, np.ndarray], spacing_mm: Sequence[float]) -> list[np.ndarray]:
-    """Slices by plane in order, with square pixels if the spacing (x, y, z) is one."""
-    if all(0 < length < math.inf for length in spacing_mm):
-        slices = with_square_pixels(slices, spacing_mm)
-    return [slices[plane] for plane in PLANES]
+    """Slices by plane in order, with square pixels; spacing (x, y, z)."""
+    square = with_square_pixels(slices, spacing_mm)
+    return [square[plane] for plane in PLANES]
 
 
 def _differences(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -209,6 +209,11 @@ def file_names(groups: Sequence[str]) -> list[str]:
     return names
 
 
+def list_excluded(reasons: Mapping[Path, str]) -> list[dict[str, str]]:
+    """Files that were left out, as `Results.excluded` has them."""
+    return [{"file": str(path), "reason": reason} for path, reason in reasons.items()]
+
+
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
     """The resolved options of a run."""
     return OmegaConf.to_container(cfg, resolve=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision "bf16" or "16" on this device; "32" is none."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def exact_float32() -> AbstractContextManager[None]:
+    """Convolutions on a GPU without the rounding of TF32, the same at every run: for figures to publish."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def clock(device: torch.device) -> float:

@@ -10,10 +10,10 @@ volumes changes nothing; a generator that repeats one volume shows in the divers
 in the memorisation check, real volumes that are none don't. A check that fails ends in exit status 1.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,8 +32,8 @@ from config.loading import require  # noqa: E402
 from config.schema import ValidityConfig  # noqa: E402
 from config.script import run_script  # noqa: E402
 from evaluation.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures  # noqa: E402
-from evaluation.feature_extraction import SetFeatures, check_refused, extract  # noqa: E402
-from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks  # noqa: E402
+from evaluation.feature_extraction import SetFeatures, extract  # noqa: E402
+from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks, describe_networks  # noqa: E402
 from evaluation.generation_figures import (  # noqa: E402
     Sampling,
     diversity_figures,
@@ -44,14 +44,23 @@ from evaluation.generation_warnings import diversity_warning, memorisation_warni
 from evaluation.metrics.distances import frechet_distance  # noqa: E402
 from evaluation.metrics.intervals import random_halves, subsampling_interval  # noqa: E402
 from evaluation.pair_similarity import pair_scores  # noqa: E402
-from evaluation.results import Curves, Figure, Results, Series, TextTable, cache_folder, make_folders, settings_of  # noqa: E402
+from evaluation.results import (  # noqa: E402
+    Curves,
+    Figure,
+    Results,
+    Series,
+    TextTable,
+    cache_folder,
+    list_excluded,
+    make_folders,
+    settings_of,
+)
 from evaluation.volume_record import file_sha256  # noqa: E402
-from evaluation.volume_sets import Group, SetVolume, list_set, on_one_grid, read_headers, without  # noqa: E402
+from evaluation.volume_sets import Group, SetVolume, list_set, on_one_grid, read_groups  # noqa: E402
 from train.checkpoints import load_autoencoder  # noqa: E402
-from train.distributed import Distributed, cleanup, setup  # noqa: E402
+from train.distributed import PATIENCE, Distributed, cleanup, setup  # noqa: E402
 from train.logger import get_logger  # noqa: E402
 
-PATIENCE = timedelta(days=30)
 LEAST = 6  # real volumes of a class: three parts of two
 SAME = 1e-6  # relative difference that the order of summation makes
 
@@ -60,7 +69,8 @@ DEFINITIONS = {
     "other half after what the name says (real: as they are), mean over random halvings; no interval",
     "FID to itself": "Fréchet distance between the features of the real volumes and those of the same volumes with "
     "noise (Gaussian, added to intensities in [-1, 1], then limited to these) or blur (Gaussian, in voxels)",
-    "interval": "95 %, bootstrap over volumes, shifted to lie around the value",
+    "interval": "95 %, resamples of 80 % of the volumes without replacement, their spread scaled to all of them and "
+    "shifted to lie around the value",
     "reconstructed": "by the autoencoder, limited to [-1, 1]",
 }
 
@@ -88,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger = get_logger()
             for check in checks:
                 where = f"{check.group}, {check.network}" if check.network else check.group
-                logger.log(20 if check.passed else 40, "%s: %s: %s", where, check.name, check.found)
+                logger.log(
+                    logging.INFO if check.passed else logging.ERROR, "%s: %s: %s", where, check.name, check.found
+                )
             failed = sum(not check.passed for check in checks)
             logger.info("%d of %d checks hold: %s", len(checks) - failed, len(checks), path)
         return int(any(not check.passed for check in checks))
@@ -102,10 +114,8 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
     networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
     autoencoder = None if cfg.AE_ckpt is None else load_autoencoder(cfg.AE_ckpt, place.device)
     place.on_main(lambda: make_folders(cfg, "validity"), share=False)
-    results = Results("validity", settings_of(cfg), DEFINITIONS)
-    results.settings["device"] = str(place.device)
-    results.settings["feature_networks"] = {net.name: {"is": net.description, **net.settings} for net in networks}
-    results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
+    results = Results("validity", {**settings_of(cfg), **describe_networks(networks, place.device)}, DEFINITIONS)
+    results.excluded = list_excluded(excluded)
 
     checks = []
     for group in groups:
@@ -119,7 +129,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
         honest = pair_scores(cfg, real, f"real volumes of {group.name}", place)
         collapsed = pair_scores(cfg, [real[0]] * len(real), f"one volume of {group.name}", place)
         if place.is_main:
-            gaps = [diversity_figures(group.name, honest, one, _sampling(cfg))[-1] for one in (honest, collapsed)]
+            gaps = [diversity_figures(group.name, honest, one, Sampling.of(cfg))[-1] for one in (honest, collapsed)]
             found = f"gap {gaps[1].value:.3f} (from {gaps[1].interval[0]:.3f}), of real volumes {gaps[0].value:.3f}"
             passed = bool(diversity_warning(group.name, gaps[1])) and not diversity_warning(group.name, gaps[0])
             checks.append(Check(group.name, "", "a generator that repeats one volume is noticed", found, passed))
@@ -143,11 +153,8 @@ def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume
             "other", {"real": tuple(SetVolume(p, real_range) for f in list_set(cfg.other, "other").values() for p in f)}
         )
     everything = [*groups, *([other] if other else [])]
-    grids, problems = read_headers(everything)
-    if problems:
-        check_refused(problems, len(grids) + len(problems), "volumes", cfg.exclude_unreadable)
-        everything = without(everything, set(problems))
-        groups, other = everything[: len(groups)], everything[-1] if other else None
+    everything, grids, problems = read_groups(everything, cfg.exclude_unreadable)
+    groups, other = everything[: len(groups)], everything[-1] if other else None
     groups = on_one_grid(groups, grids, resample=False, ignore_spacing=True)
     for group in groups:
         if len(group.sets["real"]) < LEAST:
@@ -275,16 +282,12 @@ def memorisation_checks(cfg: DictConfig, name: str, network: str, real: Tensor) 
         ("new real volumes", honest, False),
     ):
         memory = memorisation_of(held_out, generated, training)
-        figures = memorisation_figures(name, network, memory, len(training), _sampling(cfg))
+        figures = memorisation_figures(name, network, memory, len(training), Sampling.of(cfg))
         noticed = bool(memorisation_warnings(name, network, memory, figures))
         found = f"nearer than held-out: {figures[0].value:.2f}, distance ratio {figures[1].value:.2f}"
         title = f"{what} {'are' if is_copy else 'are not'} taken for memorised"
         checks.append(Check(name, network, title, found, noticed == is_copy))
     return checks
-
-
-def _sampling(cfg: DictConfig) -> Sampling:
-    return Sampling(cfg.num_resamples, cfg.num_halvings, cfg.seed)
 
 
 if __name__ == "__main__":

@@ -238,6 +238,17 @@ def read_headers(groups: Sequence[Group]) -> tuple[dict[Path, Grid], dict[Path, 
     return grids, problems
 
 
+def read_groups(groups: Sequence[Group], exclude: bool) -> tuple[list[Group], dict[Path, Grid], dict[Path, str]]:
+    """The groups, the grid of every file, and with `exclude` the files that were left out and why.
+
+    UserError: headers that can't be read, all in one, unless `exclude`; too few volumes are left.
+    """
+    grids, problems = read_headers(groups)
+    if problems:
+        check_refused(problems, len(grids) + len(problems), "volumes", exclude)
+    return without(groups, set(problems)), grids, problems
+
+
 def without(groups: Sequence[Group], paths: set[Path]) -> list[Group]:
     """The groups without some files. UserError where too few are left."""
     left = [
@@ -336,6 +347,14 @@ def list_refused(refused: Mapping[Path, str], what: str) -> str:
     shown = "; ".join(list(refused.values())[:MOST_SHOWN])
     more = f"; and {len(refused) - MOST_SHOWN} more" if len(refused) > MOST_SHOWN else ""
     return f"{len(refused)} {what} can't be read: {shown}{more}"
+
+
+def check_refused(reasons: dict[Path, str], count: int, what: str, exclude: bool) -> None:
+    """UserError for volumes that can't be read, unless they are to be left out and two of `count` remain."""
+    if reasons and not exclude:
+        raise UserError(f"{list_refused(reasons, what)}; replace them, or leave them out with --exclude-unreadable")
+    if count - len(reasons) < 2:
+        raise UserError(f"{list_refused(reasons, what)}; at least 2 are needed")
 
 
 def _names(names) -> str:

@@ -18,6 +18,8 @@ import torch.distributed as torch_distributed
 from config.errors import UserError
 
 Result = TypeVar("Result")
+# For work that is shared out by volume: a process that is done waits for those whose volumes are larger.
+PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
