@@ -112,20 +112,22 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
     """All distances and checks; on ranks other than 0 none. UserError: as evaluation/generation_metrics.py."""
     groups, others, excluded = place.on_main(lambda: find_groups(cfg))
     networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
-    autoencoder = None if cfg.AE_ckpt is None else load_autoencoder(cfg.AE_ckpt, place.device)
+    reconstruction = None  # autoencoder, SHA-256 of its file
+    if cfg.AE_ckpt is not None:
+        reconstruction = load_autoencoder(cfg.AE_ckpt, place.device), file_sha256(cfg.AE_ckpt)
     place.on_main(lambda: make_folders(cfg, "validity"), share=False)
     results = Results("validity", {**settings_of(cfg), **describe_networks(networks, place.device)}, DEFINITIONS)
-    results.excluded = list_excluded(excluded)
 
     checks = []
     for group in groups:
-        real = group.sets["real"]
         for network in networks:
-            sets = degraded_sets(cfg, network, autoencoder, group, others.get(group.name), place)
+            sets, reasons = degraded_sets(cfg, network, reconstruction, group, others.get(group.name), place)
+            excluded |= reasons
             if place.is_main:
                 checks += add_distances(cfg, results, group.name, network, sets)
                 if network.takes_volumes:
                     checks += memorisation_checks(cfg, group.name, network.name, sets["real"].planes[VOLUME][:, 0])
+        real = [volume for volume in group.sets["real"] if volume.path not in excluded]
         honest = pair_scores(cfg, real, f"real volumes of {group.name}", place)
         collapsed = pair_scores(cfg, [real[0]] * len(real), f"one volume of {group.name}", place)
         if place.is_main:
@@ -133,6 +135,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
             found = f"gap {gaps[1].value:.3f} (from {gaps[1].interval[0]:.3f}), of real volumes {gaps[0].value:.3f}"
             passed = bool(diversity_warning(group.name, gaps[1])) and not diversity_warning(group.name, gaps[0])
             checks.append(Check(group.name, "", "a generator that repeats one volume is noticed", found, passed))
+    results.excluded = list_excluded(excluded)
     rows = [[c.group, c.network, c.name, c.found, "holds" if c.passed else "FAILS"] for c in checks]
     results.tables.append(TextTable("Checks", ("class", "network", "check", "found", ""), rows))
     results.warnings += [f"{c.group}: {c.network}: check failed: {c.name} ({c.found})" for c in checks if not c.passed]
@@ -157,8 +160,7 @@ def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume
     groups, other = everything[: len(groups)], everything[-1] if other else None
     groups = on_one_grid(groups, grids, resample=False, ignore_spacing=True)
     for group in groups:
-        if len(group.sets["real"]) < LEAST:
-            raise UserError(f"{group.name}: {len(group.sets['real'])} real volumes, at least {LEAST} are needed")
+        _check_number(group.name, group.sets["real"])
     others = {}
     for i, group in enumerate(groups):
         if other is not None:
@@ -168,19 +170,27 @@ def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume
     return groups, others, problems
 
 
+def _check_number(name: str, real: Sequence[SetVolume]) -> None:
+    if len(real) < LEAST:
+        raise UserError(f"{name}: {len(real)} real volumes, at least {LEAST} are needed")
+
+
 def degraded_sets(
     cfg: DictConfig,
     network: FeatureNetwork,
-    autoencoder: nn.Module | None,
+    reconstruction: tuple[nn.Module, str] | None,
     group: Group,
     other: Sequence[SetVolume] | None,
     place: Distributed,
-) -> dict[str, SetFeatures]:
-    """Features of the real volumes as they are ("real") and degraded ("noise 0.1", ...), on rank 0."""
-    real = group.sets["real"]
+) -> tuple[dict[str, SetFeatures], dict[Path, str]]:
+    """Features of the real volumes as they are ("real") and degraded ("noise 0.1", ...), on rank 0; what was left out.
+
+    reconstruction: autoencoder and SHA-256 of its file; None: no reconstructions.
+    """
+    excluded: dict[Path, str] = {}
 
     def features(net: FeatureNetwork, volumes: Sequence, name: str) -> SetFeatures:
-        return extract(
+        found, reasons = extract(
             net,
             volumes,
             f"{group.name}, {name}",
@@ -188,12 +198,16 @@ def degraded_sets(
             place,
             batch_size=cfg.batch_size,
             num_workers=cfg.num_workers,
-            exclude=False,
-        )[0]
+            exclude=cfg.exclude_unreadable,
+        )
+        excluded.update(reasons)
+        return found
 
-    sets = {"real": features(network, real, "real")}
-    if autoencoder is not None:
-        reconstructed = ReconstructedFeatures(network, autoencoder, file_sha256(cfg.AE_ckpt))
+    sets = {"real": features(network, group.sets["real"], "real")}
+    real = [volume for volume in group.sets["real"] if volume.path not in excluded]
+    _check_number(group.name, real)
+    if reconstruction is not None:
+        reconstructed = ReconstructedFeatures(network, *reconstruction)
         sets["reconstructed"] = features(reconstructed, real, "reconstructed")
     if other is not None:
         sets["other"] = features(network, other, "other")
@@ -201,7 +215,7 @@ def degraded_sets(
         for level in levels:
             worse = [Degraded(volume, kind, level) for volume in real]
             sets[f"{kind} {level:g}"] = features(network, worse, f"{kind} {level:g}")
-    return sets
+    return sets, excluded
 
 
 def add_distances(

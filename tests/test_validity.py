@@ -157,13 +157,26 @@ def test_bad_input(tmp_path, count, more, message):
         run(tmp_path, write_set(tmp_path / "real", range(count)), *more)
 
 
-def test_damaged_volumes_are_named_or_left_out(tmp_path):
+@pytest.mark.parametrize("content", [b"nothing", None])
+def test_damaged_volumes_are_named_or_left_out(tmp_path, content):
+    """Without a header, and with one but cut off."""
     real = write_set(tmp_path / "real", range(7))
-    (real / "v003.nii.gz").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="v003.nii.gz: not a NIfTI image.*--exclude-unreadable"):
+    path = real / "v003.nii.gz"
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    message = "the file is truncated" if content is None else "not a NIfTI image"
+    with pytest.raises(UserError, match=f"v003.nii.gz: {message}.*--exclude-unreadable"):
         run(tmp_path, real)
     _, results = run(tmp_path, real, "--exclude-unreadable", "--networks", "random_3d")
     assert [excluded["file"][-11:] for excluded in results["excluded"]] == ["v003.nii.gz"[-11:]]
+    assert {f["num"]["real"] for f in results["figures"] if "real" in f["num"]} == {6}
+
+
+def test_too_few_volumes_that_can_be_read(tmp_path):
+    real = write_set(tmp_path / "real", range(6))
+    path = real / "v003.nii.gz"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="real: 5 real volumes, at least 6 are needed"):
+        run(tmp_path, real, "--exclude-unreadable")
 
 
 def test_classes_of_a_json_are_compared_with_the_next(tmp_path):
