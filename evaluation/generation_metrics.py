@@ -13,7 +13,7 @@ evaluation/report.py makes a page of the results; docs/evaluation.md says what e
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ from evaluation.generation_warnings import (  # noqa: E402
     memorisation_warnings,
 )
 from evaluation.metrics.reconstruction import num_scales_of  # noqa: E402
-from evaluation.pair_similarity import pair_scores  # noqa: E402
+from evaluation.pair_similarity import PairScores, pair_scores  # noqa: E402
 from evaluation.results import (  # noqa: E402
     Figure,
     Results,
@@ -118,15 +118,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
             of_group = extract_group(cfg, network, group, place)
             found[network.name][group.name] = {role: features for role, (features, _) in of_group.items()}
             excluded |= {path: reason for _, reasons in of_group.values() for path, reason in reasons.items()}
-    pairs = [
-        {
-            role: pair_scores(
-                cfg, [v for v in group.sets[role] if v.path not in excluded], f"{role} {group.name}", place
-            )
-            for role in ("real", "generated")
-        }
-        for group in groups
-    ]
+    pairs = {group.name: pairs_of(cfg, group, excluded, place) for group in groups}
     if not place.is_main:
         return None
 
@@ -138,11 +130,10 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     results.excluded = list_excluded(excluded)
     for network in networks:
         add_distances(cfg, results, network, found[network.name])
-    sampling = Sampling.of(cfg)
-    for group, of_group in zip(groups, pairs, strict=True):
-        figures = diversity_figures(group.name, of_group["real"], of_group["generated"], sampling)
+    for name, (real, generated) in pairs.items():
+        figures = diversity_figures(name, real, generated, Sampling.of(cfg))
         results.figures += figures
-        results.warnings += diversity_warning(group.name, figures[-1])
+        results.warnings += diversity_warning(name, figures[-1])
     if excluded:
         results.warnings.append(f"{len(excluded)} volumes were left out (excluded): the figures are those of the rest")
     for name, sets in found[networks[0].name].items():
@@ -197,6 +188,15 @@ def extract_group(
             exclude=cfg.exclude_unreadable,
         )
     return found
+
+
+def pairs_of(
+    cfg: DictConfig, group: Group, excluded: Collection[Path], place: Distributed
+) -> tuple[PairScores, PairScores]:
+    """MS-SSIM of pairs of real and of generated volumes, but for those that are left out."""
+    kept = {role: [v for v in group.sets[role] if v.path not in excluded] for role in ("real", "generated")}
+    real, generated = (pair_scores(cfg, volumes, f"{role} {group.name}", place) for role, volumes in kept.items())
+    return real, generated
 
 
 # ----------------------------------------------------------------------------------------------------------- distances

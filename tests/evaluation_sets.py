@@ -34,6 +34,13 @@ def write_set(folder: Path, seeds, spacing=(1.0, 1.0, 1.0), size: int = 16, blur
     return folder
 
 
+def write_three(folder: Path) -> Path:
+    """Folders real, generated and training, of 8, 6 and 7 volumes."""
+    for name, seeds in (("real", range(8)), ("generated", range(20, 26)), ("training", range(40, 47))):
+        write_set(folder / name, seeds)
+    return folder
+
+
 def write_json(path: Path, **folders: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({name: str(folder) for name, folder in folders.items()}))

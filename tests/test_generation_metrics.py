@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_sets import FAST, counted, write_json, write_record, write_set
+from evaluation_sets import FAST, counted, write_json, write_record, write_set, write_three
 from evaluation_sets import run_metrics as run
 
 from config.script import run_script
@@ -26,11 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def sets(tmp_path):
-    """Folders real and generated, as metrics_config expects, and training."""
-    write_set(tmp_path / "real", range(8))
-    write_set(tmp_path / "generated", range(20, 26))
-    write_set(tmp_path / "training", range(40, 47))
-    return tmp_path
+    return write_three(tmp_path)
 
 
 def value_of(results: dict, metric: str, network: str | None = None) -> float:

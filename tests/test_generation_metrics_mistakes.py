@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_sets import FAST, blob, counted, write_json, write_set
+from evaluation_sets import FAST, blob, counted, write_json, write_set, write_three
 from evaluation_sets import run_metrics as run
 
 from config.errors import UserError
@@ -18,11 +18,7 @@ from evaluation.generation_metrics import main
 
 @pytest.fixture
 def sets(tmp_path):
-    """Folders real, generated and training."""
-    write_set(tmp_path / "real", range(8))
-    write_set(tmp_path / "generated", range(20, 26))
-    write_set(tmp_path / "training", range(40, 47))
-    return tmp_path
+    return write_three(tmp_path)
 
 
 def spoil(sets: Path, case: str) -> None:
