@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from AutoEncoder.exact_decoding import activation_bytes, plan_blocks
@@ -60,6 +59,8 @@ def decode(
                 volume = whole(raw)  # (1, 1, D, H, W)
             elif decoding == "blended":
                 edges = [min(tile // autoencoder.downsample_factor, extent) for extent in raw.shape[2:]]
+                from monai.inferers import sliding_window_inference  # importing monai sets an environment variable
+
                 volume = sliding_window_inference(
                     raw, edges, 1, lambda part: whole(part).float().cpu(), OVERLAP, mode="gaussian", device="cpu"
                 )
