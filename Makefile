@@ -21,8 +21,8 @@ $(READY): requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(READY)
 
-test: lint ## lint and all tests but the slow ones (CPU, offline)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+test: lint ## lint and all tests but the slow ones (CPU, offline), one process a core
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
