@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 import torchio as tio
 
@@ -23,7 +24,6 @@ from dataset.index import (
 )
 from dataset.intensity import from_model_range, to_model_range
 from dataset.volume_io import (
-    is_whole_latent,
     is_whole_volume,
     nifti_to_tensor,
     read_header,
@@ -308,13 +308,24 @@ def test_name_without_suffix(tmp_path):
 def test_is_whole(tmp_path):
     write_latent(tmp_path / "a.nii.gz", torch.randn(8, 4, 4, 4))
     write_volume(tmp_path / "b.nii.gz", torch.randn(4, 4, 4), np.eye(4))
-    assert is_whole_latent(tmp_path / "a.nii.gz")
     assert is_whole_volume(tmp_path / "b.nii.gz")
     assert not is_whole_volume(tmp_path / "a.nii.gz")
     assert not is_whole_volume(tmp_path / "c.nii.gz")
-    stored = (tmp_path / "a.nii.gz").read_bytes()
-    (tmp_path / "a.nii.gz").write_bytes(stored[:-1])
-    assert not is_whole_latent(tmp_path / "a.nii.gz")
+    stored = (tmp_path / "b.nii.gz").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(stored[:-1])
+    assert not is_whole_volume(tmp_path / "b.nii.gz")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_files_are_laid_out_so_that_other_readers_find_the_same_voxels(tmp_path, dtype):
+    """Slices are converted one by one and turned; SimpleITK has its own NIfTI reader and gunzip."""
+    volume = torch.rand(5, 6, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1  # (D, H, W)
+    write_volume(tmp_path / "a.nii.gz", volume, np.diag([1, 2, 3, 1]), dtype, (-1, 1))
+    image = sitk.ReadImage(str(tmp_path / "a.nii.gz"))
+    assert image.GetSize() == (6, 7, 5)  # x = H, y = W, z = D
+    assert image.GetSpacing() == (1, 2, 3)
+    found = sitk.GetArrayFromImage(image)  # (z, y, x)
+    np.testing.assert_allclose(found.swapaxes(1, 2), volume, atol=0 if dtype == "float32" else 1.6e-5)
 
 
 def test_only_volume_io_reads_and_writes_nifti():
