@@ -7,6 +7,7 @@ tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
 
 import contextlib
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from isal import igzip, isal_zlib
+from isal import igzip, igzip_threaded, isal_zlib
 
 from config.errors import UserError
 from dataset.geometry import orientation_of, spacing_of
 from dataset.intensity import RANGE_TOLERANCE, is_empty, to_model_range
+from dataset.parallel import num_cores
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 GZIP_MAGIC = b"\x1f\x8b"
@@ -30,6 +32,7 @@ NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
 UNITS = {1: "meter", 2: "mm", 3: "micron"}  # codes of lengths; others are not defined
 LARGEST_CODE = 32767  # codes of scaled int16 volumes lie between its negative and it
 COMPRESSION_LEVEL = 1  # of ISA-L: files as small as zlib's level 1 makes them, in a seventh of the time
+COMPRESSION_THREADS = 4  # at most, since some writers are one of many processes
 
 
 class NotFiniteError(UserError):
@@ -197,7 +200,11 @@ def _to_int16(
     limits = np.iinfo(np.int16)
 
     def codes(voxels: np.ndarray) -> np.ndarray:
-        return np.rint((voxels.clip(low, high).astype(np.float64) - intercept) / slope).clip(limits.min, limits.max)
+        exact = voxels.astype(np.float64)
+        np.clip(exact, low, high, out=exact)
+        exact -= intercept
+        exact /= slope
+        return np.clip(np.rint(exact, out=exact), limits.min, limits.max, out=exact)
 
     return _by_slice(array, np.int16, codes)
 
@@ -368,8 +375,17 @@ def _write(path: str | Path, image: nib.Nifti1Image) -> None:
     image.header["qform_code"], image.header["sform_code"] = 1, 1
     content = image.to_bytes()
     if path.suffix == ".gz":
-        content = igzip.compress(content, COMPRESSION_LEVEL, mtime=0)  # without the time: equal images, equal files
+        content = _compress(content)
     write_atomically(path, content)
+
+
+def _compress(content: bytes) -> memoryview:
+    """As one gzip member, the same whatever the number of threads, and without the time: equal images, equal files."""
+    stream = io.BytesIO()
+    threads = min(num_cores(), COMPRESSION_THREADS)
+    with igzip_threaded.open(stream, "wb", COMPRESSION_LEVEL, threads=threads) as file:
+        file.write(content)
+    return stream.getbuffer()
 
 
 def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:

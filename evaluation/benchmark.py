@@ -3,6 +3,7 @@
 python evaluation/benchmark.py data                 at the paper's size
 python evaluation/benchmark.py sample               sampling steps of BiFlowNet
 python evaluation/benchmark.py decode               latents to volumes
+python evaluation/benchmark.py write                volumes to files
 python evaluation/benchmark.py data --size tiny     in seconds: shows that it runs, not what it reaches
 """
 
@@ -26,15 +27,16 @@ sys.path.insert(0, str(ROOT))
 from config.script import run_script  # noqa: E402
 from dataset.parallel import num_cores  # noqa: E402
 from dataset.volume_io import write_atomically  # noqa: E402
-from evaluation.benchmarks import data, decode, sample  # noqa: E402
+from evaluation.benchmarks import data, decode, sample, write  # noqa: E402
 from evaluation.benchmarks.measuring import Report  # noqa: E402
 
 PARTS = {
     "data": data,
     "sample": sample,
     "decode": decode,
+    "write": write,
 }  # each: a docstring, add_arguments(parser), measure(options) -> Report
-PACKAGES = ("torch", "numpy", "nibabel")
+PACKAGES = ("torch", "numpy", "nibabel", "isal", "SimpleITK")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
