@@ -110,7 +110,7 @@ def test_chunks_give_the_same_codes(monkeypatch, chunk):
     codebook = Codebook(16, 3)
     vectors = torch.randn(50, 3)
     expected = torch.cdist(vectors, codebook.embeddings).argmin(dim=1)
-    monkeypatch.setattr(codebook_module, "CHUNK_ELEMENTS", chunk * 16)
+    monkeypatch.setitem(codebook_module.CHUNK_ELEMENTS, "cpu", chunk * 16)
     torch.testing.assert_close(codebook.nearest(vectors), expected)
 
 
@@ -167,3 +167,14 @@ def test_two_processes_update_as_one(tmp_path):
 def _environment() -> dict[str, str]:
 
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def test_recent_counts_add_up_in_training_and_are_in_no_checkpoint():
+    codebook, z = Codebook(8, 4), torch.randn(2, 4, 2, 2, 2)
+    found = torch.zeros(8)
+    for _ in range(3):
+        found += torch.bincount(codebook(z)["encodings"].flatten(), minlength=8)
+    codebook.eval()(z)
+    assert codebook.recent_counts.tolist() == found.tolist()
+    assert found.sum() == 3 * 16
+    assert "recent_counts" not in codebook.state_dict()

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 2**24  # distances computed at a time (tokens × codes): 64 MiB in float32
+# Distances (tokens × codes) computed at a time, in float32: 2 MiB, which stay in a core's cache, or 64 MiB on a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 
 class Codebook(nn.Module):
@@ -16,7 +17,8 @@ class Codebook(nn.Module):
 
     Buffers: `embeddings` (n_codes, E) the codes, `N` (n_codes,) moving average of each code's use, `z_avg` (n_codes, E)
     moving average of the sum of its vectors. `N` is zero everywhere exactly until the codes have been started from
-    data; that is how "initialised" survives checkpoints, official ones included.
+    data; that is how "initialised" survives checkpoints, official ones included. Not in checkpoints: `recent_counts`
+    (n_codes,), each code's use in training, over all ranks, since it was last set to zero (float32, exact up to 2^24).
 
     Args:
         n_codes: number of codes.
@@ -29,6 +31,7 @@ class Codebook(nn.Module):
     embeddings: Tensor
     N: Tensor
     z_avg: Tensor
+    recent_counts: Tensor
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class Codebook(nn.Module):
         self.register_buffer("embeddings", torch.randn(n_codes, embedding_dim))
         self.register_buffer("N", torch.zeros(n_codes))
         self.register_buffer("z_avg", self.embeddings.clone())
+        self.register_buffer("recent_counts", torch.zeros(n_codes), persistent=False)
         self.n_codes = n_codes
         self.embedding_dim = embedding_dim
         self.no_random_restart = no_random_restart
@@ -87,7 +91,7 @@ class Codebook(nn.Module):
             encodings = rearrange(codes, "(b d h w) -> b d h w", b=z.shape[0], d=z.shape[2], h=z.shape[3])
             quantised = self.lookup(encodings)  # (B, E, D, H, W)
             commitment_loss = 0.25 * F.mse_loss(z32, quantised)
-            counts = torch.bincount(codes, minlength=self.n_codes).float()  # (n_codes,)
+            counts = self._counts(codes)  # (n_codes,)
             frequencies = counts / counts.sum()
             perplexity = torch.exp(-(frequencies * torch.log(frequencies + 1e-7)).sum())
 
@@ -107,12 +111,21 @@ class Codebook(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Index of the nearest code in Euclidean distance, (tokens, E) -> (tokens,), in chunks of bounded memory."""
         squared_norms = self.embeddings.square().sum(dim=1)  # (n_codes,)
-        nearest = [
-            # |z − e|² without |z|², which does not change the order
-            torch.addmm(squared_norms, chunk, self.embeddings.t(), alpha=-2).argmin(dim=1)
-            for chunk in vectors.split(max(1, CHUNK_ELEMENTS // self.n_codes))
-        ]
+        elements = CHUNK_ELEMENTS["cpu" if vectors.device.type == "cpu" else "cuda"]
+        chunks = vectors.split(max(1, elements // self.n_codes))
+        distances = vectors.new_empty(len(chunks[0]), self.n_codes)  # one place for all chunks
+        nearest = []
+        for chunk in chunks:
+            # |z − e|² without |z|², which does not change the order; on CPUs `min` is faster than `argmin`
+            out = distances[: len(chunk)]
+            torch.addmm(squared_norms, chunk, self.embeddings.t(), alpha=-2, out=out)
+            nearest.append(out.min(dim=1).indices)
         return torch.cat(nearest)
+
+    def _counts(self, codes: Tensor) -> Tensor:
+        """How often each code is in (tokens,): (n_codes,). Not by `bincount`, which makes a GPU wait."""
+        ones = torch.ones_like(codes, dtype=torch.float32)
+        return torch.zeros(self.n_codes, device=codes.device).index_add_(0, codes, ones)
 
     @torch.no_grad()
     def _start_from(self, vectors: Tensor) -> None:
@@ -128,6 +141,7 @@ class Codebook(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
+        self.recent_counts += counts
         self.N.lerp_(counts, 1 - self.decay)
         self.z_avg.lerp_(sums, 1 - self.decay)
         total = self.N.sum()
