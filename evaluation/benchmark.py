@@ -1,6 +1,7 @@
 """Speed of the parts that were made for it, each beside the straightforward way and only after both agree.
 
 python evaluation/benchmark.py data                 at the paper's size
+python evaluation/benchmark.py codebook             a training step of the codebook
 python evaluation/benchmark.py sample               sampling steps of BiFlowNet
 python evaluation/benchmark.py decode               latents to volumes
 python evaluation/benchmark.py write                volumes to files
@@ -27,15 +28,19 @@ sys.path.insert(0, str(ROOT))
 from config.script import run_script  # noqa: E402
 from dataset.parallel import num_cores  # noqa: E402
 from dataset.volume_io import write_atomically  # noqa: E402
-from evaluation.benchmarks import data, decode, sample, write  # noqa: E402
+from evaluation.benchmarks import autoencoder, biflownet, codebook, data, decode, sample, write  # noqa: E402
 from evaluation.benchmarks.measuring import Report  # noqa: E402
 
 PARTS = {
     "data": data,
+    "codebook": codebook,
+    "autoencoder": autoencoder,
+    "biflownet": biflownet,
     "sample": sample,
     "decode": decode,
     "write": write,
 }  # each: a docstring, add_arguments(parser), measure(options) -> Report
+FILE_WIDTH = 120  # characters of a table that does not go to a terminal
 PACKAGES = ("torch", "numpy", "nibabel", "isal", "SimpleITK")
 
 
@@ -99,6 +104,7 @@ def _figures(report: Report) -> dict[str, Any]:
             "ratio": report.ratio(row),
             "peak_gb": row.peak_gb,
             "difference": row.difference,
+            "limit_share": row.limit_share,
         }
         for row in report.rows
     ]
@@ -106,13 +112,16 @@ def _figures(report: Report) -> dict[str, Any]:
 
 
 def _show(report: Report) -> None:
-    headings = ("", report.unit, "seconds", f"{report.unit}/s", f"x {report.baseline}", "peak GB", "difference")
-    table = Table(*headings, title=report.title)
+    further = {"peak GB": "peak_gb", "difference": "difference", "of limit": "limit_share"}
+    further = {
+        title: name for title, name in further.items() if any(getattr(row, name) is not None for row in report.rows)
+    }
+    table = Table("", report.unit, "seconds", f"{report.unit}/s", f"x {report.baseline}", *further, title=report.title)
     for row in report.rows:
         figures = (f"{row.count}", f"{median(row.seconds):.3g}", f"{row.rate:.4g}", f"{report.ratio(row):.3g}")
-        further = ("-" if value is None else f"{value:.2g}" for value in (row.peak_gb, row.difference))
-        table.add_row(row.name, *figures, *further)
-    console = Console()
+        values = (getattr(row, name) for name in further.values())
+        table.add_row(row.name, *figures, *("-" if value is None else f"{value:.2g}" for value in values))
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
     console.print(table)
     for name, value in report.notes.items():
         console.print(f"{name}: {value}", highlight=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from config.errors import UserError
 from evaluation.speed import clock
@@ -21,6 +22,7 @@ class Row:
 
     seconds: of each repetition. count: units of work in a repetition, e.g. patches. peak_gb: memory beside what was
     there before, None where it isn't measured. difference: of the results from the baseline's, None likewise.
+    limit_share: of the rate of a large matrix product in the same type, 0 to 1, None where it isn't measured.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Row:
     count: int
     peak_gb: float | None = None
     difference: float | None = None
+    limit_share: float | None = None
 
     @property
     def rate(self) -> float:
@@ -92,22 +95,28 @@ def with_peak_memory(way: Callable[[], Tensor], device: torch.device) -> tuple[T
 
 
 def compared(
-    ways: Mapping[str, tuple[Callable[[], Tensor], float]], device: torch.device
+    ways: Mapping[str, tuple[Callable[[], Tensor], float]],
+    device: torch.device,
+    measure_difference: Callable[[Tensor, Tensor], float] | None = None,
 ) -> Iterator[tuple[str, Tensor, float | None, float]]:
     """Calls each way once: its name, result, peak memory (`with_peak_memory`) and difference from the first one's.
 
-    ways: each with its tolerance. UserError for a difference (`largest_difference`) above it.
+    ways: each with its tolerance. measure_difference: of a result from the first; None: `largest_difference`.
+    UserError for a difference above the tolerance.
     """
     expected = None
     for name, (way, tolerance) in ways.items():
         found, peak_gb = with_peak_memory(way, device)
         expected = found if expected is None else expected
-        difference = largest_difference(found, expected)
+        difference = (measure_difference or largest_difference)(found, expected)
         if not difference <= tolerance:
-            raise UserError(
-                f"{name}: differs from the plain way by {difference:.2g} standard deviations: nothing was timed"
-            )
+            raise UserError(f"{name}: differs from the plain way by {difference:.2g}: nothing was timed")
         yield name, found, peak_gb, difference
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of what is expected: for gradients, whose largest values are few."""
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
@@ -118,3 +127,40 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 def _status_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, repetitions: int = 3) -> float:
+    """Floating point operations a second of a large matrix product, the best of a few: what a step can reach at most.
+
+    On a GPU it is that of the matrix units, in float32 as torch is set (TF32 or not).
+    """
+    edge = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(edge, edge, device=device, dtype=dtype)
+    a @ a  # libraries choose their kernels at the first call
+    return 2 * edge**3 / min(timed(lambda: a @ a, device) for _ in range(repetitions))
+
+
+def count_flops(way: Callable[[], object]) -> int:
+    """Floating point operations of a call: those of its matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        way()
+    return counter.get_total_flops()
+
+
+def kept_gb(way: Callable[[], object]) -> float:
+    """Memory in GB that a call's forward passes keep for their backward passes, each piece of memory counted once.
+
+    Parameters count as well, and what recomputation keeps only while it runs doesn't.
+    """
+    pieces: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        pieces[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)  # or its place could be given to another
+        return tensor
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        way()
+    return sum(pieces.values()) / 1e9

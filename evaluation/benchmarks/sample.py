@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> Report:
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
     grid = tuple(options.grid or scale.grid)
-    network = _network(scale, device)
+    network = random_network(scale, device)
     if any(extent < 1 or extent % multiple for extent, multiple in zip(grid, network.grid_multiple, strict=True)):
         raise UserError(f"--grid {grid}: multiples of {tuple(network.grid_multiple)} are needed")
     ways = _ways(network, scale, grid, options, device)
@@ -88,7 +88,8 @@ class Way:
     batch_size: int
 
 
-def _network(scale: Scale, device: torch.device) -> BiFlowNet:
+def random_network(scale: Scale, device: torch.device) -> BiFlowNet:
+    """A frozen network whose parts all have an effect, the same at every call."""
     torch.manual_seed(0)
     network = BiFlowNet(**scale.network).eval().requires_grad_(False)
     for parameter in network.parameters():  # the intra-patch flow starts at zero: without this it would do nothing

@@ -1,0 +1,207 @@
+"""Stage 1's generator step and discriminator step, a pair, on patches: plain beside what the options do.
+
+Plain is the same networks in float32 with x·sigmoid(x), a one-hot codebook, the discriminator's gradients computed in
+the generator's step, the generator's graph built in the discriminator's, and a loop over parameters in Adam. Weights
+and patches are random, also those of the perceptual network, which is part of each generator step. Compared first: the
+gradients of one pair of batches, by the norm of their difference.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from AutoEncoder.model.discriminator import feature_matching_loss, generator_loss, hinge_d_loss
+from AutoEncoder.model.lpips import TriplanarLPIPS
+from AutoEncoder.model.modes import requires_grad
+from AutoEncoder.model.optimiser import build_adam
+from AutoEncoder.model.PatchVolume import patchvolumeAE
+from config.errors import UserError
+from config.loading import CONFIG_FOLDER, load_config
+from config.schema import AutoencoderConfig
+from evaluation.benchmarks.codebook import one_hot_step
+from evaluation.benchmarks.measuring import Report
+from evaluation.benchmarks.training import Way, compare_and_time, gradients
+from evaluation.speed import autocast
+from train.distributed import choose_device
+
+LR, BETAS = 3e-4, (0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Config of the autoencoder with overrides, and the edge of a patch in voxels."""
+
+    config: str
+    overrides: tuple[str, ...]
+    patch: int
+
+
+# Restarted codes are drawn at random, and none would be the same in two ways.
+COMMON = ("model.no_random_restart=true", "model.discriminator_iter_start=0")
+TINY = ("model.n_hiddens=8", "model.num_groups=4", "model.n_codes=32", "model.embedding_dim=4", "model.disc_channels=4")
+SCALES = {
+    "paper": Scale("PatchVolume_8x.yaml", COMMON, 64),
+    "tiny": Scale("PatchVolume_4x.yaml", (*COMMON, *TINY), 16),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this part."""
+    parser.add_argument("--batch-size", type=int, default=1, help="patches of a step (default: %(default)s)")
+    parser.add_argument("--no-perceptual", action="store_true", help="leaves the perceptual network out of all ways")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes first")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Compare, then time. UserError if the ways differ."""
+    scale, device = SCALES[options.size], choose_device(options.device)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+    torch.manual_seed(0)
+    patches = torch.rand(options.batch_size, 1, *(scale.patch,) * 3, device=device) * 2 - 1
+    perceptual = [] if options.no_perceptual else [TriplanarLPIPS(pretrained=False).to(device)]
+
+    def pair(precision: str = "32", *extra: str) -> Pair:
+        return Pair(_build(scale, extra, perceptual, device, patches), patches, precision)
+
+    ways = {
+        "plain": PlainPair(_build(scale, (), perceptual, device, patches), patches).way,
+        "float32": pair().way,
+        "float32 channels last": pair("32", "model.channels_last=true").way,
+        "bf16": pair("bf16").way,
+        "bf16 channels last": pair("bf16", "model.channels_last=true").way,
+        "bf16 channels last, checkpointing": pair(
+            "bf16", "model.channels_last=true", "model.gradient_checkpointing=true"
+        ).way,
+    }
+    if options.compile:
+        ways |= {f"{name} compiled": pair(name, "model.compile=true").way for name in ("32", "bf16")}
+    title = f"generator and discriminator step, {options.batch_size} patches of {scale.patch}³, {device}"
+    return compare_and_time(title, ways, options.batch_size, device, options.repetitions)
+
+
+def _build(
+    scale: Scale, extra: tuple[str, ...], perceptual: list, device: torch.device, patches: Tensor
+) -> patchvolumeAE:
+    """An autoencoder in training, the same at every call, whose codebook has been started from the patches."""
+    torch.manual_seed(0)
+    overrides = ["model.perceptual_weight=0", *scale.overrides, *extra]
+    cfg = load_config(AutoencoderConfig, CONFIG_FOLDER / scale.config, overrides)
+    model = patchvolumeAE(OmegaConf.create(OmegaConf.to_container(cfg))).to(device)
+    model.setup("fit")
+    model.cfg.model.discriminator_iter_start = -1  # there is no trainer that counts steps
+    model.cfg.model.perceptual_weight = 2.0
+    model._perceptual = perceptual
+    model._log = lambda *args, **values: None
+    with torch.no_grad():
+        model.forward_patches(patches)
+    return model
+
+
+class Pair:
+    """The steps of training, as `patchvolumeAE` does them."""
+
+    is_fused = True
+
+    def __init__(self, model: patchvolumeAE, patches: Tensor, precision: str = "32") -> None:
+        self.model = model
+        self.patches = patches
+        self.precision = precision
+        self.codes = copy.deepcopy(model.codebook.state_dict())
+        generator = [*model.encoder.parameters(), *model.decoder.parameters()]
+        generator += [*model.pre_vq_conv.parameters(), *model.post_vq_conv.parameters()]
+        self.optimisers = [
+            build_adam(parameters, LR, BETAS, self.is_fused)
+            for parameters in (generator, list(model.volume_discriminator.parameters()))
+        ]
+
+    @property
+    def way(self) -> Way:
+        return Way(self.gradient, self.step, torch.float32 if self.precision == "32" else torch.bfloat16)
+
+    def generator_backward(self) -> None:
+        with requires_grad(self.model.volume_discriminator, False):
+            with autocast(self.patches.device, self.precision):
+                loss = self.model._generator_loss(self.patches)
+            loss.backward()
+
+    def discriminator_backward(self) -> None:
+        with autocast(self.patches.device, self.precision):
+            loss = self.model._discriminator_loss(self.patches)
+        loss.backward()
+
+    def step(self) -> None:
+        """Both steps."""
+        for optimiser, backward in zip(
+            self.optimisers, (self.generator_backward, self.discriminator_backward), strict=True
+        ):
+            optimiser.zero_grad(set_to_none=True)
+            backward()
+            optimiser.step()
+
+    def gradient(self) -> Tensor:
+        """Gradients of both, each at the weights that the benchmark began with; each normalised, to weigh alike."""
+        model = self.model
+        torch.manual_seed(0)  # the perceptual network draws slices
+        found = []
+        for backward, parts in (
+            (self.generator_backward, (model.encoder, model.decoder, model.pre_vq_conv, model.post_vq_conv)),
+            (self.discriminator_backward, (model.volume_discriminator,)),
+        ):
+            model.zero_grad(set_to_none=True)
+            backward()
+            model.codebook.load_state_dict(self.codes)
+            found.append(F.normalize(gradients(*parts), dim=0))
+        model.zero_grad(set_to_none=True)
+        return torch.cat(found)
+
+
+class PlainPair(Pair):
+    """The straightforward way."""
+
+    is_fused = False
+
+    def generator_backward(self) -> None:
+        with PlainSiLU():
+            model, x, weights = self.model, self.patches, self.model.cfg.model
+            x_hat, commitment_loss = self.forward()
+            loss = weights.l1_weight * F.l1_loss(x_hat, x) + commitment_loss
+            if model._perceptual:
+                loss = loss + weights.perceptual_weight * model._perceptual[0](x_hat, x)
+            logits_fake, features_fake = model.volume_discriminator(x_hat)
+            _, features_real = model.volume_discriminator(x)
+            loss = loss + weights.volume_gan_weight * generator_loss(logits_fake)
+            loss = loss + weights.gan_feat_weight * feature_matching_loss(features_fake, features_real)
+        loss.backward()
+
+    def discriminator_backward(self) -> None:
+        with PlainSiLU():
+            x_hat, _ = self.forward()
+            logits_real, _ = self.model.volume_discriminator(self.patches)
+            logits_fake, _ = self.model.volume_discriminator(x_hat.detach())
+        (self.model.cfg.model.volume_gan_weight * hinge_d_loss(logits_real, logits_fake)).backward()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Reconstruction and commitment loss."""
+        model = self.model
+        latent = model.pre_vq_conv(model.encoder(self.patches))
+        quantised = one_hot_step(model.codebook, latent.detach())
+        loss = 0.25 * F.mse_loss(latent, quantised)
+        return model.decoder(model.post_vq_conv(latent + (quantised - latent).detach())), loss
+
+
+class PlainSiLU(TorchFunctionMode):
+    """SiLU written as x·sigmoid(x) within a `with` block."""
+
+    def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
+        if function is F.silu:
+            return args[0] * torch.sigmoid(args[0])
+        return function(*args, **(kwargs or {}))

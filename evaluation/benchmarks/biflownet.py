@@ -1,0 +1,110 @@
+"""A training step of BiFlowNet: loss, backward, gradient norm, Adam; float32 eager beside what the options do.
+
+Plain is the same network in float32 with a loop over parameters in Adam. Weights and latents are random. Compared
+first: the gradients of one batch, by the norm of their difference. The averaged weights, which move every tenth step,
+are left out.
+"""
+
+import argparse
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from config.errors import UserError
+from ddpm.BiFlowNet import BiFlowNet
+from ddpm.diffusion import GaussianDiffusion
+from evaluation.benchmarks.measuring import Report
+from evaluation.benchmarks.sample import SCALES, random_network
+from evaluation.benchmarks.training import Way, compare_and_time, gradients
+from evaluation.speed import autocast
+from train.distributed import choose_device
+
+LR = 1e-4
+GRIDS = {"paper": (16, 16, 16), "tiny": (8, 8, 8)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this part."""
+    parser.add_argument("--grid", nargs=3, type=int, metavar="N", help="latent grid z x y (default: 16 16 16)")
+    parser.add_argument("--batch-size", type=int, default=1, help="latents of a step (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes first")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+
+
+def measure(options: argparse.Namespace) -> Report:
+    """Compare, then time. UserError if the ways differ, or for a grid that the network can't do."""
+    scale, device = SCALES[options.size], choose_device(options.device)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+    grid = tuple(options.grid or GRIDS[options.size])
+    network = random_network(scale, device).train().requires_grad_(True)
+    network.pos_embed.requires_grad_(False)
+    if any(extent < 1 or extent % multiple for extent, multiple in zip(grid, network.grid_multiple, strict=True)):
+        raise UserError(f"--grid {grid}: multiples of {tuple(network.grid_multiple)} are needed")
+    batch = _batch(network, options.batch_size, grid, device)
+    plain_adam = torch.optim.Adam(network.parameters(), lr=LR, foreach=False)
+    ours = Trained(network)
+    other_layout = Trained(copy.deepcopy(network).to(memory_format=torch.channels_last_3d))
+    ways = {
+        "plain": Trained(network, plain_adam).way(batch),
+        "float32": ours.way(batch),
+        "float32 channels last": other_layout.way(batch),
+        "bf16": ours.way(batch, "bf16"),
+        "bf16 channels last": other_layout.way(batch, "bf16"),
+        "bf16 checkpointing": ours.way(batch, "bf16", checkpointing=True),
+    }
+    if options.compile:
+        compiled = copy.deepcopy(network)
+        compiled.compile(dynamic=False)
+        ways |= {f"{name} compiled": Trained(compiled).way(batch, name) for name in ("32", "bf16")}
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    title = f"training step of BiFlowNet, {millions:.1f} M parameters, {options.batch_size} x {grid}, {device}"
+    return compare_and_time(title, ways, options.batch_size, device, options.repetitions)
+
+
+class Trained:
+    """A network with its Adam, fused unless another one is given; ways in the same layout share both, for memory."""
+
+    def __init__(self, network: BiFlowNet, optimizer: torch.optim.Adam | None = None) -> None:
+        self.network = network
+        self.optimizer = optimizer or torch.optim.Adam(network.parameters(), lr=LR, fused=True)
+
+    def way(self, batch: dict[str, Tensor], precision: str = "32", checkpointing: bool = False) -> Way:
+        """A step on this batch in this precision."""
+        device = batch["t"].device
+        diffusion = GaussianDiffusion(self.network.channels).to(device)
+
+        def backward() -> None:
+            self.network.gradient_checkpointing = checkpointing
+            with autocast(device, precision):
+                loss = diffusion.p_losses(self.network, **batch)
+            loss.backward()
+
+        def step() -> None:
+            backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), math.inf)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        def gradient() -> Tensor:
+            backward()
+            found = gradients(self.network)
+            self.optimizer.zero_grad(set_to_none=True)
+            return found
+
+        return Way(gradient, step, torch.float32 if precision == "32" else torch.bfloat16)
+
+
+def _batch(network: BiFlowNet, batch_size: int, grid: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, network.channels, *grid)
+    batch = {
+        "x_start": torch.rand(shape, generator=generator) * 2 - 1,
+        "t": torch.randint(1000, (batch_size,), generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "y": torch.zeros(batch_size, dtype=torch.long),
+        "res": (torch.tensor(grid) / network.vq_size).expand(batch_size, 3),
+    }
+    return {name: value.to(device) for name, value in batch.items()}

@@ -1,0 +1,74 @@
+"""What the benchmarks of training steps share: ways with their gradients, compared, timed and held against the limit."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.benchmarks.measuring import (
+    Report,
+    Row,
+    compared,
+    count_flops,
+    in_turn,
+    kept_gb,
+    matmul_rate,
+    relative_error,
+    timed,
+)
+
+# Largest norm of the gradients' difference, over their norm. In bf16 some vectors get another code.
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.3}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training.
+
+    backward: computes the gradients anew, (parameters,) as one vector. step: the same, and the optimisers' steps.
+    dtype: type of its convolutions.
+    """
+
+    backward: Callable[[], Tensor]
+    step: Callable[[], None]
+    dtype: torch.dtype = torch.float32
+
+
+def compare_and_time(
+    title: str, ways: Mapping[str, Way], num_samples: int, device: torch.device, repetitions: int
+) -> Report:
+    """Gradients of each way beside those of "plain", then whole steps in turn. UserError where they differ.
+
+    The share of the limit counts the operations of the plain way for all, so recomputing does not raise it.
+    """
+    results = {name: (way.backward, TOLERANCES[way.dtype]) for name, way in ways.items()}
+    rows = {name: figures for name, _, *figures in compared(results, device, relative_error)}  # memory, difference
+    kept = {name: round(kept_gb(way.backward) / num_samples, 3) for name, way in ways.items()}
+    flops = count_flops(ways["plain"].backward)
+    limits = {dtype: matmul_rate(device, dtype) for dtype in {way.dtype for way in ways.values()}}
+    seconds = in_turn({name: partial(timed, way.step, device) for name, way in ways.items()}, repetitions)
+
+    def row(name: str) -> Row:
+        share = flops / min(seconds[name]) / limits[ways[name].dtype]
+        return Row(name, seconds[name], num_samples, *rows[name], limit_share=share)
+
+    notes: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "floating point operations": f"{flops:.3g}",
+        "limit, operations a second": {
+            str(dtype).removeprefix("torch."): f"{rate:.3g}" for dtype, rate in limits.items()
+        },
+        "floor, seconds": {str(dtype).removeprefix("torch."): f"{flops / rate:.3g}" for dtype, rate in limits.items()},
+        "kept for backward, GB a sample": kept,
+    }
+    return Report(title, "samples", "plain", [row(name) for name in ways], notes)
+
+
+def gradients(*modules: nn.Module) -> Tensor:
+    """The gradients of the modules' parameters as one vector; zeros for parameters without."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    found = (torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+    return torch.cat([gradient.float().flatten() for gradient in found])
