@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from config.script import run_script  # noqa: E402
 from dataset.parallel import num_cores  # noqa: E402
 from dataset.volume_io import write_atomically  # noqa: E402
-from evaluation.benchmarks import autoencoder, biflownet, codebook, data, decode, sample, write  # noqa: E402
+from evaluation.benchmarks import autoencoder, biflownet, codebook, data, decode, sample, scaling, write  # noqa: E402
 from evaluation.benchmarks.measuring import Report  # noqa: E402
 
 PARTS = {
@@ -39,6 +39,7 @@ PARTS = {
     "sample": sample,
     "decode": decode,
     "write": write,
+    "scaling": scaling,
 }  # each: a docstring, add_arguments(parser), measure(options) -> Report
 FILE_WIDTH = 120  # characters of a table that does not go to a terminal
 PACKAGES = ("torch", "numpy", "nibabel", "isal", "SimpleITK")

@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps share: ways with their gradients, compared, timed and held against the limit."""
+"""What the benchmarks of training steps share: ways, their gradients compared, timed and held against the limit."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
