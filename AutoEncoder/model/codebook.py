@@ -16,7 +16,8 @@ class Codebook(nn.Module):
 
     Buffers: `embeddings` (n_codes, E) the codes, `N` (n_codes,) moving average of each code's use, `z_avg` (n_codes, E)
     moving average of the sum of its vectors. `N` is zero everywhere exactly until the codes have been started from
-    data; that is how "initialised" survives checkpoints, official ones included.
+    data; that is how "initialised" survives checkpoints, official ones included. `recent_counts` (n_codes,), in no
+    checkpoint: how often each code was used in training, over all ranks, since someone set it to zero.
 
     Args:
         n_codes: number of codes.
@@ -29,6 +30,7 @@ class Codebook(nn.Module):
     embeddings: Tensor
     N: Tensor
     z_avg: Tensor
+    recent_counts: Tensor
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class Codebook(nn.Module):
         self.register_buffer("embeddings", torch.randn(n_codes, embedding_dim))
         self.register_buffer("N", torch.zeros(n_codes))
         self.register_buffer("z_avg", self.embeddings.clone())
+        self.register_buffer("recent_counts", torch.zeros(n_codes), persistent=False)
         self.n_codes = n_codes
         self.embedding_dim = embedding_dim
         self.no_random_restart = no_random_restart
@@ -128,6 +131,7 @@ class Codebook(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
+        self.recent_counts += counts
         self.N.lerp_(counts, 1 - self.decay)
         self.z_avg.lerp_(sums, 1 - self.decay)
         total = self.N.sum()
