@@ -41,6 +41,11 @@ class TrainingMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
         self.meter.restart()
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module, batch, batch_idx: int) -> None:
+        # Lightning logs by a count of its own, which is one too many after resuming from a checkpoint that was saved
+        # when training had ended: steps would be named wrongly, and logged at others than here.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         self.meter.count(len(batch["data"]) * trainer.world_size)
         if trainer.global_step % trainer.log_every_n_steps:
