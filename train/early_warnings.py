@@ -25,7 +25,7 @@ COLLAPSED_USAGE = 0.05
 TOKENS_PER_CODE = 10
 # The discriminator has won when its loss is below this share of the loss of a discriminator that knows nothing
 # (logits 0: hinge 1, vanilla ln 2). The logits are far apart then: for hinge the loss alone implies a mean of at least
-# 0.8 for real and at most -0.8 for fake. Games in balance stay above a half.
+# 0.8 for real and at most -0.8 for fake.
 WON_SHARE = 0.1
 WON_PATIENCE = 5  # logged steps in a row, each a batch of its own: a single easy batch means nothing
 
