@@ -17,8 +17,8 @@ DATA_BOUND = 0.3
 # Logged steps in a row: the first interval holds the start of the loading processes, and a cold disk warms up.
 DATA_BOUND_PATIENCE = 3
 # Share of the codes in use below which a codebook has collapsed. Codes that fall out of use restart, so healthy
-# codebooks use nearly all; those without restarts (`no_random_restart`) often a half. Not the perplexity: where nine
-# tenths of a volume are background in one code, a perplexity of 3 is healthy.
+# codebooks use nearly all. Not the perplexity: where nine tenths of a volume are background in one code, a perplexity
+# of 3 is healthy.
 COLLAPSED_USAGE = 0.05
 # Tokens per code that are counted before judging: if all codes were equally likely, 10 tokens per code would leave
 # exp(-10) of them unused. So few codes in use are never chance.
