@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from AutoEncoder.codes import codebook_usage, perplexity
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from AutoEncoder.patches import crop_to
 from config.errors import UserError
 from dataset.intensity import MODEL_RANGE, foreground
-from evaluation.metrics.codes import codebook_usage, perplexity
 from evaluation.metrics.intervals import bootstrap_interval
 from evaluation.metrics.reconstruction import l1, ms_ssim, psnr, ssim
 from evaluation.metrics.seams import seam_index

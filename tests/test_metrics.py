@@ -7,9 +7,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from AutoEncoder.codes import codebook_usage, perplexity
 from config.errors import UserError
 from dataset.pictures import central_slices, save_slice_grid
-from evaluation.metrics.codes import codebook_usage, perplexity
 from evaluation.metrics.reconstruction import l1, psnr
 from evaluation.pictures import save_comparison
 
@@ -114,7 +114,7 @@ def test_codebook_usage_and_perplexity_by_hand(counts, usage, expected):
     ],
 )
 def test_codes_refuse(metric, counts, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         metric(counts)
 
 

@@ -25,10 +25,10 @@ from reconstruction_runs import (
     write,
 )
 
+from AutoEncoder.codes import codebook_usage, perplexity
 from dataset.intensity import foreground
 from dataset.volume_io import read_volume
 from evaluation import reconstruction
-from evaluation.metrics.codes import codebook_usage, perplexity
 from evaluation.metrics.intervals import bootstrap_interval
 from evaluation.metrics.reconstruction import l1, ms_ssim, psnr, ssim
 from evaluation.metrics.seams import seam_index

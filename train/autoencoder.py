@@ -5,6 +5,7 @@ Everything of a run lies in `model.default_root_dir`:
     split.json      which files train and which validate
     checkpoints/    last.ckpt, step-0003000.ckpt …, and best-… : the three best by val/recon_loss
     logs/           TensorBoard
+    metrics.jsonl   the same numbers, one line of JSON per logged step and per validation
     volumes/        input and reconstruction of the VolumeLogger
 """
 
@@ -42,6 +43,7 @@ from train.checkpoints import (
     save_checkpoint,
 )
 from train.logger import close_logger, get_logger
+from train.monitoring import JsonLinesLogger, TrainingMonitor
 from train.sample_check import check_volumes
 from train.signals import ignore_signals
 
@@ -89,11 +91,13 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         pl.seed_everything(cfg.model.seed, verbose=False)
         model = build_autoencoder(cfg)
         resume = load_weights(cfg, model, root, logger)
+        start_step = 0 if resume is None else global_step(resume)
         _build_perceptual(model)
 
         # Trainer
         with quiet_lightning():
-            trainer = _trainer(cfg, root, checkpoints, stage)
+            monitor = TrainingMonitor(cfg, logger)
+            trainer = _trainer(cfg, root, checkpoints, stage, start_step, monitor)
         if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
             _make_folder(root)
             closing.enter_context(lock_folder(root, "training"))  # before anything of a run that goes on is replaced
@@ -107,11 +111,10 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         last_step = _last_step(cfg, len(train_loader))
         trainer.fit_loop.epoch_loop.max_steps = last_step
         if resume is not None:
-            step = global_step(resume)
-            if 0 <= last_step <= step:
-                logger.info("%s: finished at step %d; raise model.max_steps or max_epochs to go on", root, step)
+            if 0 <= last_step <= start_step:
+                logger.info("%s: finished at step %d; raise model.max_steps or max_epochs to go on", root, start_step)
                 return {}
-            logger.info("resuming from %s at step %d", resume, step)
+            logger.info("resuming from %s at step %d", resume, start_step)
 
         # Cache, once for all runs and ranks; with it all files are checked
         if train_data.cache is not None:
@@ -121,7 +124,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Train
         try:
             with quiet_lightning():
-                trainer.fit(model, train_loader, val_loader, ckpt_path=resume, weights_only=True)
+                trainer.fit(model, monitor.meter.timed(train_loader), val_loader, ckpt_path=resume, weights_only=True)
         except TrainingStopped as stop:
             logger.info("%s at step %d: last.ckpt saved", stop, trainer.global_step)
             raise SystemExit(128 + stop.signal_number) from None
@@ -221,7 +224,9 @@ def _processes_per_node(cfg: DictConfig) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", cfg.model.gpus))
 
 
-def _trainer(cfg: DictConfig, root: Path, checkpoints: Path, stage: int) -> pl.Trainer:
+def _trainer(
+    cfg: DictConfig, root: Path, checkpoints: Path, stage: int, start_step: int, monitor: TrainingMonitor
+) -> pl.Trainer:
     world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
     per_node = _processes_per_node(cfg)
     validate_by_step = cfg.model.val_every is not None
@@ -243,6 +248,7 @@ def _trainer(cfg: DictConfig, root: Path, checkpoints: Path, stage: int) -> pl.T
         StopOnSignal(checkpoints / "last.ckpt"),
         RandomState(),
         StepProgress(f"stage {stage}"),
+        monitor,
     ]
     if cfg.model.log_volume_every > 0:
         callbacks.append(VolumeLogger(root / "volumes", cfg.model.log_volume_every))
@@ -260,7 +266,10 @@ def _trainer(cfg: DictConfig, root: Path, checkpoints: Path, stage: int) -> pl.T
         check_val_every_n_epoch=None if validate_by_step else 1,
         num_sanity_val_steps=0,
         log_every_n_steps=cfg.model.log_every,
-        logger=TensorBoardLogger(root, name="", version="logs"),
+        logger=[
+            TensorBoardLogger(root, name="", version="logs", purge_step=start_step or None),
+            JsonLinesLogger(root / "metrics.jsonl", start_step),
+        ],
         callbacks=callbacks,
         plugins=[SafeCheckpointIO()],
         use_distributed_sampler=False,

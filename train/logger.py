@@ -52,32 +52,50 @@ class _Formatter(logging.Formatter):
         return super().formatMessage(record)
 
 
+class JsonLines:
+    """A file with one line of JSON for each logged step.
+
+    Args:
+        path: the file; what it holds is kept.
+        start_step: the optimiser step the run goes on from. What an interrupted run logged after it is dropped, so
+            that each step occurs once.
+    """
+
+    def __init__(self, path: Path, start_step: int = 0) -> None:
+        _drop_steps_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Record `scalars` of optimiser step `step`."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class MetricsWriter:
     """Scalars of a run, once as JSON lines (`metrics.jsonl`) and once for TensorBoard. For rank 0 only.
 
     Args:
         folder: the run folder.
-        start_step: the optimiser step the run goes on from. What an interrupted run logged after it is dropped, so
-            that each step occurs once.
+        start_step: as of `JsonLines`.
     """
 
     def __init__(self, folder: Path, start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        path = folder / "metrics.jsonl"
-        _drop_steps_after(path, start_step)
-        self.file = path.open("a", encoding="utf-8")
+        self.lines = JsonLines(folder / "metrics.jsonl", start_step)
         self.board = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Record `scalars` of optimiser step `step`."""
-        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self.file.flush()
+        self.lines.write(step, scalars)
         for name, value in scalars.items():
             self.board.add_scalar(f"train/{name}", value, step)
 
     def close(self) -> None:
-        self.file.close()
+        self.lines.close()
         self.board.close()
 
 

@@ -13,7 +13,6 @@ import contextlib
 import math
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,8 +43,10 @@ from train.checkpoints import (  # noqa: E402
 )
 from train.checks import check_data, check_grid, check_options, known_autoencoder, load_matching_autoencoder  # noqa: E402
 from train.distributed import Distributed, cleanup, setup  # noqa: E402
+from train.early_warnings import DataBound  # noqa: E402
 from train.ema import EMA  # noqa: E402
 from train.logger import MetricsWriter, close_logger, get_logger  # noqa: E402
+from train.meter import LoopMeter  # noqa: E402
 from train.noise import draw  # noqa: E402
 from train.preview import write_preview  # noqa: E402
 from train.sample_check import check_latents  # noqa: E402
@@ -142,8 +143,10 @@ def train(cfg: DictConfig) -> dict:
         denoiser = wrap(model.train(), distributed)
         start_epoch = lambda: batches.start_at(state.epoch, state.samples_seen)  # noqa: E731
         signal_number, mean_loss = 0, None
-        losses, steps_logged, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
-        for indices, latents, labels, resolution in endless(loader, start_epoch):
+        losses, steps_logged = torch.zeros((), device=device), 0
+        data_bound = DataBound(f"raise --num-workers (now {cfg.num_workers}) or put the latents on a faster disk")
+        meter = LoopMeter()
+        for indices, latents, labels, resolution in meter.timed(endless(loader, start_epoch)):
             # Learning rate
             step, epoch = state.step + 1, state.epoch
             learning_rate = scheduled_learning_rate(cfg, step, steps_to_do)
@@ -186,17 +189,20 @@ def train(cfg: DictConfig) -> dict:
             progress.update()
 
             # Log
+            meter.count(global_batch)
             losses, steps_logged = losses + loss.detach(), steps_logged + 1
             if step % cfg.log_every == 0 or is_finished:
                 mean_loss = distributed.mean(losses / steps_logged).item()
-                speed = steps_logged / (time.perf_counter() - logged_at)
-                scalars = {"loss": mean_loss, "lr": learning_rate, "grad_norm": grad_norm.item(), "steps_per_s": speed}
+                scalars = {"loss": mean_loss, "lr": learning_rate, "grad_norm": grad_norm.item()}
+                scalars |= meter.read(device, distributed.maximum)
                 if use_scaler:
                     scalars["loss_scale"] = check_loss_scale(state.scaler, step)
                 if is_main:
                     writer.write(step, scalars)
                     logger.info("step %07d epoch %d %s", step, epoch, format_scalars(scalars))
-                losses, steps_logged, logged_at = torch.zeros_like(losses), 0, time.perf_counter()
+                    if warning := data_bound.check(scalars["data_wait"]):
+                        logger.warning("step %d: %s", step, warning)
+                losses, steps_logged = torch.zeros_like(losses), 0
 
             # Checkpoint and preview; the other ranks go ahead and wait for rank 0 in their next step
             is_due = step % cfg.ckpt_every == 0 or is_finished

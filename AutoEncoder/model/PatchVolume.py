@@ -354,6 +354,8 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         """
         parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         norm = nn.utils.clip_grad_norm_(parameters, self.cfg.model.gradient_clip or math.inf)
+        name = "generator" if optimizer is self.trainer.optimizers[0] else "discriminator"
+        self._log("train", **{f"grad_norm_{name}": norm})  # before clipping
         is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if not is_scaled and not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is {norm.item()} at step {self.global_step}")

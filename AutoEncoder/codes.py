@@ -2,13 +2,11 @@
 
 from torch import Tensor
 
-from config.errors import UserError
-
 
 def codebook_usage(counts: Tensor) -> float:
     """Share of the codes that occurred at least once, in [0, 1].
 
-    counts: (n_codes,). Raises UserError for other shapes, negative or infinite counts, or none at all.
+    counts: (n_codes,). Raises ValueError for other shapes, negative or infinite counts, or none at all.
     """
     return (_frequencies(counts) > 0).double().mean().item()
 
@@ -16,7 +14,7 @@ def codebook_usage(counts: Tensor) -> float:
 def perplexity(counts: Tensor) -> float:
     """Exponential of the entropy of the codes' frequencies: 1 for one code alone, n_codes for all equally often.
 
-    counts: (n_codes,). Raises UserError for other shapes, negative or infinite counts, or none at all.
+    counts: (n_codes,). Raises ValueError for other shapes, negative or infinite counts, or none at all.
     """
     frequencies = _frequencies(counts)
     frequencies = frequencies[frequencies > 0]  # 0·log 0 = 0
@@ -27,7 +25,7 @@ def _frequencies(counts: Tensor) -> Tensor:
     """(n_codes,) counts -> (n_codes,) shares in float64."""
     counts = counts.double()
     if counts.ndim != 1 or not (counts.isfinite().all() and (counts >= 0).all() and counts.sum() > 0):
-        raise UserError(f"expected counts (n_codes,) of codes that occurred, got {_summary(counts)}")
+        raise ValueError(f"expected counts (n_codes,) of codes that occurred, got {_summary(counts)}")
     return counts / counts.sum()
 
 

@@ -1,0 +1,107 @@
+"""What a training loop costs between two logged steps: time, waiting for data, memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LoopMeter:
+    """Speed, waiting for data and memory of a training loop, read at each logged step.
+
+    The loop runs over `timed(batches)` and calls `count` in each step. Times are those of the wall: validation,
+    checkpoints and whatever else the loop does count too. Nothing here makes a GPU wait but `read`.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an interval now."""
+        self._since = time.perf_counter()
+        self._waited_s = 0.0
+        self._steps = 0
+        self._samples = 0
+
+    def timed(self, batches: Iterable) -> TimedBatches:
+        """The same batches; how long the loop waits for each is measured."""
+        return TimedBatches(batches, self)
+
+    def add_waiting(self, seconds: float) -> None:
+        self._waited_s += seconds
+
+    def count(self, samples: int) -> None:
+        """One step is done, of `samples` samples over all ranks."""
+        self._steps += 1
+        self._samples += samples
+
+    def read(self, device: torch.device, maximum: Callable[[Tensor], Tensor] = lambda values: values) -> dict:
+        """The numbers of the interval that ends now; the next one begins.
+
+        Args:
+            device: where this rank trains.
+            maximum: elementwise maximum of a tensor over the ranks; to be called on all ranks in the same step. In a
+                synchronous step the rank that waits longest sets the pace, and the one that needs most memory fails.
+
+        Returns:
+            steps_per_s; samples_per_s, over all ranks; data_wait, the share of the time (0 to 1) in which the loop
+            waited for its next batch; memory_gb, resident memory of the process, where the system tells it; on a GPU
+            gpu_memory_gb, the most that was allocated at a time during the interval. GB are 10⁹ bytes.
+        """
+        seconds = time.perf_counter() - self._since
+        of_this_rank = {"data_wait": self._waited_s / seconds, "memory_gb": resident_memory_gb()}
+        if device.type == "cuda":
+            of_this_rank["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+            torch.cuda.reset_peak_memory_stats(device)
+        of_this_rank = {name: value for name, value in of_this_rank.items() if value is not None}
+        of_all = maximum(torch.tensor(list(of_this_rank.values()), device=device)).tolist()
+        rates = {"steps_per_s": self._steps / seconds, "samples_per_s": self._samples / seconds}
+        self.restart()
+        return {**rates, **dict(zip(of_this_rank, of_all, strict=True))}
+
+
+class TimedBatches:
+    """An iterable of batches, e.g. a DataLoader, that tells a meter how long the loop waited for each of them."""
+
+    def __init__(self, batches: Iterable, meter: LoopMeter) -> None:
+        self.batches = batches
+        self.meter = meter
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return _TimedIterator(iter(self.batches), self.meter)
+
+
+class _TimedIterator:
+    """No generator, which would keep each batch, and its memory, until the next one has come."""
+
+    def __init__(self, iterator: Iterator, meter: LoopMeter) -> None:
+        self.iterator = iterator
+        self.meter = meter
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        began = time.perf_counter()
+        try:
+            return next(self.iterator)
+        finally:
+            self.meter.add_waiting(time.perf_counter() - began)
+
+
+def resident_memory_gb() -> float | None:
+    """Memory of this process that lies in RAM, in 10⁹ bytes; None where there is no /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
