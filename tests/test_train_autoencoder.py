@@ -217,7 +217,7 @@ def test_training_ends_by_steps_or_epochs(steps, epochs, last):
 
 
 def test_volume_logger_is_due_at_powers_of_two_and_then_regularly():
-    due = [batch for batch in range(1, 3100) if VolumeLogger(Path("x"), 1500).is_due(batch)]
+    due = [batch for batch in range(1, 3100) if VolumeLogger(Path("x"), 1500, None).is_due(batch)]
     assert due == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1500, 3000]
 
 
@@ -314,6 +314,17 @@ def test_a_gpu_that_is_not_there(data, tmp_path):
 def test_other_options_for_the_same_folder_are_refused(data, stage_1):
     with pytest.raises(UserError, match=r"holds a run with other options: model.lr \(0.002 -> 0.1\)"):
         train(config(data, stage_1, "model.lr=0.1"), stage=1)
+
+
+def test_a_run_older_than_an_option_goes_on(data, stage_1, tmp_path):
+    """Its configuration lacks the option, its optimisers aren't fused: it did what the default says."""
+    run = shutil.copytree(stage_1, tmp_path / "run")
+    cfg = OmegaConf.load(run / "config.yaml")
+    del cfg.model.lr_warmup
+    OmegaConf.save(cfg, run / "config.yaml")
+    train(config(data, run, "model.max_steps=8", "model.channels_last=true"), stage=1)
+    with pytest.raises(UserError, match=r"model.lr_warmup \(0 -> 2\)"):
+        train(config(data, run, "model.lr_warmup=2"), stage=1)
 
 
 def test_a_run_does_not_go_on_with_other_files(data, tmp_path):
