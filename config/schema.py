@@ -109,6 +109,7 @@ class AutoencoderModelConfig:
     lr: float = key(3e-4, "learning rate of both Adam optimisers")
     adam_betas: list[float] = key([0.5, 0.9], "Adam betas of both optimisers")
     lr_schedule: str = key("constant", "constant | cosine (to 0 over max_steps)")
+    lr_warmup: int = key(0, "optimiser steps over which the learning rate rises linearly from 0")
     gradient_clip: float = key(0.0, "largest gradient norm; 0 = no clipping")
     max_steps: int = key(1_000_000, "optimiser steps after which training ends; -1 = no limit")
     max_epochs: int = key(10_000, "epochs after which training ends; -1 = no limit")
@@ -118,6 +119,11 @@ class AutoencoderModelConfig:
     gpus: int = key(1, "devices of one node; on CPU the number of processes")
     accelerator: str = key("auto", "auto | cpu | gpu; auto = a GPU where there is one")
     precision: str = key("32", "32 | bf16 | 16 (mixed precision)")
+    channels_last: bool = key(False, "networks and activations with the channels innermost in memory")
+    compile: bool = key(False, "compile encoder, decoder and discriminator for training")
+    gradient_checkpointing: bool = key(
+        False, "recompute residual blocks in the backward pass: less memory, more time, same gradients"
+    )
     default_root_dir: str | None = key(None, "folder that gets logs, checkpoints and the resolved config; required")
     resume_from_checkpoint: str | None = key(
         None, "checkpoint: stage 1 continues it, null = a new run; stage 2 starts from it, required"

@@ -115,7 +115,7 @@ def _autoencoder(cfg: DictConfig) -> Iterator[str]:
         cfg,
         "model.codebook_init_step model.discriminator_iter_start model.volume_gan_weight model.gan_feat_weight "
         "model.l1_weight model.perceptual_weight model.gradient_clip model.restart_thres model.num_workers "
-        "model.log_volume_every model.seed dataset.split_seed",
+        "model.log_volume_every model.seed model.lr_warmup dataset.split_seed",
     )
     yield from _at_least(cfg, -1, "model.max_steps model.max_epochs")
     yield from _positive(cfg, "model.lr dataset.cache_limit_gb")
@@ -139,6 +139,8 @@ def _autoencoder(cfg: DictConfig) -> Iterator[str]:
         yield f"dataset.patch_size must be a multiple of model.downsample {factor}, got {dataset.patch_size}"
     if model.lr_schedule == "cosine" and model.max_steps < 1:
         yield f"model.max_steps must be at least 1 with lr_schedule cosine, got {model.max_steps}"
+    if model.gradient_checkpointing and model.norm_type == "batch":
+        yield "model.gradient_checkpointing needs model.norm_type group: batch norms would count each batch twice"
     if model.norm_type == "group" and model.num_groups > 0 and model.n_hiddens % model.num_groups:
         yield f"model.num_groups must divide model.n_hiddens {model.n_hiddens}, got {model.num_groups}"
 

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from autoencoder_runs import ROOT, TINY, assert_same_weights, config, make_data, weights, with_callback
 from omegaconf import OmegaConf
 
 from config.errors import UserError
-from config.loading import load_config
-from config.schema import AutoencoderConfig
 from dataset.locks import lock_folder
 from dataset.sampling import EpochSampler
 from dataset.volume_io import read_volume, write_volume
@@ -29,49 +28,10 @@ from train.autoencoder import EpochBatches, train
 from train.callbacks import VolumeLogger
 from train.checkpoints import load_autoencoder, load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).parents[1]
-TINY = [
-    "model.n_codes=32",
-    "model.lr_schedule=constant",
-    "model.disc_channels=4",
-    "model.batch_size=2",
-    "model.num_workers=0",
-    "model.codebook_init_step=0",
-    "model.discriminator_iter_start=2",
-    "model.log_every=1",
-    "model.checkpoint_every=2",
-    "model.val_every=3",
-    "model.log_volume_every=0",
-    "dataset.patch_size=8",
-]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Five volumes of 16³ with a bright box, as a dataset JSON."""
-    root = tmp_path_factory.mktemp("data")
-    for i in range(5):
-        volume = torch.full((1, 16, 16, 16), -1.0)
-        volume[:, 2 : 10 + i, 3:14, 2:15] = torch.linspace(-0.5, 0.9, 13)
-        write_volume(root / "box" / f"{i}.nii.gz", volume, np.diag([2.0, 2.0, 3.0, 1.0]))
-    (root / "data.json").write_text(json.dumps({"box": "box"}))
-    return root / "data.json"
-
-
-def config(data: Path, folder: Path, *overrides: str, stage: int = 1):
-    file = ROOT / "config" / "demo" / ("PatchVolume.yaml" if stage == 1 else "PatchVolume_s2.yaml")
-    paths = [f"dataset.root_dir={data}", f"model.default_root_dir={folder}"]
-    return load_config(AutoencoderConfig, file, [*TINY, *paths, *overrides])
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
-
-
-def assert_same_weights(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys()
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert different == []
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +142,7 @@ def test_stage_2_trains_the_decoder_only(data, stage_1, tmp_path):
 
 
 def test_bf16_trains_with_the_codebook_in_float32(data, tmp_path):
-    # Patches of 16: on a grid of 2, where those of 8 end, oneDNN 3.11's bf16 weight gradients of a 3³ convolution on
-    # processors with AVX-512 read memory that nobody wrote.
-    options = ("model.precision=bf16", "model.max_steps=4", "dataset.patch_size=16")
+    options = ("model.precision=bf16", "model.max_steps=4")
     metrics = train(config(data, tmp_path / "run", *options), stage=1)
     assert metrics["train/recon_loss"] < 4
     state = weights(tmp_path / "run")
@@ -217,7 +175,7 @@ def test_training_ends_by_steps_or_epochs(steps, epochs, last):
 
 
 def test_volume_logger_is_due_at_powers_of_two_and_then_regularly():
-    due = [batch for batch in range(1, 3100) if VolumeLogger(Path("x"), 1500).is_due(batch)]
+    due = [batch for batch in range(1, 3100) if VolumeLogger(Path("x"), 1500, None).is_due(batch)]
     assert due == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1500, 3000]
 
 
@@ -231,17 +189,12 @@ class Poison(pl.Callback):
 
 def test_a_loss_that_is_not_finite_names_step_rank_and_files(data, tmp_path, monkeypatch):
     original = training._trainer
-    monkeypatch.setattr(training, "_trainer", lambda *args: _with(original(*args), Poison()))
+    monkeypatch.setattr(training, "_trainer", lambda *args: with_callback(original(*args), Poison()))
     with pytest.raises(UserError, match=r"the loss is inf at step 2 on rank 0, batch .*\d\.nii\.gz.*lower model\.lr"):
         train(config(data, tmp_path / "run", "model.max_steps=5"), stage=1)
     saved = [load_checkpoint(path) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert {checkpoint["global_step"] for checkpoint in saved} == {2}
     assert all(torch.isfinite(checkpoint["state_dict"]["decoder.final_block.2.bias"]).all() for checkpoint in saved)
-
-
-def _with(trainer: pl.Trainer, callback: pl.Callback) -> pl.Trainer:
-    trainer.callbacks.append(callback)
-    return trainer
 
 
 def other_kind(folder: Path) -> Path:
@@ -314,6 +267,17 @@ def test_a_gpu_that_is_not_there(data, tmp_path):
 def test_other_options_for_the_same_folder_are_refused(data, stage_1):
     with pytest.raises(UserError, match=r"holds a run with other options: model.lr \(0.002 -> 0.1\)"):
         train(config(data, stage_1, "model.lr=0.1"), stage=1)
+
+
+def test_a_run_older_than_an_option_goes_on(data, stage_1, tmp_path):
+    """Its configuration lacks the option, its optimisers aren't fused: it did what the default says."""
+    run = shutil.copytree(stage_1, tmp_path / "run")
+    cfg = OmegaConf.load(run / "config.yaml")
+    del cfg.model.lr_warmup
+    OmegaConf.save(cfg, run / "config.yaml")
+    train(config(data, run, "model.max_steps=8", "model.channels_last=true"), stage=1)
+    with pytest.raises(UserError, match=r"model.lr_warmup \(0 -> 2\)"):
+        train(config(data, run, "model.lr_warmup=2"), stage=1)
 
 
 def test_a_run_does_not_go_on_with_other_files(data, tmp_path):
@@ -488,7 +452,7 @@ def test_a_gradient_that_is_not_finite_saves_nothing(data, tmp_path, monkeypatch
                 pl_module.decoder.conv_first.weight.grad.fill_(torch.nan)
 
     original = training._trainer
-    monkeypatch.setattr(training, "_trainer", lambda *args: _with(original(*args), PoisonGradient()))
+    monkeypatch.setattr(training, "_trainer", lambda *args: with_callback(original(*args), PoisonGradient()))
     with pytest.raises(UserError, match="the gradient is nan at step 1 on rank 0, batch"):
         train(config(data, tmp_path / "run", "model.max_steps=5"), stage=1)
     assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
@@ -502,7 +466,7 @@ def test_gradient_clipping_bounds_the_step(data, tmp_path, monkeypatch):
             norms.append(torch.stack([p.grad.norm() for p in pl_module.decoder.parameters()]).norm().item())
 
     original = training._trainer
-    monkeypatch.setattr(training, "_trainer", lambda *args: _with(original(*args), Measure()))
+    monkeypatch.setattr(training, "_trainer", lambda *args: with_callback(original(*args), Measure()))
     train(config(data, tmp_path / "run", "model.max_steps=2", "model.gradient_clip=0.001"), stage=1)
     train(config(data, tmp_path / "free", "model.max_steps=2"), stage=1)
     clipped, free = norms[: len(norms) // 2], norms[len(norms) // 2 :]

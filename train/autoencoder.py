@@ -21,7 +21,6 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.io import CheckpointIO
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
@@ -34,18 +33,18 @@ from dataset.sampling import EpochSampler
 from dataset.split import keep_split, split_dataset
 from dataset.vqgan import VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x
+from train.autoencoder_ddp import TwoPassDDPStrategy
 from train.autoencoder_resume import global_step, load_weights
+from train.background import BackgroundWork
 from train.batches import close_loader
-from train.callbacks import RandomState, StepProgress, StopOnSignal, TrainingStopped, VolumeLogger
-from train.checkpoints import (
-    build_autoencoder,
-    load_checkpoint,
-    save_checkpoint,
-)
+from train.callbacks import RandomState, StepProgress, VolumeLogger
+from train.checkpoint_io import BackgroundCheckpointIO
+from train.checkpoints import build_autoencoder
 from train.logger import close_logger, get_logger
 from train.monitoring import JsonLinesLogger, TrainingMonitor
 from train.sample_check import check_volumes
 from train.signals import ignore_signals
+from train.step_watch import NotFinite, StepWatch, TrainingStopped
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 EXPECTED_WARNINGS = (
@@ -55,6 +54,7 @@ EXPECTED_WARNINGS = (
     ".*The number of training batches .* is smaller than the logging interval",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "Checkpoint directory .* exists and is not empty",
+    "Grad strides do not match bucket view strides",  # of 1³ kernels, whose memory is the same in both layouts
     "You.re resuming from a checkpoint that ended before the epoch ended",  # EpochBatches knows the place
 )
 
@@ -96,13 +96,14 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
 
         # Trainer
         with quiet_lightning():
-            monitor = TrainingMonitor(cfg, logger)
-            trainer = _trainer(cfg, root, checkpoints, stage, start_step, monitor)
+            monitor, work = TrainingMonitor(cfg, logger), BackgroundWork()
+            trainer = _trainer(cfg, root, checkpoints, stage, start_step, monitor, work)
         if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
             _make_folder(root)
             closing.enter_context(lock_folder(root, "training"))  # before anything of a run that goes on is replaced
             _keep_split(cfg, root, is_resumed=any(checkpoints.glob("*.ckpt")))
             save_config(cfg, root)
+        closing.enter_context(work)
         train_loader, val_loader = _loaders(cfg, trainer, train_data, val_data)
         for loader in filter(None, (train_loader, val_loader)):
             closing.callback(close_loader, loader)
@@ -128,15 +129,32 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         except TrainingStopped as stop:
             logger.info("%s at step %d: last.ckpt saved", stop, trainer.global_step)
             raise SystemExit(128 + stop.signal_number) from None
-        except FloatingPointError as error:
-            files = ", ".join(str(path) for path in train_loader.batch_sampler.files_of(trainer.global_step))
+        except NotFinite as error:
+            raise UserError(_describe(error, trainer, train_loader.batch_sampler)) from error
+        except Exception as error:
+            if not (cfg.model.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{error} on rank {trainer.global_rank}, batch {files}: nothing was saved after the last checkpoint; "
-                "look at these files, lower model.lr or set model.gradient_clip"
+                f"model.compile: torch cannot compile on this machine ({reason}): set it to false"
             ) from error
         trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
+        work.wait()
         logger.info("finished at step %d: %s", trainer.global_step, checkpoints / "last.ckpt")
         return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def _describe(error: NotFinite, trainer: pl.Trainer, batches: "EpochBatches") -> str:
+    """The same on all ranks, to be called on all: what the batches of those were whose doing it can be."""
+    files = ", ".join(str(path) for path in batches.files_of(error.step))
+    own = f"{error} on rank {trainer.global_rank}, batch {files}" if error.is_mine else None
+    ranks = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(ranks, own)
+    return (
+        f"{'; '.join(filter(None, ranks))}: nothing was saved after the last checkpoint; "
+        "look at these files, lower model.lr or set model.gradient_clip"
+    )
 
 
 def _check_options(cfg: DictConfig, stage: int) -> None:
@@ -225,7 +243,13 @@ def _processes_per_node(cfg: DictConfig) -> int:
 
 
 def _trainer(
-    cfg: DictConfig, root: Path, checkpoints: Path, stage: int, start_step: int, monitor: TrainingMonitor
+    cfg: DictConfig,
+    root: Path,
+    checkpoints: Path,
+    stage: int,
+    start_step: int,
+    monitor: TrainingMonitor,
+    work: BackgroundWork,
 ) -> pl.Trainer:
     world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
     per_node = _processes_per_node(cfg)
@@ -245,21 +269,20 @@ def _trainer(
             save_top_k=-1,
             auto_insert_metric_name=False,
         ),
-        StopOnSignal(checkpoints / "last.ckpt"),
+        StepWatch(checkpoints / "last.ckpt", work),
         RandomState(),
         StepProgress(f"stage {stage}"),
         monitor,
     ]
     if cfg.model.log_volume_every > 0:
-        callbacks.append(VolumeLogger(root / "volumes", cfg.model.log_volume_every))
+        callbacks.append(VolumeLogger(root / "volumes", cfg.model.log_volume_every, work))
     if stage == 2:
         callbacks.append(AE_finetuning())
     return pl.Trainer(
         accelerator=cfg.model.accelerator,
         devices=per_node,
         num_nodes=world_size // per_node,
-        # generator and discriminator take turns, so every step leaves parameters without gradient
-        strategy="ddp_find_unused_parameters_true" if world_size > 1 else "auto",
+        strategy=TwoPassDDPStrategy() if world_size > 1 else "auto",
         precision=PRECISIONS[str(cfg.model.precision)],
         max_epochs=-1,  # `_last_step` counts in steps alone
         val_check_interval=cfg.model.val_every,
@@ -271,7 +294,7 @@ def _trainer(
             JsonLinesLogger(root / "metrics.jsonl", start_step),
         ],
         callbacks=callbacks,
-        plugins=[SafeCheckpointIO()],
+        plugins=[BackgroundCheckpointIO(work)],
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -292,19 +315,6 @@ def quiet_lightning() -> Iterator[None]:
             yield
     finally:
         lightning.setLevel(level)
-
-
-class SafeCheckpointIO(CheckpointIO):
-    """Lets Lightning read and write checkpoints as everything else here does: no code executed, no half files."""
-
-    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
-        save_checkpoint(checkpoint, path)
-
-    def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
-        return load_checkpoint(path)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
 
 
 class EpochBatches(Sampler[list]):

@@ -7,12 +7,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from config.errors import UserError
+from config.schema import AutoencoderConfig
 from train.checkpoints import load_autoencoder_weights, load_checkpoint, newest_checkpoint
 
-# What may differ when a run goes on: how long and where it runs, how it reads its data, and how often it reports.
+# What may differ when a run goes on: how long, where and how fast it runs, how it reads its data, how often it reports.
 CHANGEABLE = (
     "max_steps max_epochs num_workers gpus accelerator checkpoint_every val_every log_every log_volume_every "
-    "perceptual_weights default_root_dir resume_from_checkpoint cache cache_dir cache_limit_gb"
+    "channels_last compile gradient_checkpointing perceptual_weights default_root_dir resume_from_checkpoint "
+    "cache cache_dir cache_limit_gb"
 ).split()
 
 
@@ -81,24 +83,25 @@ def _check_same_run(cfg: DictConfig, root: Path, logger: logging.Logger) -> None
     if not (root / "config.yaml").is_file():
         return
     before = OmegaConf.load(root / "config.yaml")
+    before = {table: {**OmegaConf.structured(AutoencoderConfig)[table], **before[table]} for table in cfg}  # new keys
     changed = [
-        f"{table}.{key} ({before[table].get(key)} -> {value})"
-        for table in ("model", "dataset")
+        f"{table}.{key} ({before[table][key]} -> {value})"
+        for table in cfg
         for key, value in cfg[table].items()
-        if key not in CHANGEABLE and before[table].get(key) != value
+        if key not in CHANGEABLE and before[table][key] != value
     ]
     if changed:
         raise UserError(
             f"{root} holds a run with other options: {', '.join(changed)}; "
             "name another model.default_root_dir or take these back"
         )
-    if before.model.get("gpus") != cfg.model.gpus:
+    if before["model"]["gpus"] != cfg.model.gpus:
         logger.warning(
             "%s: model.gpus was %s and is %s: a step has another number of samples, so the order of the data changes",
-            *(root, before.model.get("gpus"), cfg.model.gpus),
+            *(root, before["model"]["gpus"], cfg.model.gpus),
         )
-    if cfg.model.lr_schedule == "cosine" and before.model.get("max_steps") != cfg.model.max_steps:
-        logger.warning("%s: model.max_steps was %s: the cosine has another length", root, before.model.get("max_steps"))
+    if cfg.model.lr_schedule == "cosine" and before["model"]["max_steps"] != cfg.model.max_steps:
+        logger.warning("%s: model.max_steps was %s: the cosine has another length", root, before["model"]["max_steps"])
 
 
 def global_step(path: Path) -> int:

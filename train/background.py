@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 class BackgroundWork:
     """One thread that does what it is given, in order; to be used in a `with` block, whose end waits for all of it.
 
-    An error of the work is raised where the next work is given, or at the end: no error is lost, and none is raised
-    twice. Where the `with` block ends in an error, that one counts, and the work's is dropped.
+    An error of the work is raised where the next work is given, at `check` or at the end: no error is lost, and none is
+    raised twice. Where the `with` block ends in an error, that one counts, and the work's is dropped.
     """
 
     def __init__(self) -> None:
@@ -41,6 +41,11 @@ class BackgroundWork:
         """
         self.wait()
         self._last = self._thread.submit(function, *args)
+
+    def check(self) -> None:
+        """Raises what the work raised, if it has, without waiting for what is not done."""
+        if self._last is not None and self._last.done():
+            self.wait()
 
     def wait(self) -> None:
         """Until nothing is left to do. Raises what the work raised."""

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
 from tqdm import tqdm
 
 from dataset.geometry import affine_from_spacing
 from dataset.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volume_io import write_volume
-from train.signals import StopRequest
+from train.background import BackgroundWork
 
 
 class VolumeLogger(Callback):
@@ -22,11 +24,13 @@ class VolumeLogger(Callback):
     Args:
         folder: gets train/ and val/ with step_0001500_{input,reconstruction}.nii.gz and step_0001500.png.
         every: batches between two logged training volumes.
+        work: what the files are written by, beside training; whoever made it waits for its end.
     """
 
-    def __init__(self, folder: Path, every: int = 1500) -> None:
+    def __init__(self, folder: Path, every: int, work: BackgroundWork) -> None:
         self.folder = folder
         self.every = every
+        self._work = work
         self._validation_due = 0  # batch from which on a validation is logged
 
     def is_due(self, batches_done: int) -> bool:
@@ -51,54 +55,22 @@ class VolumeLogger(Callback):
             return
         volume = batch["data"][:1]
         reconstruction = pl_module.reconstruct(volume).clamp(-1, 1)
-        affine = batch["affine"][0].cpu().numpy() if "affine" in batch else affine_from_spacing([1, 1, 1])
-        stem = self.folder / split / f"step_{trainer.global_step:07d}"
-        pairs = {"input": volume[0, :1], "reconstruction": reconstruction[0, :1]}
-        for name, data in pairs.items():
-            write_volume(stem.with_name(f"{stem.name}_{name}.nii.gz"), data.float().cpu(), affine)
-        rows = [(name, list(central_slices(data).values())) for name, data in pairs.items()]
+        volumes = {"input": volume[0, :1], "reconstruction": reconstruction[0, :1]}
+        volumes = {name: data.float().to("cpu", copy=True) for name, data in volumes.items()}
+        affine = batch["affine"][0].cpu().numpy().copy() if "affine" in batch else affine_from_spacing([1, 1, 1])
+        self._work.submit(self._write_files, trainer, split, trainer.global_step, volumes, affine)
+
+    def _write_files(
+        self, trainer: pl.Trainer, split: str, step: int, volumes: dict[str, Tensor], affine: np.ndarray
+    ) -> None:
+        stem = self.folder / split / f"step_{step:07d}"
+        for name, data in volumes.items():
+            write_volume(stem.with_name(f"{stem.name}_{name}.nii.gz"), data, affine)
+        rows = [(name, list(central_slices(data).values())) for name, data in volumes.items()]
         picture = save_slice_grid(stem.with_suffix(".png"), rows, columns=PLANES)
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
-                logger.experiment.add_image(f"{split}/volume", picture, trainer.global_step, dataformats="HWC")
-
-
-class TrainingStopped(Exception):
-    """Training ended between two steps because of `signal_number`; a checkpoint is saved."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}")
-        self.signal_number = signal_number
-
-
-class StopOnSignal(Callback):
-    """SIGTERM or Ctrl-C: all ranks save a checkpoint after the current step and raise TrainingStopped.
-
-    An exception, since Lightning's own way to stop runs a validation first, for which there may be no time.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self._request = StopRequest()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
-        # not earlier: Lightning has put its own handlers in place by now, which save nothing
-        self._request.__enter__()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        received = self._request.received
-        if trainer.world_size > 1:
-            request = torch.tensor(received, device=trainer.strategy.root_device)
-            received = int(trainer.strategy.reduce(request, reduce_op="max"))
-        if received:
-            trainer.save_checkpoint(self.checkpoint, weights_only=False)
-            raise TrainingStopped(received)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module) -> None:
-        self._request.__exit__(None, None, None)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module, exception: BaseException) -> None:
-        self._request.__exit__(None, None, None)
+                logger.experiment.add_image(f"{split}/volume", picture, step, dataformats="HWC")
 
 
 class RandomState(Callback):

@@ -10,25 +10,19 @@ of a whole volume and trains the decoder to decode them in one pass: that is wha
 """
 
 import math
-from itertools import chain
+from contextlib import AbstractContextManager, nullcontext
 
-import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import BaseFinetuning
 from torch import Tensor, nn
 
 from AutoEncoder.exact_decoding import decode_exactly
+from AutoEncoder.model.adversarial_training import AdversarialTraining
 from AutoEncoder.model.codebook import Codebook
-from AutoEncoder.model.discriminator import (
-    DISCRIMINATOR_LOSSES,
-    NLayerDiscriminator3D,
-    feature_matching_loss,
-    generator_loss,
-)
-from AutoEncoder.model.modes import evaluation_mode, requires_grad
-from AutoEncoder.model.networks import Decoder, Encoder
+from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, NLayerDiscriminator3D
+from AutoEncoder.model.modes import evaluation_mode
+from AutoEncoder.model.networks import Decoder, Encoder, ResBlock
 from AutoEncoder.model.perceptual import build_perceptual
 from AutoEncoder.patches import (
     crop_to,
@@ -43,15 +37,19 @@ DEFAULTS = {
     "model": {
         "adam_betas": [0.5, 0.9],
         "lr_schedule": "constant",
+        "lr_warmup": 0,
         "gradient_clip": 0.0,
         "codebook_decay": 0.99,
         "codebook_init_step": 0,
         "perceptual_weights": None,
+        "channels_last": False,
+        "compile": False,
+        "gradient_checkpointing": False,
     }
 }
 
 
-class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
+class patchvolumeAE(AdversarialTraining):  # noqa: N801 - the public name
     """Autoencoder that encodes patches and decodes volumes.
 
     Args:
@@ -101,7 +99,6 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         self.volume_discriminator = NLayerDiscriminator3D(image_channels, model.disc_channels, model.disc_layers)
         # Held in a list so that it is no sub-module: its weights stay out of state dict, optimisers and checkpoints.
         self._perceptual: list[nn.Module] = []
-        self.automatic_optimization = False
         self.train(self.training)
 
     # --- modes and checkpoints ---------------------------------------------------------------------------------------
@@ -124,9 +121,30 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
         return super().load_state_dict(own, strict=strict, assign=assign)
 
     def setup(self, stage: str) -> None:
-        """Lightning hook before training or validating: builds the perceptual network, if its weight is positive."""
+        """Lightning hook before training or validating: builds the perceptual network, if its weight is positive.
+
+        Before training, the networks get the form that the options for speed and memory ask for.
+        """
         if stage in ("fit", "validate") and self.cfg.model.perceptual_weight > 0 and not self._perceptual:
             self._perceptual.append(build_perceptual(self.cfg.model.perceptual_3d, self.cfg.model.perceptual_weights))
+        if stage == "fit":
+            self._prepare_networks()
+
+    def _prepare_networks(self) -> None:
+        """Applies `channels_last`, `gradient_checkpointing` and `compile`; names and state dict stay as they are."""
+        networks = (self.encoder, self.decoder, self.volume_discriminator)
+        for network in networks:
+            if self.cfg.model.channels_last:
+                network.to(memory_format=torch.channels_last_3d)
+            for part in network.modules():
+                if isinstance(part, ResBlock):
+                    part.recomputes = self.cfg.model.gradient_checkpointing
+            if self.cfg.model.compile:
+                network.compile()
+
+    def _eagerly(self) -> AbstractContextManager[None]:
+        """Uncompiled inside: whole volumes come in many shapes, and each would be compiled for itself."""
+        return torch.compiler.set_stance("force_eager") if self.cfg.model.compile else nullcontext()
 
     # --- encoding and decoding ---------------------------------------------------------------------------------------
 
@@ -261,127 +279,8 @@ class patchvolumeAE(pl.LightningModule):  # noqa: N801 - the public name
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """Reconstruction of whole volumes in eval mode, whatever the present modes, which are left as they were."""
-        with evaluation_mode(self):
+        with evaluation_mode(self), self._eagerly():
             return self(x)[0]
-
-    # --- training ----------------------------------------------------------------------------------------------------
-
-    def configure_optimizers(self):
-        """Two Adam optimisers of equal learning rate: generator (stage 2: decoder only) and discriminator."""
-        parts = [self.decoder, self.post_vq_conv]
-        if self.stage == 1:
-            parts = [self.encoder, self.decoder, self.pre_vq_conv, self.post_vq_conv]
-        options = dict(lr=self.cfg.model.lr, betas=tuple(self.cfg.model.adam_betas))
-        generator = torch.optim.Adam(chain.from_iterable(part.parameters() for part in parts), **options)
-        return [generator, torch.optim.Adam(self.volume_discriminator.parameters(), **options)]
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """One optimiser step: generator and discriminator take turns once the discriminator has started.
-
-        Every batch is one optimiser step, so the turn is the parity of `global_step`: that of the batch number counted
-        over the whole run, also where epochs have an odd number of batches. With `volume_gan_weight` 0 there is no
-        discriminator to train and every step is the generator's.
-        """
-        generator, discriminator = self.optimizers()
-        weights = self.cfg.model
-        adversarial = weights.volume_gan_weight > 0 and self.global_step >= weights.discriminator_iter_start
-        if not adversarial or self.global_step % 2 == 0:
-            with requires_grad(self.volume_discriminator, False):
-                loss = self._generator_loss(batch["data"])
-                self._optimise(generator, loss)
-        else:
-            self._optimise(discriminator, self._discriminator_loss(batch["data"]))
-
-    def _generator_loss(self, x: Tensor) -> Tensor:
-        weights = self.cfg.model
-        x_hat, quantised = self.forward_patches(x) if self.stage == 1 else self(x)
-        recon_loss, perceptual_loss = self._reconstruction_losses(x_hat, x)
-        adversarial_loss = feature_loss = x_hat.new_zeros(())
-        if self.global_step > weights.discriminator_iter_start and weights.volume_gan_weight > 0:
-            logits_fake, features_fake = self.volume_discriminator(x_hat)
-            with torch.no_grad():
-                _, features_real = self.volume_discriminator(x)
-            adversarial_loss = weights.volume_gan_weight * generator_loss(logits_fake)
-            feature_loss = weights.gan_feat_weight * feature_matching_loss(features_fake, features_real)
-        self._log(
-            "train",
-            recon_loss=recon_loss,
-            perceptual_loss=perceptual_loss,
-            aeloss=adversarial_loss,
-            gan_feat_loss=feature_loss,
-            commitment_loss=quantised["commitment_loss"],
-            perplexity=quantised["perplexity"],
-        )
-        loss = recon_loss + perceptual_loss + adversarial_loss + feature_loss
-        return loss + quantised["commitment_loss"] if self.stage == 1 else loss
-
-    def _discriminator_loss(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            x_hat, _ = self.forward_patches(x) if self.stage == 1 else self(x)
-        logits_real, _ = self.volume_discriminator(x)
-        logits_fake, _ = self.volume_discriminator(x_hat)
-        volume_loss = DISCRIMINATOR_LOSSES[self.cfg.model.disc_loss_type](logits_real, logits_fake)
-        loss = self.cfg.model.volume_gan_weight * volume_loss
-        self._log(
-            "train",
-            discloss=loss,
-            d_volume_loss=volume_loss,
-            logits_volume_real=logits_real.mean(),
-            logits_volume_fake=logits_fake.mean(),
-        )
-        return loss
-
-    def _reconstruction_losses(self, x_hat: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted L1 and weighted perceptual loss, two scalars."""
-        recon_loss = self.cfg.model.l1_weight * F.l1_loss(x_hat, x)
-        if not self._perceptual:
-            return recon_loss, x.new_zeros(())
-        return recon_loss, self.cfg.model.perceptual_weight * self._perceptual[0].to(x.device)(x_hat, x)
-
-    def _optimise(self, optimizer, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.global_step}")
-        for group in optimizer.param_groups:
-            group["lr"] = self.cfg.model.lr * self._lr_factor()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lightning hook between backward (gradients no longer scaled) and step: clips, and refuses NaN gradients.
-
-        Under fp16 a gradient that is not finite is usual: the gradient scaler leaves that step out.
-        """
-        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        norm = nn.utils.clip_grad_norm_(parameters, self.cfg.model.gradient_clip or math.inf)
-        name = "generator" if optimizer is self.trainer.optimizers[0] else "discriminator"
-        self._log("train", **{f"grad_norm_{name}": norm})  # before clipping
-        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if not is_scaled and not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is {norm.item()} at step {self.global_step}")
-
-    def _lr_factor(self) -> float:
-        """Share of the learning rate at this step: 1, or half a cosine down to 0 at `max_steps`."""
-        if self.cfg.model.lr_schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, self.global_step / self.cfg.model.max_steps)))
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Reconstruction of whole volumes; the three best checkpoints are chosen by val/recon_loss."""
-        x_hat, quantised = self(batch["data"])
-        recon_loss, perceptual_loss = self._reconstruction_losses(x_hat, batch["data"])
-        self._log(
-            "val",
-            batch_size=len(x_hat),
-            recon_loss=recon_loss,
-            perceptual_loss=perceptual_loss,
-            perplexity=quantised["perplexity"],
-            commitment_loss=quantised["commitment_loss"],
-        )
-
-    def _log(self, prefix: str, batch_size: int | None = None, **values: Tensor) -> None:
-        scalars = {f"{prefix}/{name}": value.detach() for name, value in values.items()}
-        self.log_dict(scalars, batch_size=batch_size, sync_dist=prefix == "val")
 
 
 class AE_finetuning(BaseFinetuning):  # noqa: N801 - the public name

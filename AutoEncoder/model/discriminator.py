@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from AutoEncoder.model.convolution import Conv3d
+
 MAX_WIDTH = 512
 
 
@@ -18,16 +20,16 @@ class NLayerDiscriminator3D(nn.Module):
     def __init__(self, in_channels: int, width: int = 32, num_layers: int = 3) -> None:
         super().__init__()
         widths = [min(width * 2**i, MAX_WIDTH) for i in range(num_layers + 1)]
-        self.model0 = nn.Sequential(nn.Conv3d(in_channels, widths[0], 4, stride=2, padding=2), nn.LeakyReLU(0.2))
+        self.model0 = nn.Sequential(Conv3d(in_channels, widths[0], 4, stride=2, padding=2), nn.LeakyReLU(0.2))
         for i in range(1, num_layers + 1):
             stride = 2 if i < num_layers else 1
             stage = nn.Sequential(
-                nn.Conv3d(widths[i - 1], widths[i], 4, stride=stride, padding=2),
+                Conv3d(widths[i - 1], widths[i], 4, stride=stride, padding=2),
                 nn.BatchNorm3d(widths[i]),
                 nn.LeakyReLU(0.2),
             )
             self.add_module(f"model{i}", stage)
-        last = nn.Sequential(nn.Conv3d(widths[-1], 1, 4, stride=1, padding=2))
+        last = nn.Sequential(Conv3d(widths[-1], 1, 4, stride=1, padding=2))
         self.add_module(f"model{num_layers + 1}", last)
         self.num_stages = num_layers + 2
 

@@ -187,7 +187,9 @@ class TriplanarLPIPS(nn.Module):
             )
         loss = x.new_zeros((), dtype=torch.float32)
         for axis in (2, 3, 4):
-            chosen = self.draw_slices(x.shape[axis], generator).to(x.device)
+            chosen = self.draw_slices(x.shape[axis], generator)
+            if x.is_cuda:  # from pinned memory the host need not wait for what the GPU has still to do
+                chosen = chosen.pin_memory().to(x.device, non_blocking=True)
             loss = loss + self.mean_distance(take_slices(x, axis, chosen), take_slices(y, axis, chosen))
         return loss
 

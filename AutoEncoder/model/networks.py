@@ -7,9 +7,13 @@ Attribute names are those of the published checkpoints.
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from AutoEncoder.model.convolution import Conv3d
 
 ATTENTION_HEADS = 4
 ATTENTION_HEAD_DIM = 32
@@ -50,18 +54,28 @@ def normalize(channels: int, norm_type: str, num_groups: int) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block, (B, in, D, H, W) -> (B, out, D, H, W); a 1³ shortcut where the width changes."""
+    """Pre-activation residual block, (B, in, D, H, W) -> (B, out, D, H, W); a 1³ shortcut where the width changes.
+
+    With `recomputes` set, what the backward pass needs from inside the block is computed again there, not kept.
+    """
+
+    recomputes = False
 
     def __init__(self, in_channels: int, out_channels: int, norm_type: str, num_groups: int) -> None:
         super().__init__()
         if in_channels != out_channels:
-            self.resConv = nn.Conv3d(in_channels, out_channels, kernel_size=1)
+            self.resConv = Conv3d(in_channels, out_channels, kernel_size=1)
         self.norm1 = normalize(in_channels, norm_type, num_groups)
-        self.conv1 = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv1 = Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
         self.norm2 = normalize(out_channels, norm_type, num_groups)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.conv2 = Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, D, H, W)
         h = self.conv2(F.silu(self.norm2(h)))  # (B, out, D, H, W)
         return h + self.shortcut(x)
@@ -79,7 +93,7 @@ class AttentionBlock(nn.Module):
         inner = ATTENTION_HEADS * ATTENTION_HEAD_DIM
         self.norm = normalize(channels, norm_type, num_groups)
         self.to_qkv = nn.Linear(channels, 3 * inner, bias=False)
-        self.to_out = nn.Conv3d(inner, channels, kernel_size=1)
+        self.to_out = Conv3d(inner, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         d, h, w = x.shape[-3:]
@@ -156,14 +170,14 @@ class Encoder(nn.Module):
         widths = level_widths(n_hiddens, levels)
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            down = nn.Conv3d(width, width, kernel_size=4, stride=2, padding=1) if i < levels else None
+            down = Conv3d(width, width, kernel_size=4, stride=2, padding=1) if i < levels else None
             self.conv_blocks.append(Level(widths[max(i - 1, 0)], width, norm_type, num_groups, "down", down))
-        self.conv_first = nn.Conv3d(image_channels, widths[0], kernel_size=3, padding=1)
+        self.conv_first = Conv3d(image_channels, widths[0], kernel_size=3, padding=1)
         self.mid_block = MidBlock(widths[-1], norm_type, num_groups)
         self.final_block = nn.Sequential(
             normalize(widths[-1], norm_type, num_groups),
             nn.SiLU(),
-            nn.Conv3d(widths[-1], embedding_dim, kernel_size=3, padding=1),
+            Conv3d(widths[-1], embedding_dim, kernel_size=3, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +202,7 @@ class Decoder(nn.Module):
         super().__init__()
         levels = num_downsamplings(upsample)
         widths = level_widths(n_hiddens, levels)[::-1]
-        self.conv_first = nn.Conv3d(embedding_dim, widths[0], kernel_size=3, padding=1)
+        self.conv_first = Conv3d(embedding_dim, widths[0], kernel_size=3, padding=1)
         self.mid_block = MidBlock(widths[0], norm_type, num_groups)
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
@@ -197,7 +211,7 @@ class Decoder(nn.Module):
         self.final_block = nn.Sequential(
             normalize(widths[-1], norm_type, num_groups),
             nn.SiLU(),
-            nn.Conv3d(widths[-1], image_channels, kernel_size=3, padding=1),
+            Conv3d(widths[-1], image_channels, kernel_size=3, padding=1),
         )
 
     def forward(self, z: Tensor) -> Tensor:
