@@ -158,7 +158,7 @@ def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, ti
     model = Denoiser()
     before = torch.get_rng_state()
     grid, diffusion, logger = (8, 8, 16), GaussianDiffusion(4, 20), logging.getLogger("preview test")
-    path = write_preview(tmp_path, 12, 1, grid, 3, model, diffusion, autoencoder, logger, time_limit_s)
+    path = write_preview(tmp_path, 12, 1, grid, 3, model, diffusion, autoencoder, logger, CPU, time_limit_s)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.calls == [([1], [[0.25, 0.25, 0.5]])] * num_calls
     if time_limit_s > 0:
