@@ -47,7 +47,7 @@ LATENT_FLAGS = _flags("data-path AE-ckpt batch-size num-workers device")
 BIFLOWNET_FLAGS = _flags(
     "data-path results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn patch-size num-dit "
     "enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution log-every ckpt-every "
-    "ckpt vq-size max-steps run-name device"
+    "ckpt vq-size max-steps run-name device channels-last compile gradient-checkpointing"
 )
 GENERATION_FLAGS = (Flag("--classes", "class_names"),) + _flags(
     "AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn sampling-strategy "

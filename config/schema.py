@@ -227,6 +227,11 @@ class BiFlowNetConfig(DiffusionModelConfig):
     grad_clip: float = key(0.0, "largest gradient norm; 0 = no clipping")
     enable_amp: bool = key(False, "mixed precision")
     amp_dtype: str = key("fp16", "type of mixed precision: fp16 (with a gradient scaler) | bf16")
+    channels_last: bool = key(False, "channels-last memory layout of the network; rounding aside, nothing changes")
+    compile: bool = key(False, "torch.compile of the network: minutes at first, then faster steps")
+    gradient_checkpointing: bool = key(
+        False, "keep less for the backward pass and compute it again: less memory, about a third more work"
+    )
     ema_decay: float = key(0.995, "decay of the averaged weights")
     ema_every: int = key(10, "optimiser steps between updates of the averaged weights")
     ema_start: int = key(2000, "optimiser step before which the averaged weights are a plain copy")

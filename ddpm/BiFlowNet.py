@@ -11,10 +11,12 @@ first F of which keep that width and take part in both flows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddpm.blocks import (
     DiTBlock,
@@ -58,6 +60,10 @@ class BiFlowNet(nn.Module):
         num_mid_DiT: transformer blocks between the input and output blocks of the intra-patch flow.
         null_label: one more class, id cond_classes, for samples without a label (classifier-free guidance).
 
+    Attributes:
+        gradient_checkpointing: keep only the inputs of blocks for the backward pass, which computes the rest again:
+            less memory for a third more work, and the same gradients. False at first; no part of a checkpoint file.
+
     Raises:
         ValueError: arguments that do not fit together, all of them in one message.
     """
@@ -97,6 +103,7 @@ class BiFlowNet(nn.Module):
             num_heads=DiT_num_heads,
             needs_classes=null_label and cond_classes is None,
         )
+        self.gradient_checkpointing = False
         self.channels = channels
         self.out_channels = 2 * channels if learn_sigma else channels
         self.cond_classes = cond_classes
@@ -239,13 +246,13 @@ class BiFlowNet(nn.Module):
 
         features, skips = [], []
         for block, final_layer in self.IntraPatchFlow_input:
-            x = block(x, condition)  # (B, N, T, dim)
+            x = self._run(block, x, condition)  # (B, N, T, dim)
             skips.append(x)
             features.append(self._to_feature_map(final_layer(x, condition), grid))  # (B, M, d, h, w)
         for block in self.IntraPatchFlow_mid:
-            x = block(x, condition)  # (B, N, T, dim)
+            x = self._run(block, x, condition)  # (B, N, T, dim)
         for block, final_layer in self.IntraPatchFlow_output:
-            x = block(x, condition, skips.pop())  # (B, N, T, dim)
+            x = self._run(block, x, condition, skips.pop())  # (B, N, T, dim)
             features.append(self._to_feature_map(final_layer(x, condition), grid))  # (B, M, d, h, w)
         return features
 
@@ -265,27 +272,31 @@ class BiFlowNet(nn.Module):
         for level, (block1, attention1, block2, attention2, shrink) in enumerate(self.downs):
             if level < self.num_flow_levels:
                 x = x + next(features)  # (B, M, d, h, w)
-            x = attention1(block1(x, condition))  # (B, width, …)
+            x = self._run(_resnet, block1, attention1, x, condition)  # (B, width, …)
             skips.append(x)
-            x = attention2(block2(x, condition))  # (B, width, …)
+            x = self._run(_resnet, block2, attention2, x, condition)  # (B, width, …)
             skips.append(x)
             x = shrink(x)  # (B, width, … / 2)
 
-        x = self.mid_block1(x, condition)  # (B, width, …)
-        x = self.mid_spatial_attn(x)  # (B, width, …)
-        x = self.mid_block2(x, condition)  # (B, width, …)
+        x = self._run(_resnet, self.mid_block1, self.mid_spatial_attn, x, condition)  # (B, width, …)
+        x = self._run(self.mid_block2, x, condition)  # (B, width, …)
 
         for level, (block1, attention1, block2, attention2, grow) in enumerate(self.ups):
             if level >= len(self.ups) - self.num_flow_levels:
                 x = x + next(features)  # (B, M, d, h, w)
-            x = torch.cat([x, skips.pop()], dim=1)  # (B, 2·width, …)
-            x = attention1(block1(x, condition))  # (B, width, …)
-            x = torch.cat([x, skips.pop()], dim=1)  # (B, 2·width, …)
-            x = attention2(block2(x, condition))  # (B, width of the level above, …)
+            x = self._run(_resnet, block1, attention1, x, condition, skips.pop())  # (B, width, …)
+            x = self._run(_resnet, block2, attention2, x, condition, skips.pop())  # (B, width of the level above, …)
             x = grow(x)  # (B, width of the level above, … · 2)
 
-        x = torch.cat([x, first], dim=1)  # (B, 2·M, d, h, w)
-        return self.final_conv(x)  # (B, C, d, h, w)
+        block, projection = self.final_conv
+        x = self._run(_resnet, block, nn.Identity(), x, None, first)  # (B, dim, d, h, w)
+        return projection(x)  # (B, C, d, h, w)
+
+    def _run(self, function: Callable[..., Tensor], *arguments) -> Tensor:
+        """function(*arguments), with `gradient_checkpointing` in a way that keeps nothing but the arguments."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return function(*arguments)
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # no block draws
 
     def check_class_ids(self, y: Tensor) -> None:
         """Raise ValueError for class ids that the model does not have.
@@ -319,6 +330,15 @@ class BiFlowNet(nn.Module):
             raise ValueError(f"res_condition is {self.res_condition}: this model {wanted}.")
         if res is not None and tuple(res.shape) not in ((3,), (batch, 3)):
             raise ValueError(f"res has shape {tuple(res.shape)}: expected (3,) or ({batch}, 3).")
+
+
+def _resnet(
+    block: nn.Module, attention: nn.Module, x: Tensor, condition: Tensor | None, skip: Tensor | None = None
+) -> Tensor:
+    """A ResNet block and what follows it, for x (B, C, d, h, w) and, behind its channels, those of a skip."""
+    if skip is not None:
+        x = torch.cat([x, skip], dim=1)  # (B, 2·C, d, h, w)
+    return attention(block(x, condition))
 
 
 def count_flow_levels(widths: list[int]) -> int:

@@ -11,8 +11,11 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Attention, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
+
+from ddpm.attention import PatchAttention
+from ddpm.convolution import Conv3d, ConvTranspose3d
 
 MAX_PERIOD = 10000.0  # of the sinusoids, as in the original transformer
 HEAD_DIM = 32  # channels per head of the U-Net's attention
@@ -101,7 +104,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(dim, num_heads=num_heads, qkv_bias=True)
+        self.attn = PatchAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * dim))
@@ -142,7 +145,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int):
         super().__init__()
-        self.proj = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.proj = Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
         self.norm = nn.GroupNorm(num_groups, out_channels)
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -231,11 +234,11 @@ def residual_attention(channels: int, num_heads: int) -> Residual:
     return Residual(PreNorm(channels, SpatialAttention(channels, num_heads)))
 
 
-def downsample(channels: int) -> nn.Conv3d:
+def downsample(channels: int) -> Conv3d:
     """Halve the grid: 4³ convolution with stride 2."""
-    return nn.Conv3d(channels, channels, kernel_size=4, stride=2, padding=1)
+    return Conv3d(channels, channels, kernel_size=4, stride=2, padding=1)
 
 
-def upsample(channels: int) -> nn.ConvTranspose3d:
+def upsample(channels: int) -> ConvTranspose3d:
     """Double the grid: 4³ transposed convolution with stride 2."""
-    return nn.ConvTranspose3d(channels, channels, kernel_size=4, stride=2, padding=1)
+    return ConvTranspose3d(channels, channels, kernel_size=4, stride=2, padding=1)

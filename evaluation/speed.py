@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from config.errors import UserError
+from train.compilation import compiling
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
-MOST_SHAPES = 64  # different shapes that are compiled, each for itself; torch runs further ones uncompiled
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -34,20 +33,24 @@ def clock(device: torch.device) -> float:
 class CompiledDenoiser:
     """A BiFlowNet compiled at its first call with each shape; its attributes are those of the network.
 
+    On a GPU a step is replayed as one CUDA graph, as launching the many kernels of small latents one by one takes
+    longer than they run.
+
     Raises UserError at the first call on machines on which torch can't compile.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self._compiled: Callable[..., Tensor] = torch.compile(network, dynamic=False)
+        self._replays_graphs = next(network.parameters()).device.type == "cuda"
+        mode = "reduce-overhead" if self._replays_graphs else None
+        self._compiled: Callable[..., Tensor] = torch.compile(network, dynamic=False, mode=mode)
 
     def __getattr__(self, name: str):
         return getattr(self.network, name)
 
     def __call__(self, *args: Tensor, **conditions: Tensor) -> Tensor:
-        try:
-            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+        with compiling():
+            if not self._replays_graphs:
                 return self._compiled(*args, **conditions)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"compile: torch cannot compile on this machine ({reason}): leave --compile out") from error
+            torch.compiler.cudagraph_mark_step_begin()
+            return self._compiled(*args, **conditions).clone()  # the next replay overwrites it, and solvers keep it

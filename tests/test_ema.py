@@ -1,5 +1,7 @@
 """The averaged weights of BiFlowNet training."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +69,18 @@ def test_average_is_frozen_and_apart_from_the_model():
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
     assert model.training
     assert model.weight.requires_grad
+
+
+@pytest.mark.parametrize("change", [lambda ema: ema, copy.deepcopy])
+def test_averages_go_on_after_models_were_converted_loaded_or_copied(change):
+    ema = EMA(Counter(), decay=0.5, every=1, start=0)
+    ema.model.to(torch.float64).to(torch.float32)
+    ema.model.load_state_dict({"weight": torch.tensor([3.0]), "count": torch.tensor(4)})
+    ema = change(ema)
+    set_values(ema.source, 5.0, 2)
+    ema.update(1)
+    assert ema.model.weight.item() == 4.0
+    assert ema.model.count.item() == 2
 
 
 def test_state_has_the_models_names_and_comes_back():

@@ -19,7 +19,7 @@ from train.batches import GlobalBatchSampler
 from train.checkpoints import load_autoencoder
 from train.distributed import Distributed
 from train.logger import MetricsWriter, close_logger, get_logger
-from train.noise import draw
+from train.noise import _mix, draw
 from train.preview import write_preview
 
 CPU = torch.device("cpu")
@@ -124,6 +124,17 @@ def test_draws_depend_on_seed_step_and_position_only():
         assert not torch.equal(draw(*other, range(4), (2, 8, 8, 8), 1000, 0.5, CPU).noise, whole.noise)
 
 
+def test_draws_are_those_of_the_functions_of_torch():
+    """Runs of before go on with the same values."""
+    for shape in ((2, 8, 8, 8), (3,)):
+        draws = draw(3, 7, [0, 5], shape, 1000, 0.5, CPU)
+        for place, position in enumerate([0, 5]):
+            generator = torch.Generator().manual_seed(_mix(3, 7, position))
+            assert draws.timesteps[place] == torch.randint(1000, (), generator=generator)
+            assert draws.is_dropped[place] == (torch.rand((), generator=generator) < 0.5)
+            assert torch.equal(draws.noise[place], torch.randn(shape, generator=generator))
+
+
 def test_draws_have_their_distributions():
     draws = draw(0, 1, range(2000), (8,), 10, 0.25, CPU)
     assert draws.noise.shape == (2000, 8)
@@ -158,7 +169,7 @@ def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, ti
     model = Denoiser()
     before = torch.get_rng_state()
     grid, diffusion, logger = (8, 8, 16), GaussianDiffusion(4, 20), logging.getLogger("preview test")
-    path = write_preview(tmp_path, 12, 1, grid, 3, model, diffusion, autoencoder, logger, time_limit_s)
+    path = write_preview(tmp_path, 12, 1, grid, 3, model, diffusion, autoencoder, logger, CPU, time_limit_s)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.calls == [([1], [[0.25, 0.25, 0.5]])] * num_calls
     if time_limit_s > 0:
@@ -169,6 +180,15 @@ def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, ti
         assert path is None
         assert list(tmp_path.glob("*.nii.gz")) == []
         assert "given up after -1 s; lower preview_steps" in caplog.text
+
+
+def test_a_preview_is_given_up_when_training_stops(tmp_path, caplog):
+    """Within one step of sampling: schedulers grant little time after their signal."""
+    model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
+    arguments = (tmp_path, 12, 1, (8, 8, 8), 3, model, diffusion, None, logger, CPU)
+    assert write_preview(*arguments, is_stopping=lambda: True) is None
+    assert len(model.calls) == 1
+    assert "preview of step 12: given up, as training is to stop" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------- logging and processes

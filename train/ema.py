@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -30,27 +30,34 @@ class EMA:
         self.every = every
         self.start = start
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # Lists, for one kernel over all parameters instead of one each. They hold the parameters themselves, which
+        # keep their identity when modules are moved, converted or loaded.
+        self._parameters = _pairs(dict(self.model.named_parameters()), dict(model.named_parameters()))
+        self._buffers = _pairs(dict(self.model.named_buffers()), dict(model.named_buffers()))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Follow the model after optimiser step `step`, counted from 1."""
         if step >= self.start and step % self.every:
             return
-        copying = step < self.start
-        source = dict(self.source.named_parameters())
-        for name, average in self.model.named_parameters():
-            if copying:
-                average.copy_(source[name])
-            else:
-                average.lerp_(source[name].to(average.dtype), 1 - self.decay)
-        buffers = dict(self.source.named_buffers())
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(buffers[name])
+        averages, sources = self._parameters
+        if step < self.start:
+            torch._foreach_copy_(averages, sources)
+        else:
+            torch._foreach_lerp_(averages, sources, 1 - self.decay)
+        buffers, sources = self._buffers
+        if buffers:  # foreach takes no empty lists
+            torch._foreach_copy_(buffers, sources)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights under the model's own names."""
         return self.model.state_dict()
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the averaged weights back; errors as `nn.Module.load_state_dict`."""
         self.model.load_state_dict(state)
+
+
+def _pairs(own: dict[str, Tensor], others: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of both under the same names, in the same order."""
+    return list(own.values()), [others[name] for name in own]

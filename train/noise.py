@@ -44,13 +44,15 @@ def draw(
         label_dropout: probability of a dropped label.
         device: where the values are drawn (a GPU draws other values than a CPU).
     """
-    timesteps, noise, dropped = [], [], []
-    for position in positions:
+    timesteps = torch.empty(len(positions), dtype=torch.int64, device=device)
+    chances = torch.empty(len(positions), device=device)
+    noise = torch.empty(len(positions), *shape, device=device)
+    for place, position in enumerate(positions):  # in place: a small kernel less for each value, and no copies
         generator = torch.Generator(device).manual_seed(_mix(seed, step, position))
-        timesteps.append(torch.randint(num_timesteps, (), generator=generator, device=device))
-        dropped.append(torch.rand((), generator=generator, device=device) < label_dropout)
-        noise.append(torch.randn(tuple(shape), generator=generator, device=device))
-    return Draws(torch.stack(timesteps), torch.stack(noise), torch.stack(dropped))
+        timesteps[place].random_(num_timesteps, generator=generator)
+        chances[place].uniform_(generator=generator)
+        noise[place].normal_(generator=generator)
+    return Draws(timesteps, noise, chances < label_dropout)
 
 
 def _mix(seed: int, step: int, position: int) -> int:

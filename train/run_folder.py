@@ -24,12 +24,15 @@ from config.loading import save_config
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_PREFIX = "BiFlowNet_"
-# Keys that cannot change a single weight. Runs that differ only here are the same run.
+# Keys that cannot change a single weight, rounding aside. Runs that differ only here are the same run.
 IRRELEVANT_KEYS = frozenset(
     {
         "results_dir",
         "run_name",
         "num_workers",
+        "channels_last",
+        "compile",
+        "gradient_checkpointing",
         "log_every",
         "ckpt_every",
         "keep_checkpoints",

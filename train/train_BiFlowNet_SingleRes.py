@@ -34,22 +34,25 @@ from dataset.sampling import EpochSampler  # noqa: E402
 from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from train import run_folder  # noqa: E402
+from train.agreement import Agreement  # noqa: E402
+from train.background import BackgroundWork  # noqa: E402
 from train.batches import GlobalBatchSampler, close_loader, endless, make_loader  # noqa: E402
 from train.checkpoints import (  # noqa: E402
     build_biflownet,
     load_biflownet_weights,
     newest_checkpoint,
-    save_checkpoint,
 )
 from train.checks import check_data, check_grid, check_options, known_autoencoder, load_matching_autoencoder  # noqa: E402
+from train.compilation import compiling  # noqa: E402
 from train.distributed import Distributed, cleanup, setup  # noqa: E402
 from train.early_warnings import DataBound  # noqa: E402
 from train.ema import EMA  # noqa: E402
 from train.logger import MetricsWriter, close_logger, get_logger  # noqa: E402
 from train.meter import LoopMeter  # noqa: E402
 from train.noise import draw  # noqa: E402
-from train.preview import write_preview  # noqa: E402
+from train.preview import Previews  # noqa: E402
 from train.sample_check import check_latents  # noqa: E402
+from train.saving import Saving  # noqa: E402
 from train.signals import StopRequest  # noqa: E402
 from train.state import TrainingState  # noqa: E402
 
@@ -102,12 +105,14 @@ def train(cfg: DictConfig) -> dict:
 
         # Model, the same on every rank
         torch.manual_seed(cfg.global_seed)
-        model = build_biflownet(cfg).to(device)
+        layout = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
+        model = build_biflownet(cfg).to(device, memory_format=layout)  # convolutions' results follow their weights
+        model.gradient_checkpointing = cfg.gradient_checkpointing
         check_grid(cfg, model)
         if cfg.ckpt:
             load_biflownet_weights(model, cfg.ckpt, use_ema=False)  # refuses what does not fit before a folder is made
         diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=tuple(cfg.adam_betas))
+        optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=tuple(cfg.adam_betas), fused=True)
         use_scaler = cfg.enable_amp and cfg.amp_dtype == "fp16"
         state = TrainingState(
             model=model,
@@ -138,11 +143,22 @@ def train(cfg: DictConfig) -> dict:
         )  # fmt: skip
         writer = closing.enter_context(contextlib.closing(MetricsWriter(folder, state.step))) if is_main else None
         closing.enter_context(logging_redirect_tqdm([logger]))
+        background = closing.enter_context(BackgroundWork())
+        previews = None
+        if cfg.preview and autoencoder is not None:  # rank 0 alone has one
+            previews = Previews(
+                folder / "samples", sorted(set(dataset.labels)), tuple(cfg.resolution), cfg.preview_steps,
+                state.ema.model, diffusion, autoencoder, device, logger, is_stopping=lambda: stop.received > 0,
+            )  # fmt: skip
+        saving = Saving(background, folder, cfg.keep_checkpoints, previews, logger)
         hidden = None if is_main else True  # None: shown where stderr is a terminal
         progress = closing.enter_context(tqdm(total=steps_to_do, initial=state.step, disable=hidden, unit="step"))
+        if cfg.compile:
+            model.compile(dynamic=False)  # in place: names stay as they are, and the averaged weights' copy is plain
         denoiser = wrap(model.train(), distributed)
         start_epoch = lambda: batches.start_at(state.epoch, state.samples_seen)  # noqa: E731
-        signal_number, mean_loss = 0, None
+        agreement = Agreement(distributed, stop, dataset.files, may_overflow=use_scaler)
+        mean_loss = None
         losses, steps_logged = torch.zeros((), device=device), 0
         data_bound = DataBound(f"raise --num-workers (now {cfg.num_workers}) or put the latents on a faster disk")
         meter = LoopMeter()
@@ -163,30 +179,28 @@ def train(cfg: DictConfig) -> dict:
                 labels = labels.masked_fill(draws.is_dropped, model.null_label)
             res = resolution.to(device, non_blocking=True) * (RESOLUTION_UNIT / cfg.vq_size)  # (B, 3)
 
-            # Loss
-            with torch.autocast(device.type, AMP_DTYPES[cfg.amp_dtype], enabled=cfg.enable_amp):
-                loss = diffusion.p_losses(denoiser, latents, draws.timesteps, y=labels, res=res, noise=draws.noise)
-
-            # Backward, outside autocast
+            # Loss and, outside autocast, backward
             optimizer.zero_grad(set_to_none=True)
-            state.scaler.scale(loss).backward()
+            with compiling() if cfg.compile else contextlib.nullcontext():
+                with torch.autocast(device.type, AMP_DTYPES[cfg.amp_dtype], enabled=cfg.enable_amp):
+                    loss = diffusion.p_losses(denoiser, latents, draws.timesteps, y=labels, res=res, noise=draws.noise)
+                state.scaler.scale(loss).backward()
             state.scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            grad_norm = clip_gradients(model, cfg.grad_clip)
 
-            # Agreement of all ranks, before the optimiser step: is everything finite, shall we stop
-            flags = torch.stack([~loss.isfinite(), ~grad_norm.isfinite() & (not use_scaler)]).long()
-            flags = distributed.maximum(torch.cat([flags, flags.new_tensor([stop.received])]))
-            loss_is_bad, gradient_is_bad, signal_number = flags.tolist()
-            if loss_is_bad or gradient_is_bad:
-                raise UserError(describe_non_finite(step, loss, dataset, indices, distributed))
-
-            # Optimiser step and averaged weights
+            # Optimiser step, which leaves out what all ranks agree to be bad, and averaged weights
+            optimizer.found_inf = agreement.exchange(step, loss, grad_norm, indices)
             state.scaler.step(optimizer)
             state.scaler.update()
             state.ema.update(step)
             state.advance(global_batch, len(dataset))
             is_finished = state.is_finished(cfg.epochs, cfg.max_steps)
             progress.update()
+
+            # Nothing is written of a step that may be bad
+            is_due = step % cfg.ckpt_every == 0 or is_finished
+            if is_due or step % cfg.log_every == 0 or agreement.signal_number:
+                agreement.flush()
 
             # Log
             meter.count(global_batch)
@@ -204,34 +218,25 @@ def train(cfg: DictConfig) -> dict:
                         logger.warning("step %d: %s", step, warning)
                 losses, steps_logged = torch.zeros_like(losses), 0
 
-            # Checkpoint and preview; the other ranks go ahead and wait for rank 0 in their next step
-            is_due = step % cfg.ckpt_every == 0 or is_finished
-            if is_main and (is_due or signal_number):
-                path = run_folder.checkpoint_path(folder, step)
-                save_checkpoint(state.state_dict(config, len(dataset), global_batch), path)
-                run_folder.remove_old_checkpoints(folder, cfg.keep_checkpoints)
-                logger.info("saved %s", path)
-                if is_due and not signal_number and cfg.preview and autoencoder is not None:
-                    classes = sorted(set(dataset.labels))
-                    class_id = classes[step // cfg.ckpt_every % len(classes)]
-                    write_preview(
-                        folder / "samples", step, class_id, tuple(cfg.resolution), cfg.preview_steps,
-                        state.ema.model, diffusion, autoencoder, logger,
-                    )  # fmt: skip
-            if is_finished or signal_number:
+            # Checkpoint and preview, beside the next steps
+            if is_main and (is_due or agreement.signal_number):
+                preview_turn = step // cfg.ckpt_every if is_due and not agreement.signal_number else None
+                saving.save(step, state.state_dict(config, len(dataset), global_batch), preview_turn)
+            if is_finished or agreement.signal_number:
                 break
 
         # End
         # No rank leaves before the last checkpoint is written: torchrun would end the others. The wait is short, as the
         # last preview has its time limit too.
+        background.wait()
         distributed.barrier()
         if is_finished:
             logger.info("finished: %s, step %d", folder, state.step)
-            signal_number = 0
         else:
-            name = signal.Signals(signal_number).name
+            name = signal.Signals(agreement.signal_number).name
             logger.info("%s: stopped after step %d, checkpoint saved; the same command goes on", name, state.step)
-        return {"folder": folder, "step": state.step, "stopped_by": signal_number, "loss": mean_loss}
+        stopped_by = 0 if is_finished else agreement.signal_number
+        return {"folder": folder, "step": state.step, "stopped_by": stopped_by, "loss": mean_loss}
 
 
 def open_run_folder(config: dict, closing: contextlib.ExitStack) -> Path:
@@ -267,21 +272,11 @@ def scheduled_learning_rate(cfg: DictConfig, step: int, steps_to_do: int) -> flo
     return cfg.lr * warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps_to_do))
 
 
-def describe_non_finite(
-    step: int, loss: Tensor, dataset: Singleres_dataset, indices: Tensor, distributed: Distributed
-) -> str:
-    """What each concerned rank's batch was. To be called on all ranks."""
-    files = ", ".join(str(dataset.files[index]) for index in indices.tolist())
-    ranks = distributed.gather(
-        (loss.isfinite().item(), f"rank {distributed.rank}: loss {loss.item():g}, files {files}")
-    )
-    # With finite losses and a gradient that is not, the average no longer tells whose it was.
-    guilty = [text for is_finite, text in ranks if not is_finite] or [text for _, text in ranks]
-    what = "gradient" if all(is_finite for is_finite, _ in ranks) else "loss"
-    return (
-        f"step {step}: the {what} is not finite, stopped before the optimiser step; {'; '.join(guilty)}; look at these "
-        "files, or lower the learning rate, clip gradients (grad_clip=1) or use amp_dtype=bf16"
-    )
+def clip_gradients(model: nn.Module, largest_norm: float) -> Tensor:
+    """Norm of all gradients before they are scaled down to `largest_norm`; 0: they stay as they are."""
+    if largest_norm:
+        return nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> float:
