@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -82,7 +82,7 @@ class CacheLoader:
     """
 
     def __init__(
-        self, dataset: Singleres_dataset, sampler: GlobalBatchSampler, num_threads: int, pin_memory: bool
+        self, dataset: Singleres_dataset, sampler: Iterable[list[SampleKey]], num_threads: int, pin_memory: bool
     ) -> None:
         self.dataset = dataset
         self.sampler = sampler
@@ -133,10 +133,11 @@ def make_cache(cfg: DictConfig, logger: logging.Logger) -> LatentCache | None:
 
 
 def make_loader(
-    dataset: Singleres_dataset, sampler: GlobalBatchSampler, num_workers: int, pin_memory: bool
+    dataset: Singleres_dataset, sampler: Iterable[list[SampleKey]], num_workers: int, pin_memory: bool
 ) -> DataLoader | CacheLoader:
     """Batches [index (B,), latent (B, C, d, h, w), class id (B,), resolution / 64 (B, 3)].
 
+    sampler: the samples of each batch of a pass.
     num_workers: processes that load, or with a cache threads; 0: neither. The order of batches is the same.
     pin_memory: in page-locked memory, from where a GPU fetches them beside its work. Needs a GPU.
 
