@@ -237,8 +237,11 @@ class BiFlowNetConfig(DiffusionModelConfig):
     ema_start: int = key(2000, "optimiser step before which the averaged weights are a plain copy")
     # Run
     resolution: list[int] = key([32, 32, 32], "latent grid (z, x, y); multiples of 8")
+    cache: str = key("float32", "uncompressed copies of the latents, exact: float32 | none")
+    cache_dir: str | None = key(None, "folder for these copies; null = FOLDER_cache beside each folder of latents")
+    cache_limit_gb: float | None = key(None, "largest size of these copies in GB; null = what the disk holds")
     global_seed: int = key(0, "seed of weights, data order, noise and timesteps")
-    num_workers: int = key(8, "data loading processes; 0 = load in the main process")
+    num_workers: int = key(8, "threads that load from the cache; processes without it; 0 = load when needed")
     device: str = key("auto", "auto | cpu | cuda; auto = a GPU where there is one")
     log_every: int = key(50, "optimiser steps between logged losses")
     ckpt_every: int = key(500, "optimiser steps between checkpoints")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from config.errors import UserError
 from dataset.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
 from dataset.intensity import MODEL_RANGE, check_intensity_range
+from dataset.latent_cache import LatentCache
 from dataset.sampling import SampleKey
 from dataset.volume_io import read_header, read_latent, read_latent_header, read_model_volume
 
@@ -27,13 +28,16 @@ class Singleres_dataset(Dataset):
         resolution: latent grid (z, x, y) that every latent must have.
         generate_latents: see Items.
         intensity_range: lowest and highest intensity of volume files.
+        cache: where latents are read from; its `build(data.class_folders)` comes before the first item. None reads and
+            checks the file for every item. The items are the same bit for bit.
 
     Items:
         latents: (latent (C, d, h, w) float32, class id int64, resolution / 64 (3,) float32).
         generate_latents: (volume (1, D, H, W) float32 in [-1, 1], path str).
 
     Attributes: `files`, `labels` and `shapes`, one entry per item; shapes are (C, d, h, w) of latents or (D, H, W) of
-    volumes. With generate_latents also `headers` of the volumes and `latent_paths`, where each latent belongs.
+    volumes. `class_folders`, the folder of the JSON that each file lies in. With generate_latents also `headers` of the
+    volumes and `latent_paths`, where each latent belongs.
 
     Raises:
         UserError: a JSON or folder that does not fit, latents of several sizes, of another size than `resolution` or of
@@ -47,12 +51,15 @@ class Singleres_dataset(Dataset):
         generate_latents: bool = False,
         *,
         intensity_range: Sequence[float] = MODEL_RANGE,
+        cache: LatentCache | None = None,
     ):
         self.root_dir = Path(root_dir)
         self.resolution = tuple(int(extent) for extent in resolution)
         if len(self.resolution) != 3 or min(self.resolution) < 1:
             raise UserError(f"resolution {list(resolution)}: three positive numbers are needed, the latent grid z x y")
         self.generate_latents = generate_latents
+        assert not (generate_latents and cache), "the cache is for latents"
+        self.cache = cache
         self.intensity_range = check_intensity_range(intensity_range)
         self.folders = read_class_folders(root_dir)
         entries = [
@@ -63,6 +70,7 @@ class Singleres_dataset(Dataset):
         ]
         self.files = [path for path, _, _ in entries]
         self.labels = [class_id for _, class_id, _ in entries]
+        self.class_folders = {path: folder for path, _, folder in entries}
         if generate_latents:
             self.latent_paths = [latent_path(path, folder) for path, _, folder in entries]
             self.headers = [read_header(path) for path in self.files]
@@ -81,11 +89,14 @@ class Singleres_dataset(Dataset):
 
     def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, ...] | tuple[torch.Tensor, str]:
         index = key[1] if isinstance(key, tuple) else key  # the epoch changes nothing here
-        path = self.files[index]
         if self.generate_latents:
-            return read_model_volume(path, self.intensity_range).data, str(path)
-        resolution = torch.tensor(self.resolution, dtype=torch.float32) / RESOLUTION_UNIT
-        return read_latent(path), torch.tensor(self.labels[index]), resolution
+            return read_model_volume(self.files[index], self.intensity_range).data, str(self.files[index])
+        return self._latent(index), torch.tensor(self.labels[index]), self.resolution_condition
+
+    @property
+    def resolution_condition(self) -> torch.Tensor:
+        """What the model is told of the resolution, (3,) float32."""
+        return torch.tensor(self.resolution, dtype=torch.float32) / RESOLUTION_UNIT
 
     def files_by_label(self) -> dict[int, list[Path]]:
         """The files of each class."""
@@ -96,6 +107,11 @@ class Singleres_dataset(Dataset):
     def latent_records(self) -> dict[Path, dict[str, Any] | None]:
         """For each folder the record of the autoencoder that made its latents, None where there is none."""
         return {folder: read_latent_record(folder) for folders in self.folders.values() for folder in folders}
+
+    def _latent(self, index: int) -> torch.Tensor:
+        if self.cache is None:
+            return read_latent(self.files[index])
+        return self.cache.read_into(self.files[index], torch.empty(self.shapes[index]))
 
     def _check_shapes(self) -> None:
         first, channels = self.files[0], self.shapes[0][0]

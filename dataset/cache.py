@@ -1,23 +1,37 @@
-"""Uncompressed copies of volumes, made once, of which a patch is read without the rest.
+"""Uncompressed copies of files, made once: of volumes, of which a patch is read without the rest, and of latents.
 
     X_cache/.lock                            held while a process adds to the cache
     X_cache/int16_-1.0_1.0/a/b.npy, b.json   the volume X/a/b.nii.gz, for these settings (`dataset/cache_entry.py`)
+    X_latents_cache/float32/a/b.npy, b.json  the latent X_latents/a/b.nii.gz (`dataset/latent_cache.py`)
 
-Training runs of both stages share them. The whole folder may be deleted at any time when no training runs.
+Training runs share them, those of volumes both stages of the autoencoder. The whole folder may be deleted at any time
+when no training runs.
 """
 
 import errno
 import fcntl
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from config.errors import UserError
-from dataset.cache_entry import RECORD_BYTES, CachedVolume, CacheEntry, array_bytes, read_entry, write_entry
+from dataset.cache_entry import (
+    RECORD_BYTES,
+    CachedVolume,
+    CacheEntry,
+    array_bytes,
+    read_entry,
+    read_volume_for_cache,
+    write_entry,
+)
 from dataset.crops import STORED, CroppedVolume
 from dataset.index import VOLUME_SUFFIX, cache_folder, cache_path
 from dataset.intensity import MODEL_RANGE, check_intensity_range
@@ -31,32 +45,43 @@ LOCK_NAME = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class VolumeCache:
-    """The cache of a data set's volumes.
+class FileCache(ABC):
+    """The cache of a data set's files; what they are is up to `VolumeCache` and `LatentCache`.
 
     Arguments:
-        dtype: "int16": 2 bytes a voxel, values within 1.6e-5; "float32": 4 bytes a voxel, exact.
-        intensity_range: lowest and highest intensity of the files, mapped to [-1, 1] in the cache.
+        dtype: of what is stored, one of `dtypes`.
+        settings: name of the folder of entries that are made like these; it begins with the dtype.
         cache_dir: folder for the caches of all class folders; None puts `X_cache` beside each class folder `X`.
         limit_gb: largest size of the cache of one data set in 10^9 bytes; None: what the disk holds.
 
-    Call `build` once for the files, then `open` in any process.
+    Call `build` once for the files, then read them in any process.
     """
 
-    def __init__(
-        self,
-        dtype: str = "int16",
-        intensity_range: Sequence[float] = MODEL_RANGE,
-        cache_dir: str | Path | None = None,
-        limit_gb: float | None = None,
-    ):
-        if dtype not in STORED:
-            raise UserError(f'dataset.cache is "{dtype}": choose {" or ".join(STORED)}')
+    noun: str  # what a file is, for messages
+    options: str  # what the names of the cache's options begin with
+    dtypes: tuple[str, ...]
+
+    def __init__(self, dtype: str, settings: str, cache_dir: str | Path | None, limit_gb: float | None):
+        if dtype not in self.dtypes:
+            raise UserError(f'{self.options}cache is "{dtype}": choose {" or ".join(self.dtypes)}')
         self.dtype = dtype
-        self.intensity_range = check_intensity_range(intensity_range)
         self.cache_dir = cache_dir
         self.limit_gb = limit_gb
-        self.volumes: dict[Path, CachedVolume] = {}
+        self.settings = settings
+        self.cached: dict[Path, Any] = {}  # what `_of_record` made of each sound entry
+
+    @property
+    @abstractmethod
+    def _read(self) -> Callable[[Path], tuple[np.ndarray, dict[str, Any]]]:
+        """What `write_entry` reads a file with; it has to go to another process."""
+
+    @abstractmethod
+    def _of_record(self, entry: CacheEntry, record: dict[str, Any]) -> Any:
+        """What is remembered of a sound entry; it has a `shape`. ValueError, KeyError, TypeError: a strange record."""
+
+    @abstractmethod
+    def _header_shape(self, path: Path) -> tuple[int, ...]:
+        """The shape of a file's entry, by its header."""
 
     def build(self, folders: Mapping[Path, Path], num_workers: int = 0, log: logging.Logger = logger) -> None:
         """Caches the files that are not, or that have changed; entries of files that are gone are deleted.
@@ -69,7 +94,7 @@ class VolumeCache:
             log: gets a line on what is built, or waited for.
 
         Raises:
-            UserError: a file that `read_model_volume` refuses, too little space by `limit_gb` or on the disk, a folder
+            UserError: a file that the data set would refuse, too little space by `limit_gb` or on the disk, a folder
                 that cannot be written. What is built by then is kept.
         """
         homes = {folder: cache_folder(folder, self.cache_dir) for folder in sorted(set(folders.values()))}
@@ -86,55 +111,49 @@ class VolumeCache:
             missing = self._load(folders)  # another process may have built them
             if missing:
                 total = self._check_space(missing, folders)
-                log.info("cache: building %d of %d volumes, %s", len(missing), len(folders), total)
-                write = partial(_write, intensity_range=self.intensity_range, ways_out=self._ways_out)
-                for _ in map_in_processes(write, missing, num_workers, "cache"):
+                log.info("cache: building %d of %d %ss, %s", len(missing), len(folders), self.noun, total)
+                write = partial(_write, read=self._read, ways_out=self._ways_out)
+                for _ in map_in_processes(write, missing, num_workers, "cache", self.noun):
                     pass
                 missing = self._load(folders)
         if missing:
             raise UserError(f"{missing[0].source}: the file changed while it was read: start again when it is whole")
 
-    def open(self, path: Path) -> CroppedVolume:
-        """A volume that was given to `build`."""
-        assert path in self.volumes, f"{path}: call build before"
-        return self.volumes[path].open()
-
-    @property
-    def settings(self) -> str:
-        """Name of the folder of entries with these settings."""
-        low, high = self.intensity_range
-        return f"{self.dtype}_{low!r}_{high!r}"
+    def _find(self, path: Path) -> Any:
+        assert path in self.cached, f"{path}: call build before"
+        return self.cached[path]
 
     @property
     def _ways_out(self) -> str:
-        smaller = "dataset.cache=int16 (half the size), " if self.dtype == "float32" else ""
-        return f"set dataset.cache_dir to a folder on a larger disk, {smaller}or dataset.cache=none"
+        has_smaller = self.dtype == "float32" and "int16" in self.dtypes
+        smaller = f"{self.options}cache=int16 (half the size), " if has_smaller else ""
+        return f"set {self.options}cache_dir to a folder on a larger disk, {smaller}or {self.options}cache=none"
 
     def _load(self, folders: Mapping[Path, Path]) -> list[CacheEntry]:
         """Takes up the sound entries; returns the others."""
         missing = []
         for path, folder in folders.items():
             entry = CacheEntry(path, cache_path(path, folder, self.settings, self.cache_dir), self.dtype)
-            volume = read_entry(entry)
-            if volume is None:
-                self.volumes.pop(path, None)
+            found = read_entry(entry, self._of_record)
+            if found is None:
+                self.cached.pop(path, None)
                 missing.append(entry)
             else:
-                self.volumes[path] = volume
+                self.cached[path] = found
         return missing
 
     def _check_space(self, missing: Sequence[CacheEntry], folders: Mapping[Path, Path]) -> str:
         """UserError where the entries to come exceed the limit or a disk's free space; else size and place in words."""
-        there = sum(self._size(volume.shape) for path, volume in self.volumes.items() if path in folders)
+        there = sum(self._size(found.shape) for path, found in self.cached.items() if path in folders)
         needed: Counter[Path] = Counter()  # by cache folder
         for entry in missing:
             home = cache_folder(folders[entry.source], self.cache_dir)
-            needed[home] += self._size(read_header(entry.source).tensor_shape)
+            needed[home] += self._size(self._header_shape(entry.source))
         total = there + needed.total()
         where = f"{min(needed)}" + (f" and {len(needed) - 1} more folders" if len(needed) > 1 else "")
         if self.limit_gb is not None and total > self.limit_gb * GB:
             raise UserError(
-                f"dataset.cache_limit_gb is {self.limit_gb:g}, but the cache in {where} needs {_gb(total)}: "
+                f"{self.options}cache_limit_gb is {self.limit_gb:g}, but the cache in {where} needs {_gb(total)}: "
                 f"raise it, {self._ways_out}"
             )
         disks = {home: home.stat().st_dev for home in needed}
@@ -147,24 +166,64 @@ class VolumeCache:
                 )
         return f"{_gb(total)} in {where}"
 
-    def _size(self, shape: tuple[int, int, int]) -> int:
+    def _size(self, shape: Sequence[int]) -> int:
         return array_bytes(shape, self.dtype) + RECORD_BYTES
 
 
-def _write(entry: CacheEntry, intensity_range: tuple[float, float], ways_out: str) -> None:
+class VolumeCache(FileCache):
+    """The cache of volumes in the model's range.
+
+    Arguments:
+        dtype: "int16": 2 bytes a voxel, values within 1.6e-5; "float32": 4 bytes a voxel, exact.
+        intensity_range: lowest and highest intensity of the files, mapped to [-1, 1] in the cache.
+        cache_dir, limit_gb: see `FileCache`.
+
+    `build` refuses what `read_model_volume` refuses.
+    """
+
+    noun = "volume"
+    options = "dataset."
+    dtypes = ("int16", "float32")
+
+    def __init__(
+        self,
+        dtype: str = "int16",
+        intensity_range: Sequence[float] = MODEL_RANGE,
+        cache_dir: str | Path | None = None,
+        limit_gb: float | None = None,
+    ):
+        self.intensity_range = low, high = check_intensity_range(intensity_range)
+        super().__init__(dtype, f"{dtype}_{low!r}_{high!r}", cache_dir, limit_gb)
+
+    def open(self, path: Path) -> CroppedVolume:
+        """A volume that was given to `build`."""
+        return self._find(path).open()
+
+    @property
+    def _read(self) -> Callable[[Path], tuple[np.ndarray, dict[str, Any]]]:
+        return partial(read_volume_for_cache, dtype=self.dtype, intensity_range=self.intensity_range)
+
+    def _of_record(self, entry: CacheEntry, record: dict[str, Any]) -> CachedVolume:
+        return CachedVolume.of_record(entry, record)
+
+    def _header_shape(self, path: Path) -> tuple[int, ...]:
+        return read_header(path).tensor_shape
+
+
+def _write(entry: CacheEntry, read: Callable[[Path], tuple[np.ndarray, dict[str, Any]]], ways_out: str) -> None:
     try:
-        write_entry(entry, intensity_range)
+        write_entry(entry, read)
     except UserError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL:
             raise UserError(f"{error}: the disk of the cache is full, what is built is kept: {ways_out}") from error
         raise
-    except OSError as error:  # an old entry that cannot be deleted, or a volume that is gone since it was listed
+    except OSError as error:  # an old entry that cannot be deleted, or a file that is gone since it was listed
         raise UserError(f"{entry.source}: cannot be cached as {entry.array} ({error.strerror or error})") from error
 
 
 def _remove_orphans(folder: Path, home: Path) -> None:
     """Deletes the entries, of all settings, of files that `folder` no longer has."""
-    for settings in (path for dtype in STORED for path in home.glob(f"{dtype}_*")):
+    for settings in (path for dtype in STORED for path in home.glob(f"{dtype}*")):
         for path in settings.rglob("*"):
             source = folder / path.relative_to(settings).with_suffix(VOLUME_SUFFIX)
             if path.suffix in (".npy", ".json") and not source.exists():
@@ -182,7 +241,7 @@ def _remove_partial_files(home: Path) -> None:
 def _lock(home: Path, ways_out: str, log: logging.Logger) -> Iterator[bool]:
     """Holds a cache folder against other processes that build there; waits for one that does.
 
-    Gives False on a file system without locks: at worst a volume is cached twice there.
+    Gives False on a file system without locks: at worst a file is cached twice there.
     """
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,9 @@ from AutoEncoder.model import PatchVolume
 from config.errors import UserError
 from config.script import run_script
 from dataset.cache import VolumeCache
-from dataset.volume_io import write_latent
+from dataset.latent_cache import LatentCache
+from dataset.sampling import SampleKey
+from dataset.volume_io import read_latent, write_latent
 from evaluation.benchmark import main
 from evaluation.benchmarks import data, decode, sample
 from evaluation.benchmarks.measuring import Report, Row, in_turn, largest_difference, with_peak_memory
@@ -82,6 +84,40 @@ def test_nothing_is_timed_where_the_ways_differ(tmp_path, monkeypatch, dtype, ch
     monkeypatch.setattr(data, "in_turn", None)
     with pytest.raises(UserError, match="differ from uncached ones by up to .*nothing was timed"):
         main(["data", "--size", "tiny", "--folder", str(tmp_path)])
+
+
+def test_latents(tmp_path):
+    words = ["data", "--items", "latents", "--size", "tiny", "--repetitions", "2", "--folder", str(tmp_path)]
+    assert main([*words, "--json", str(tmp_path / "r.json")]) is None
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["unit"], found["baseline"], found["latents"]) == ("latents", "plain", 8)
+    assert [row["name"] for row in found["rows"]] == ["cache float32", "uncached", "plain"]
+    assert [row["latents"] for row in found["rows"]] == [2 * 4 * 4, 2 * 2 * 4, 2 * 2 * 4]
+    for row in found["rows"]:
+        assert len(row["seconds"]) == 2
+        assert row["per_second"] == pytest.approx(row["latents"] / row["median_seconds"])
+    assert found["cache_megabytes"]["float32"] == pytest.approx(8 * 4 * 8**3 * 4 / 1e6, rel=0.1)
+    plain = data.PlainLatents(sorted(tmp_path.rglob("*.nii.gz")))
+    assert len(plain) == 8
+    latent = plain[SampleKey(0, 3)]
+    assert torch.equal(latent, read_latent(plain.files[3]))
+    assert 0.25 < latent.std() < 0.35
+    assert latent.abs().max() <= 1
+
+
+def test_no_latents_are_timed_where_the_cached_ones_differ(tmp_path, monkeypatch):
+    read = LatentCache.read_into
+
+    def changed(cache, path, latent):
+        read(cache, path, latent)
+        if path.name == "005.nii.gz":
+            latent[0, 0, 0, 0] *= 1 + 1e-6
+        return latent
+
+    monkeypatch.setattr(LatentCache, "read_into", changed)
+    monkeypatch.setattr(data, "in_turn", None)
+    with pytest.raises(UserError, match=r"005\.nii\.gz: the cached latent differs from the file: nothing was timed"):
+        main(["data", "--items", "latents", "--size", "tiny", "--folder", str(tmp_path)])
 
 
 def test_rates_are_those_of_the_median_repetition():

@@ -32,8 +32,8 @@ def ae_ckpt(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory) -> dict:
-    """Weights after six steps of batch 2 with everything on that has state."""
-    return train(runs.config(data, tmp_path_factory.mktemp("uninterrupted"), **STATEFUL))
+    """Weights after six steps of batch 2 with everything on that has state, without the cache that others use."""
+    return train(runs.config(data, tmp_path_factory.mktemp("uninterrupted"), cache="none", **STATEFUL))
 
 
 # Everything that a resumed run could get wrong: schedule, warm-up, dropped labels, averaged weights, a second epoch.

@@ -197,15 +197,15 @@ def test_checkpoint_of_another_model(data, tmp_path):
         train(runs.config(data, tmp_path, ckpt=str(path), dim_mults=[1, 2, 2]))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_truncated_latent_is_named_in_one_line(tmp_path, num_workers, monkeypatch):
+@pytest.mark.parametrize(("cache", "num_workers"), [("none", 0), ("none", 1), ("float32", 0), ("float32", 1)])
+def test_truncated_latent_is_named_in_one_line(tmp_path, cache, num_workers, monkeypatch):
     """Its header is whole, so only reading it shows; the sample read at the start has missed it."""
     monkeypatch.setattr(sample_check, "SAMPLE_SIZE", 0)
     data = runs.make_latents(tmp_path)
     path = data.parent / "class0_latents" / "4.nii.gz"
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"^\S*class0_latents/4\.nii\.gz: .*truncated") as refused:
-        train(runs.config(data, tmp_path / "results", num_workers=num_workers))
+        train(runs.config(data, tmp_path / "results", cache=cache, num_workers=num_workers))
     assert "\n" not in str(refused.value)
 
 

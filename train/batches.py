@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dataset.latent_cache import LatentCache
 from dataset.sampling import EpochSampler, SampleKey
+from dataset.Singleres_dataset import Singleres_dataset
 from train.signals import ignore_signals
 
 
@@ -63,11 +70,81 @@ class WithIndex(Dataset):
         return len(self.dataset)
 
 
-def make_loader(dataset: Dataset, sampler: GlobalBatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Batches (index (B,), latent (B, C, d, h, w), class id (B,), resolution / 64 (B, 3)).
+class CacheLoader:
+    """The batches of `make_loader`, read from the cache by threads of this process, each straight into its place.
+
+    Loading processes would have to hand batches over through shared memory, which takes several times as long as
+    reading them. Reading a file leaves the interpreter to the training.
+
+    Args:
+        num_threads: each reads a whole batch, ahead; 0: a batch is read when it is asked for.
+        pin_memory: see `make_loader`; in memory that the threads fill, so that nothing is copied for it.
+    """
+
+    def __init__(
+        self, dataset: Singleres_dataset, sampler: Iterable[list[SampleKey]], num_threads: int, pin_memory: bool
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.num_threads = num_threads
+        self.pin_memory = pin_memory
+        self._threads = ThreadPoolExecutor(num_threads, "batches") if num_threads else None
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        ahead: deque[Future] = deque()  # one batch for each thread, and one that is ready
+        for keys in self.sampler:
+            batch = self._make_room([key.index for key in keys])
+            if self._threads is None:
+                yield self._fill(batch)
+                continue
+            ahead.append(self._threads.submit(self._fill, batch))
+            if len(ahead) > self.num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+
+    def _make_room(self, indices: Sequence[int]) -> list[Tensor]:
+        """A batch without its latents. Made in the training's thread, whose GPU owns pinned memory."""
+        size, data = len(indices), self.dataset
+        latents = torch.empty((size, *data.shapes[0]), pin_memory=self.pin_memory)
+        small = [torch.tensor(indices), torch.tensor([data.labels[index] for index in indices])]
+        small.append(data.resolution_condition.repeat(size, 1))
+        index, label, resolution = (tensor.pin_memory() if self.pin_memory else tensor for tensor in small)
+        return [index, latents, label, resolution]
+
+    def _fill(self, batch: list[Tensor]) -> list[Tensor]:
+        for index, latent in zip(batch[0].tolist(), batch[1], strict=True):
+            self.dataset.cache.read_into(self.dataset.files[index], latent)
+        return batch
+
+
+def make_cache(cfg: DictConfig, logger: logging.Logger) -> LatentCache | None:
+    """The cache that the options ask for, to be built; a warning where they have no effect."""
+    if cfg.cache != "none":
+        return LatentCache(cfg.cache_dir, cfg.cache_limit_gb)
+    if cfg.cache_dir is not None or cfg.cache_limit_gb is not None:
+        logger.warning("cache is none: cache_dir and cache_limit_gb have no effect")
+    return None
+
+
+def make_loader(
+    dataset: Singleres_dataset, sampler: Iterable[list[SampleKey]], num_workers: int, pin_memory: bool
+) -> DataLoader | CacheLoader:
+    """Batches [index (B,), latent (B, C, d, h, w), class id (B,), resolution / 64 (B, 3)].
+
+    sampler: the samples of each batch of a pass.
+    num_workers: processes that load, or with a cache threads; 0: neither. The order of batches is the same.
+    pin_memory: in page-locked memory, from where a GPU fetches them beside its work. Needs a GPU.
 
     The loader has a generator of its own, so that it takes nothing from the global one.
     """
+    if dataset.cache is not None:
+        return CacheLoader(dataset, sampler, num_workers, pin_memory)
     return DataLoader(
         WithIndex(dataset),
         batch_sampler=sampler,
@@ -79,13 +156,15 @@ def make_loader(dataset: Dataset, sampler: GlobalBatchSampler, num_workers: int,
     )
 
 
-def close_loader(loader: DataLoader) -> None:
-    """End the loading processes. They ignore signals, so leaving that to the interpreter's exit would hang."""
-    if loader._iterator is not None:  # only set with persistent workers; there is no public way
+def close_loader(loader: DataLoader | CacheLoader) -> None:
+    """End what loads. Processes ignore signals, so leaving that to the interpreter's exit would hang."""
+    if isinstance(loader, CacheLoader):
+        loader.close()
+    elif loader._iterator is not None:  # only set with persistent workers; there is no public way
         loader._iterator._shutdown_workers()
 
 
-def endless(loader: DataLoader, start_epoch: Callable[[], None]) -> Iterator[list[Any]]:
+def endless(loader: DataLoader | CacheLoader, start_epoch: Callable[[], None]) -> Iterator[list[Any]]:
     """Batches, epoch after epoch; `start_epoch` is called before each to say where it begins."""
     while True:
         start_epoch()

@@ -36,7 +36,7 @@ from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from train import run_folder  # noqa: E402
 from train.agreement import Agreement  # noqa: E402
 from train.background import BackgroundWork  # noqa: E402
-from train.batches import GlobalBatchSampler, close_loader, endless, make_loader  # noqa: E402
+from train.batches import GlobalBatchSampler, close_loader, endless, make_cache, make_loader  # noqa: E402
 from train.checkpoints import (  # noqa: E402
     build_biflownet,
     load_biflownet_weights,
@@ -90,7 +90,7 @@ def train(cfg: DictConfig) -> dict:
 
         # Data
         check_options(cfg, logger)
-        dataset = Singleres_dataset(cfg.data_path, cfg.resolution)
+        dataset = Singleres_dataset(cfg.data_path, cfg.resolution, cache=make_cache(cfg, logger))
         check_data(cfg, dataset, distributed)
         distributed.on_main(lambda: check_latents(cfg.data_path, dataset.files_by_label(), logger), share=False)
         place = {"rank": distributed.rank, "world_size": distributed.world_size}
@@ -135,6 +135,10 @@ def train(cfg: DictConfig) -> dict:
                 folder, state.step, state.epoch, resume_from,
             )  # fmt: skip
             return {"folder": folder, "step": state.step, "stopped_by": 0, "loss": None}
+
+        # Cache: as late as that, since reading all latents can take minutes
+        if dataset.cache is not None:
+            dataset.cache.build(dataset.class_folders, cfg.num_workers, logger)
 
         # Loop
         logger.info(

@@ -1,12 +1,19 @@
-"""Stage-1 patches a second through a DataLoader: from the cache, and from a whole .nii.gz read for each patch.
+"""Training items a second, as batches that arrive in the training process: from the cache, and from .nii.gz files.
+
+--items patches: stage-1 patches through a DataLoader. Plain: nibabel reads a whole .nii.gz for each patch.
+--items latents: latents of BiFlowNet, from the cache through threads of the training process. Uncached: through
+processes, with the checks of the data set. Plain: likewise without these checks. The latents are made here: independent
+normal values, scaled and cut off at -1 and 1. Like those of an autoencoder that hardly compress, to about nine tenths.
 
 Compared first: items from the float32 cache equal the uncached ones bit for bit, those of the int16 cache within 2e-5.
 Then each way starts its processes, gives a batch from each, and the time of the batches after these counts.
 """
 
 import argparse
+import json
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +25,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config.errors import UserError
-from dataset.cache import VolumeCache
+from dataset.cache import FileCache, VolumeCache
+from dataset.latent_cache import LatentCache
 from dataset.phantoms import write_phantoms
 from dataset.sampling import SampleKey, sample_generator
+from dataset.Singleres_dataset import Singleres_dataset
+from dataset.volume_io import write_latent
 from dataset.vqgan import VQGANDataset
 from evaluation.benchmarks.measuring import Report, Row, in_turn
+from train.batches import close_loader, make_loader
 
 INT16_TOLERANCE = 2e-5
 PARITY_EPOCHS = 2
@@ -43,36 +54,85 @@ SCALES = {"paper": Scale(256, 64, 24, 60, 1), "tiny": Scale(64, 16, 4, 4, 2)}
 NUM_PER_CLASS = 2  # phantoms of each of the two classes
 
 
+@dataclass(frozen=True)
+class LatentScale:
+    """`num` latents of `shape` (C, d, h, w); batches timed for each thread from the cache, each process from files."""
+
+    shape: tuple[int, int, int, int]
+    num: int
+    batch_size: int
+    cached_batches: int
+    plain_batches: int
+
+
+LATENT_SCALES = {"paper": LatentScale((8, 32, 32, 32), 128, 16, 150, 5), "tiny": LatentScale((4, 8, 8, 8), 8, 4, 4, 2)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this part."""
-    parser.add_argument("--num-workers", type=int, default=2, help="loading processes (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the phantoms lie or are made; default: a temporary folder")
+    parser.add_argument(
+        "--items", choices=("patches", "latents"), default="patches", help="what is loaded (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=2, help="processes, or threads, that load (default: %(default)s)"
+    )
+    parser.add_argument("--folder", type=Path, help="where the files lie or are made; default: a temporary folder")
 
 
 def measure(options: argparse.Namespace) -> Report:
-    """Make phantoms and caches, compare, then time. UserError if the ways differ or `--num-workers` is below 1."""
+    """Make files and caches, compare, then time. UserError if the ways differ or `--num-workers` is below 1."""
     if options.num_workers < 1:
         raise UserError(f"--num-workers {options.num_workers}: at least 1 is needed")
-    scale = SCALES[options.size]
     with tempfile.TemporaryDirectory(prefix="benchmark_data_") as temporary:
         folder = Path(temporary) if options.folder is None else options.folder
-        write_phantoms(folder, NUM_PER_CLASS, 0, scale.volume, seed=0)
-        root = folder / "PatchVolume_data.json"
-        uncached = _patches(root, scale, None)
-        caches, notes = _build(uncached, Path(temporary) / "cache", options.num_workers)
-        cached = {dtype: _patches(root, scale, cache) for dtype, cache in caches.items()}
-        notes["largest_difference"] = _compare(uncached, cached)
+        measure_items = _measure_patches if options.items == "patches" else _measure_latents
+        return measure_items(options, folder, Path(temporary) / "cache")
 
-        sets: dict[str, Dataset] = {f"cache {dtype}": data for dtype, data in cached.items()}
-        sets["plain"] = PlainPatches(uncached.files, scale.patch)
-        batches = {name: scale.plain_batches if name == "plain" else scale.cached_batches for name in sets}
-        time_set = partial(_time, scale=scale, num_workers=options.num_workers)
-        ways = {name: partial(time_set, data, batches=batches[name]) for name, data in sets.items()}
-        seconds = in_turn(ways, options.repetitions)
-    counts = {name: count * options.num_workers * scale.batch_size for name, count in batches.items()}
-    rows = [Row(name, seconds[name], counts[name]) for name in sets]
+
+def _measure_patches(options: argparse.Namespace, folder: Path, cache_dir: Path) -> Report:
+    scale = SCALES[options.size]
+    write_phantoms(folder, NUM_PER_CLASS, 0, scale.volume, seed=0)
+    root = folder / "PatchVolume_data.json"
+    uncached = _patches(root, scale, None)
+    caches = {dtype: VolumeCache(dtype, cache_dir=cache_dir / dtype) for dtype in ("int16", "float32")}
+    notes = {"volumes": len(uncached), **_build(caches, uncached, options.num_workers)}
+    cached = {dtype: _patches(root, scale, cache) for dtype, cache in caches.items()}
+    notes["largest_difference"] = _compare(uncached, cached)
+
+    sets: dict[str, Dataset] = {f"cache {dtype}": data for dtype, data in cached.items()}
+    sets["plain"] = PlainPatches(uncached.files, scale.patch)
+    load = partial(_through_processes, num_workers=options.num_workers)
+    ways = {
+        name: (partial(load, data), scale.plain_batches if name == "plain" else scale.cached_batches)
+        for name, data in sets.items()
+    }
+    rows = _time_in_turn(ways, len(uncached), scale.batch_size, options)
     title = f"{scale.patch}³ patches of {scale.volume}³ volumes, {options.num_workers} loading processes"
     return Report(title, "patches", "plain", rows, notes)
+
+
+def _measure_latents(options: argparse.Namespace, folder: Path, cache_dir: Path) -> Report:
+    scale = LATENT_SCALES[options.size]
+    root = _write_latents(folder, scale)
+    grid = scale.shape[1:]
+    uncached, cache = Singleres_dataset(root, grid), LatentCache(cache_dir / "float32")
+    notes = {"latents": len(uncached), **_build({"float32": cache}, uncached, options.num_workers)}
+    cached = Singleres_dataset(root, grid, cache=cache)
+    _compare_latents(uncached, cached, scale.batch_size)
+
+    load = partial(make_loader, num_workers=options.num_workers, pin_memory=False)
+    ways = {
+        "cache float32": (partial(load, cached), scale.cached_batches),
+        "uncached": (partial(load, uncached), scale.plain_batches),
+        "plain": (
+            partial(_through_processes, PlainLatents(uncached.files), num_workers=options.num_workers),
+            scale.plain_batches,
+        ),
+    }
+    rows = _time_in_turn(ways, len(uncached), scale.batch_size, options)
+    size = "x".join(map(str, scale.shape))
+    title = f"{size} latents in batches of {scale.batch_size}, {options.num_workers} loading processes or threads"
+    return Report(title, "latents", "plain", rows, notes)
 
 
 class PlainPatches(Dataset):
@@ -95,22 +155,46 @@ class PlainPatches(Dataset):
         return {"data": torch.from_numpy(np.flip(patch, flips).copy())[None]}
 
 
+class PlainLatents(Dataset):
+    """The straightforward way, without the checks of `Singleres_dataset`."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: SampleKey) -> torch.Tensor:
+        array = nib.load(self.files[key.index]).get_fdata(dtype=np.float32)  # (d, h, w, C)
+        return torch.from_numpy(np.moveaxis(array, -1, 0).copy())
+
+
+def _write_latents(folder: Path, scale: LatentScale) -> Path:
+    """Makes the latents that aren't there; gives their JSON."""
+    for index in range(scale.num):
+        path = folder / "benchmark_latents" / f"{'x'.join(map(str, scale.shape))}" / f"{index:03d}.nii.gz"
+        if not path.exists():
+            values = sample_generator(0, 0, index).standard_normal(scale.shape, dtype=np.float32)
+            write_latent(path, (0.3 * values).clip(-1, 1))
+    root = path.parent.with_suffix(".json")
+    root.write_text(json.dumps({"0": path.parent.name}))
+    return root
+
+
 def _patches(root: Path, scale: Scale, cache: VolumeCache | None) -> VQGANDataset:
     return VQGANDataset(root, True, "train", 1, scale.patch, val_fraction=0, cache=cache)
 
 
-def _build(data: VQGANDataset, folder: Path, num_workers: int) -> tuple[dict[str, VolumeCache], dict[str, Any]]:
-    """The caches, and how long each took and how large it is."""
-    caches, seconds, megabytes = {}, {}, {}
-    for dtype in ("int16", "float32"):
-        caches[dtype] = VolumeCache(dtype, cache_dir=folder / dtype)
+def _build(caches: dict[str, FileCache], data: VQGANDataset | Singleres_dataset, num_workers: int) -> dict[str, Any]:
+    """How long each cache took to build and how large it is."""
+    seconds, megabytes = {}, {}
+    for dtype, cache in caches.items():
         begin = time.perf_counter()
-        caches[dtype].build(data.class_folders, num_workers)
+        cache.build(data.class_folders, num_workers)
         seconds[dtype] = time.perf_counter() - begin
-        megabytes[dtype] = sum(path.stat().st_size for path in (folder / dtype).rglob("*.*")) / 1e6
+        megabytes[dtype] = sum(path.stat().st_size for path in Path(cache.cache_dir).rglob("*.*")) / 1e6
     sources = sum(path.stat().st_size for path in data.files) / 1e6
-    notes = {"build_seconds": seconds, "cache_megabytes": megabytes, "source_megabytes": sources}
-    return caches, {"volumes": len(data), **notes}
+    return {"build_seconds": seconds, "cache_megabytes": megabytes, "source_megabytes": sources}
 
 
 def _compare(uncached: VQGANDataset, cached: dict[str, VQGANDataset]) -> dict[str, float]:
@@ -126,14 +210,57 @@ def _compare(uncached: VQGANDataset, cached: dict[str, VQGANDataset]) -> dict[st
     return largest
 
 
-def _time(data: Dataset, scale: Scale, num_workers: int, batches: int) -> float:
-    """Seconds of `batches` batches from each process, after the first of each."""
-    keys = [SampleKey(i // len(data), i % len(data)) for i in range((1 + batches) * num_workers * scale.batch_size)]
-    loader = DataLoader(data, scale.batch_size, sampler=keys, num_workers=num_workers, generator=torch.Generator())
+def _compare_latents(uncached: Singleres_dataset, cached: Singleres_dataset, batch_size: int) -> None:
+    """UserError where a batch from the cache isn't made of the uncached items, bit for bit."""
+    loader = make_loader(cached, _batches(len(cached) // batch_size, len(cached), batch_size), 1, pin_memory=False)
+    for batch in loader:
+        for index, *found in zip(*batch, strict=True):
+            if not all(map(_same_bits, found, uncached[int(index)])):
+                raise UserError(f"{cached.files[index]}: the cached latent differs from the file: nothing was timed")
+    close_loader(loader)
+
+
+def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and found.numpy().tobytes() == expected.numpy().tobytes()
+
+
+def _time_in_turn(
+    ways: dict[str, tuple[Callable[[list[list[SampleKey]]], Iterable[Any]], int]],
+    num_items: int,
+    batch_size: int,
+    options: argparse.Namespace,
+) -> list[Row]:
+    """ways: each with what makes a loader for given batches, and how many are timed for each process."""
+    timed = {
+        name: partial(_time, load, _batches((1 + count) * options.num_workers, num_items, batch_size), options)
+        for name, (load, count) in ways.items()
+    }
+    seconds = in_turn(timed, options.repetitions)
+    counts = {name: count * options.num_workers * batch_size for name, (_, count) in ways.items()}
+    return [Row(name, seconds[name], counts[name]) for name in ways]
+
+
+def _batches(count: int, num_items: int, batch_size: int) -> list[list[SampleKey]]:
+    """One pass without the gaps between epochs."""
+    keys = [SampleKey(i // num_items, i % num_items) for i in range(count * batch_size)]
+    return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+
+
+def _time(
+    load: Callable[[list[list[SampleKey]]], Iterable[Any]], batches: list[list[SampleKey]], options: argparse.Namespace
+) -> float:
+    """Seconds of all batches after the first of each process."""
+    loader = load(batches)
     passed = iter(loader)
-    for _ in range(num_workers):
+    for _ in range(options.num_workers):
         next(passed)
     begin = time.perf_counter()
-    for _ in range(batches * num_workers):
-        next(passed)
-    return time.perf_counter() - begin
+    for _ in passed:
+        pass
+    seconds = time.perf_counter() - begin
+    close_loader(loader)
+    return seconds
+
+
+def _through_processes(data: Dataset, batches: list[list[SampleKey]], num_workers: int) -> DataLoader:
+    return DataLoader(data, batch_sampler=batches, num_workers=num_workers, generator=torch.Generator())
