@@ -38,7 +38,7 @@ def test_data(tmp_path):
     found = json.loads((tmp_path / "data.json").read_text())
     assert (found["part"], found["size"], found["baseline"]) == ("data", "tiny", "plain")
     assert found["command"] == " ".join(["python evaluation/benchmark.py", *words])
-    assert found["versions"].keys() == {"python", "torch", "numpy", "nibabel"}
+    assert found["versions"].keys() == {"python", "torch", "numpy", "nibabel", "isal", "SimpleITK"}
     assert found["cores"] >= 1
     assert [row["name"] for row in found["rows"]] == ["cache int16", "cache float32", "plain"]
     for row in found["rows"]:

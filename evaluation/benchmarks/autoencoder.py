@@ -125,7 +125,9 @@ class Pair:
 
     @property
     def way(self) -> Way:
-        return Way(self.gradient, self.step, torch.float32 if self.precision == "32" else torch.bfloat16)
+        networks = [self.model, *self.model._perceptual]
+        weights = [parameter for network in networks for parameter in network.parameters()]
+        return Way(self.gradient, self.step, weights, torch.float32 if self.precision == "32" else torch.bfloat16)
 
     def generator_backward(self) -> None:
         with requires_grad(self.model.volume_discriminator, False):

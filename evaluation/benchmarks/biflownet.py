@@ -94,7 +94,8 @@ class Trained:
             self.optimizer.zero_grad(set_to_none=True)
             return found
 
-        return Way(gradient, step, torch.float32 if precision == "32" else torch.bfloat16)
+        dtype = torch.float32 if precision == "32" else torch.bfloat16
+        return Way(gradient, step, list(self.network.parameters()), dtype)
 
 
 def _batch(network: BiFlowNet, batch_size: int, grid: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -147,20 +147,22 @@ def count_flops(way: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def kept_gb(way: Callable[[], object]) -> float:
+def kept_gb(way: Callable[[], object], weights: Iterable[Tensor]) -> float:
     """Memory in GB that a call's forward passes keep for their backward passes, each piece of memory counted once.
 
-    Parameters count as well, and what recomputation keeps only while it runs doesn't.
+    The weights themselves don't count, and neither does what recomputation keeps only while it runs.
     """
     pieces: dict[int, int] = {}
+    kept: list[Tensor] = []  # or the place of one could be given to another
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         pieces[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)  # or its place could be given to another
+        kept.append(tensor)
         return tensor
 
-    kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         way()
+    for weight in weights:
+        pieces.pop(weight.untyped_storage().data_ptr(), None)
     return sum(pieces.values()) / 1e9

@@ -1,6 +1,6 @@
 """What the benchmarks of training steps share: ways, their gradients compared, timed and held against the limit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,11 +29,12 @@ class Way:
     """One way of training.
 
     backward: computes the gradients anew, (parameters,) as one vector. step: the same, and the optimisers' steps.
-    dtype: type of its convolutions.
+    weights: of its networks. dtype: type of its convolutions.
     """
 
     backward: Callable[[], Tensor]
     step: Callable[[], None]
+    weights: Sequence[Tensor]
     dtype: torch.dtype = torch.float32
 
 
@@ -46,7 +47,7 @@ def compare_and_time(
     """
     results = {name: (way.backward, TOLERANCES[way.dtype]) for name, way in ways.items()}
     rows = {name: figures for name, _, *figures in compared(results, device, relative_error)}  # memory, difference
-    kept = {name: round(kept_gb(way.backward) / num_samples, 3) for name, way in ways.items()}
+    kept = {name: float(f"{kept_gb(way.backward, way.weights) / num_samples:.3g}") for name, way in ways.items()}
     flops = count_flops(ways["plain"].backward)
     limits = {dtype: matmul_rate(device, dtype) for dtype in {way.dtype for way in ways.values()}}
     seconds = in_turn({name: partial(timed, way.step, device) for name, way in ways.items()}, repetitions)
