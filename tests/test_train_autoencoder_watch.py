@@ -58,9 +58,7 @@ def poison(model) -> None:
 def test_a_bad_step_whose_news_come_late(data, tmp_path, monkeypatch, late, step):
     add(monkeypatch, Act(step, poison))
     cfg = config(data, tmp_path / "run", "model.max_steps=9")
-    with pytest.raises(
-        UserError, match=rf"the loss is (inf|nan) at step {step} on rank 0, batch .*\d\.nii\.gz"
-    ) as caught:
+    with pytest.raises(UserError, match=rf"the loss is (inf|nan) at step {step} on rank 0, batch /") as caught:
         train(cfg, stage=1)
     batches = training._loaders(cfg, pl.Trainer(logger=False), *training._datasets(cfg, None))[0].batch_sampler
     assert all(str(path) in str(caught.value) for path in batches.files_of(step))
