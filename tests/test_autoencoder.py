@@ -193,14 +193,13 @@ def test_turns_go_by_the_step_not_by_the_batch_of_an_epoch(monkeypatch):
     """An epoch of a single batch has batch 0 for ever; the discriminator must still get its turns."""
     model = patchvolumeAE(tiny_autoencoder(discriminator_iter_start=0)).train()
     turns = []
-    monkeypatch.setattr(model, "_optimise", lambda optimizer, loss: turns.append(optimizer))
-    optimizers = ["generator", "discriminator"]
-    monkeypatch.setattr(model, "optimizers", lambda: optimizers)
+    monkeypatch.setattr(model, "_optimise", lambda name, optimizer, loss: turns.append((name, optimizer)))
+    monkeypatch.setattr(model, "optimizers", lambda: ["first", "second"])
     monkeypatch.setattr(model, "log_dict", lambda values, **_: None)
     for step in range(4):
         monkeypatch.setattr(type(model), "global_step", step)
         model.training_step({"data": torch.rand(1, 1, 16, 16, 16)}, 0)
-    assert turns == ["generator", "discriminator"] * 2
+    assert turns == [("generator", "first"), ("discriminator", "second")] * 2
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -365,8 +365,8 @@ def test_biflownet_warns_of_waiting(latents, tmp_path, monkeypatch, capfd):
         return read(self, key)
 
     monkeypatch.setattr(biflownet.Singleres_dataset, "__getitem__", slow)
-    biflownet.train(runs.config(latents, tmp_path, max_steps=4))
+    biflownet.train(runs.config(latents, tmp_path, max_steps=4, cache="none"))
     text = capfd.readouterr().err
     assert text.count("warning: step 3: data bound: training waits for its next batch in ") == 1
     assert text.count("data bound") == 1
-    assert "raise --num-workers (now 0)" in text
+    assert "raise num_workers (now 0) or set cache=float32 (now none)" in text

@@ -164,7 +164,9 @@ def train(cfg: DictConfig) -> dict:
         agreement = Agreement(distributed, stop, dataset.files, may_overflow=use_scaler)
         mean_loss = None
         losses, steps_logged = torch.zeros((), device=device), 0
-        data_bound = DataBound(f"raise --num-workers (now {cfg.num_workers}) or put the latents on a faster disk")
+        data_bound = DataBound(
+            f"raise num_workers (now {cfg.num_workers}) or set cache=float32 (now {cfg.cache}) and cache_dir to a fast disk"
+        )
         meter = LoopMeter()
         for indices, latents, labels, resolution in meter.timed(endless(loader, start_epoch)):
             # Learning rate

@@ -27,6 +27,7 @@ class AdversarialTraining(pl.LightningModule):
         self.passes = self.own_passes()
         # What has to be finite in the step just done, on the device: reading it here would make a GPU wait.
         self.watched: dict[str, Tensor] = {}
+        self.gradient_norm: Tensor | None = None  # of the step just done, before clipping
 
     def own_passes(self) -> dict[str, Callable]:
         """What gradients are computed through. `passes` has others in training on several processes, which average.
@@ -74,9 +75,9 @@ class AdversarialTraining(pl.LightningModule):
         if not adversarial or self.global_step % 2 == 0:
             with requires_grad(self.volume_discriminator, False):
                 loss = self._generator_loss(batch["data"])
-                self._optimise(generator, loss)
+                self._optimise("generator", generator, loss)
         else:
-            self._optimise(discriminator, self._discriminator_loss(batch["data"]))
+            self._optimise("discriminator", discriminator, self._discriminator_loss(batch["data"]))
 
     def _generator_loss(self, x: Tensor) -> Tensor:
         weights = self.cfg.model
@@ -123,13 +124,14 @@ class AdversarialTraining(pl.LightningModule):
             return recon_loss, x.new_zeros(())
         return recon_loss, self.cfg.model.perceptual_weight * self._perceptual[0].to(x.device)(x_hat, x)
 
-    def _optimise(self, optimizer, loss: Tensor) -> None:
+    def _optimise(self, name: str, optimizer, loss: Tensor) -> None:
         for group in optimizer.param_groups:
             group["lr"] = self.cfg.model.lr * self._lr_factor()
         optimizer.zero_grad()
         self.manual_backward(loss)
         self.watched = {"loss": loss.detach()}
         optimizer.step()
+        self._log("train", **{f"grad_norm_{name}": self.gradient_norm})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lightning hook between backward (gradients no longer scaled) and step: clips.
@@ -141,8 +143,7 @@ class AdversarialTraining(pl.LightningModule):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        name = "generator" if optimizer is self.trainer.optimizers[0] else "discriminator"
-        self._log("train", **{f"grad_norm_{name}": norm})  # before clipping
+        self.gradient_norm = norm
         if self.cfg.model.gradient_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.cfg.model.gradient_clip, norm)
         if not self._is_fp16:
