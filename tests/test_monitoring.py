@@ -369,4 +369,4 @@ def test_biflownet_warns_of_waiting(latents, tmp_path, monkeypatch, capfd):
     text = capfd.readouterr().err
     assert text.count("warning: step 3: data bound: training waits for its next batch in ") == 1
     assert text.count("data bound") == 1
-    assert "raise num_workers (now 0) or set cache=float32 (now none)" in text
+    assert "raise num_workers (now 0), or set cache=float32 (now none)" in text

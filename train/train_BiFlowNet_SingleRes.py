@@ -165,7 +165,7 @@ def train(cfg: DictConfig) -> dict:
         mean_loss = None
         losses, steps_logged = torch.zeros((), device=device), 0
         data_bound = DataBound(
-            f"raise num_workers (now {cfg.num_workers}) or set cache=float32 (now {cfg.cache}) and cache_dir to a fast disk"
+            f"raise num_workers (now {cfg.num_workers}), or set cache=float32 (now {cfg.cache}) with a fast cache_dir"
         )
         meter = LoopMeter()
         for indices, latents, labels, resolution in meter.timed(endless(loader, start_epoch)):
