@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from AutoEncoder.model.convolution import Conv3d
+from AutoEncoder.model.convolution import Conv3d, ConvTranspose3d
 from AutoEncoder.model.optimiser import build_adam
 from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
 from train.autoencoder_ddp import TwoPassDDPStrategy
@@ -148,6 +148,23 @@ def test_bf16_gradients_of_a_convolution_deeper_than_its_input(kernel, padding, 
         gradients.append(conv.weight.grad)
         conv.weight.grad = None
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "grid", "is_half"),
+    [
+        (Conv3d(1, 1, 3, padding=1), (3, 3, 3), True),
+        (Conv3d(1, 1, 3, padding=1), (8, 2, 8), False),
+        (Conv3d(1, 1, 4, stride=2, padding=1), (4, 4, 4), True),
+        (Conv3d(1, 1, 4, stride=2, padding=1), (12, 2, 12), False),
+        (Conv3d(1, 1, 1), (1, 1, 1), True),
+        (ConvTranspose3d(1, 1, 4, stride=2, padding=1), (2, 2, 2), True),
+        (ConvTranspose3d(1, 1, 4, stride=2, padding=1), (6, 1, 6), False),
+    ],
+)
+def test_grids_smaller_than_the_kernel_stay_in_float32(layer, grid, is_half):
+    with torch.autocast("cpu"):
+        assert layer(torch.randn(1, 1, *grid)).dtype == (torch.bfloat16 if is_half else torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------------- optimiser

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from AutoEncoder.model.convolution import Conv3d
+from AutoEncoder.model.convolution import Conv3d, ConvTranspose3d
 
 ATTENTION_HEADS = 4
 ATTENTION_HEAD_DIM = 32
@@ -123,7 +123,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv_trans = nn.ConvTranspose3d(channels, channels, kernel_size=4, stride=2, padding=1)
+        self.conv_trans = ConvTranspose3d(channels, channels, kernel_size=4, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_trans(x)
