@@ -1,7 +1,12 @@
 """The scripts' command lines, the published ones word for word, and what happens to a user's mistakes."""
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 from omegaconf import DictConfig
+from torch.distributed.run import get_args_parser
 
 from config.cli import (
     BIFLOWNET_FLAGS,
@@ -26,6 +31,7 @@ from config.schema import (
 )
 from config.script import run_script
 
+ROOT = Path(__file__).parents[1]
 BIFLOWNET_COMMAND = (
     "--data-path latents.json --results-dir out --loss-type l1 --volume-channels 8 --timesteps 1000 --model-dim 72 "
     "--dim-mults 1 1 2 4 8 --use-attn 0 0 0 1 1 --patch-size 1 --num-dit 1 --enable_amp --model BiFlowNet "
@@ -187,3 +193,20 @@ def test_run_script_keeps_our_own_faults():
 
     with pytest.raises(ValueError, match="a bug"):
         run_script(main)
+
+
+@pytest.mark.parametrize("script", ["train_PatchVolume.py", "train_BiFlowNet_SingleRes.py"])
+def test_commands_for_several_gpus_and_nodes_are_understood(script):
+    """Those of docs/training.md; tests with two processes run the same scripts."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks if script in block]
+    assert len(commands) == 1
+    launcher, words = [], list(commands[0])
+    while not words[0].endswith(".py"):
+        launcher.append(words.pop(0))
+    assert words[0] == f"train/{script}"
+    run = get_args_parser().parse_args([*launcher[1:], *words])
+    assert run.training_script_args == words[1:]
+    schema, flags = (AutoencoderConfig, ()) if script == "train_PatchVolume.py" else (BiFlowNetConfig, BIFLOWNET_FLAGS)
+    cfg = parse_command_line(words[1:], schema, None, "", flags)
+    assert "bf16" in (cfg.amp_dtype if flags else cfg.model.precision)

@@ -22,6 +22,7 @@ from evaluation.speed import autocast
 from train.distributed import choose_device
 
 LR = 1e-4
+TOLERANCE, HALF_TOLERANCE = 2e-3, 0.2  # of the gradients, relative
 GRIDS = {"paper": (16, 16, 16), "tiny": (8, 8, 8)}
 
 
@@ -94,8 +95,10 @@ class Trained:
             self.optimizer.zero_grad(set_to_none=True)
             return found
 
-        dtype = torch.float32 if precision == "32" else torch.bfloat16
-        return Way(gradient, step, list(self.network.parameters()), dtype)
+        weights = list(self.network.parameters())
+        if precision == "32":
+            return Way(gradient, step, weights, TOLERANCE)
+        return Way(gradient, step, weights, HALF_TOLERANCE, torch.bfloat16)
 
 
 def _batch(network: BiFlowNet, batch_size: int, grid: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:

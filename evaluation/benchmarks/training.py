@@ -20,21 +20,20 @@ from evaluation.benchmarks.measuring import (
     timed,
 )
 
-# Largest norm of the gradients' difference, over their norm. In bf16 some vectors get another code.
-TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.3}
-
 
 @dataclass(frozen=True)
 class Way:
     """One way of training.
 
     backward: computes the gradients anew, (parameters,) as one vector. step: the same, and the optimisers' steps.
-    weights: of its networks. dtype: type of its convolutions.
+    weights: of its networks. tolerance: largest norm of the gradients' difference from the plain ones, over their norm.
+    dtype: type of its convolutions.
     """
 
     backward: Callable[[], Tensor]
     step: Callable[[], None]
     weights: Sequence[Tensor]
+    tolerance: float
     dtype: torch.dtype = torch.float32
 
 
@@ -45,7 +44,7 @@ def compare_and_time(
 
     The share of the limit counts the operations of the plain way for all, so recomputing does not raise it.
     """
-    results = {name: (way.backward, TOLERANCES[way.dtype]) for name, way in ways.items()}
+    results = {name: (way.backward, way.tolerance) for name, way in ways.items()}
     rows = {name: figures for name, _, *figures in compared(results, device, relative_error)}  # memory, difference
     kept = {name: float(f"{kept_gb(way.backward, way.weights) / num_samples:.3g}") for name, way in ways.items()}
     flops = count_flops(ways["plain"].backward)
