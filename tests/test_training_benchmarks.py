@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -99,26 +100,41 @@ def test_no_write_is_timed_where_voxels_differ(monkeypatch):
 )
 def test_scaling(tmp_path, monkeypatch, loop, script):
     """The commands are those of the training scripts: run here, by one process, as starting more takes long."""
-    asked = []
+    asked, turn = [], threading.Lock()
 
     def run_here(command, **options):
         launcher, (path, *words) = command[:6], command[6:]
-        asked.append(launcher[-1])
         assert Path(script.__file__) == scaling.ROOT / path
-        script.main(words)
+        with turn:
+            asked.append(launcher[-1])
+            script.main(words)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(scaling.subprocess, "run", run_here)
-    found = run(tmp_path, "scaling", "--device", "cpu", "--loop", loop, "--processes", "3")
-    assert asked == ["1", "3"]
-    one, three = found["rows"]
-    assert (one["name"], three["name"]) == ("1 process", "3 processes")
-    assert found["share of the ideal"] == pytest.approx(one["seconds"][0] / three["seconds"][0] / 3, abs=1e-3)
+    found = run(tmp_path, "scaling", "--device", "cpu", "--loop", loop, "--processes", "2")
+    assert asked == ["1", "2", "1", "1"]
+    one, several, runs = found["rows"]
+    assert (one["name"], several["name"], runs["name"]) == ("1 process", "2 processes", "2 runs")
+    assert found["share of the ideal"] == pytest.approx(one["seconds"][0] / several["seconds"][0] / 2, abs=1e-3)
+    expected = runs["seconds"][0] / several["seconds"][0]
+    assert found["share of runs that exchange nothing"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_script_that_fails_is_one_error(monkeypatch, tmp_path):
+def test_rates_of_runs_add_up(tmp_path, monkeypatch):
+    def write_rate(command, **options):
+        folder = tmp_path / command[-1]
+        folder.mkdir()
+        lines = [{"step": 4, "a": 1}, {"step": 8, "train/samples_per_s": 3.0 if folder.name == "run0" else 5.0}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(scaling.subprocess, "run", write_rate)
+    assert scaling._seconds_per_sample(["script.py", "{run}"], tmp_path, 4, 2, 1) == pytest.approx(1 / 8)
+
+
+def test_a_script_that_fails_is_one_error(tmp_path):
     with pytest.raises(UserError, match=r"train_nothing.py: failed with 1 processes: .*No such file"):
-        scaling._seconds_per_sample(["train/train_nothing.py"], tmp_path / "run" / "metrics.jsonl", 1, 4)
+        scaling._seconds_per_sample(["train/train_nothing.py"], tmp_path, 4, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ from train.distributed import choose_device
 
 LR, BETAS = 3e-4, (0.5, 0.9)
 # Of the gradients, relative. Rounding turns the signs that L1 losses have for gradients where a difference is near
-# zero, and in half precision gives some vectors another code.
-TOLERANCE, HALF_TOLERANCE = 2e-2, 0.4
+# zero. In half precision about one vector in twenty gets another code; gradients of unlike steps would be 1.4 apart.
+TOLERANCE, HALF_TOLERANCE = 2e-2, 0.6
 
 
 @dataclass(frozen=True)
