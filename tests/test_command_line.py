@@ -1,5 +1,6 @@
 """The scripts' command lines, the published ones word for word, and what happens to a user's mistakes."""
 
+import errno
 import re
 import shlex
 from pathlib import Path
@@ -175,6 +176,11 @@ def test_every_flag_is_a_key():
         (1, 1, ""),
         (UserError("bad\nfile"), 2, "error: bad file\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/run/events"),
+            2,
+            "error: /run/events: nothing more can be written (No space left on device): make room and start again\n",
+        ),
     ],
 )
 def test_run_script(raised, status, err, capsys):

@@ -6,6 +6,7 @@ import re
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import biflownet_runs as runs
 import numpy as np
@@ -25,7 +26,7 @@ from train import autoencoder as autoencoder_training
 from train import meter as meter_module
 from train import train_BiFlowNet_SingleRes as biflownet
 from train.early_warnings import CodebookCollapse, DataBound, DiscriminatorWins, Onset
-from train.logger import MetricsWriter
+from train.logger import JsonLines, MetricsWriter
 from train.meter import LoopMeter, resident_memory_gb
 
 ROOT = Path(__file__).parents[1]
@@ -144,14 +145,14 @@ def test_codebook_collapse_after_enough_tokens():
     collapse = CodebookCollapse()
     counts = torch.zeros(100)
     counts[:4] = 100.0
-    found = [collapse.check(counts) for _ in range(6)]  # judged at each 1,000 tokens: after the third and the sixth
-    assert [message is not None for message in found] == [False, False, True, False, False, False]
-    assert "the last 1200 tokens used 4.0% of its 100 codes (perplexity 4)" in found[2]
-    assert "model.no_random_restart=false" in found[2]
+    found = [collapse.check(counts) for _ in range(9)]  # judged at each 1,000 tokens, so at every third; two in a row
+    assert [message is not None for message in found] == [False] * 5 + [True] + [False] * 3
+    assert "the last 1200 tokens used 4.0% of its 100 codes (perplexity 4)" in found[5]
+    assert "model.no_random_restart=false" in found[5]
 
     healthy = CodebookCollapse()
     counts[4] = 1.0  # 5 %
-    assert [healthy.check(counts) for _ in range(6)] == [None] * 6
+    assert [healthy.check(counts) for _ in range(9)] == [None] * 9
     background = torch.ones(100)
     background[0] = 1e6  # a perplexity near 1, and yet every code is in use
     assert CodebookCollapse().check(background) is None
@@ -370,3 +371,28 @@ def test_biflownet_warns_of_waiting(latents, tmp_path, monkeypatch, capfd):
     assert text.count("warning: step 3: data bound: training waits for its next batch in ") == 1
     assert text.count("data bound") == 1
     assert "raise num_workers (now 0), or set cache=float32 (now none)" in text
+
+
+@pytest.mark.parametrize(("gpu_is_done", "expected"), [(None, 0.05), (True, 0.05), (False, 0.0)])
+def test_waiting_while_a_gpu_still_works_loses_nothing(monkeypatch, gpu_is_done, expected):
+    event = None if gpu_is_done is None else SimpleNamespace(query=lambda: gpu_is_done)
+    monkeypatch.setattr(meter_module, "work_given_to_gpu", lambda: event)
+    loop = LoopMeter()
+    waited = []
+    monkeypatch.setattr(loop, "add_waiting", waited.append)
+    list(loop.timed(slowly(1, 0.05)))
+    assert sum(waited) >= expected
+    assert bool(waited) == (expected > 0)
+
+
+def slowly(count: int, seconds: float):
+    for number in range(count):
+        time.sleep(seconds)
+        yield number
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write(1, {"grad_norm": float("inf"), "loss": float("nan"), "lr": 0.5})
+    lines.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null, "loss": null, "lr": 0.5}\n'

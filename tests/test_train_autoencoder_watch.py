@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -15,6 +16,7 @@ from train import autoencoder as training
 from train import callbacks, checkpoint_io, checkpoints, step_watch
 from train.autoencoder import train
 from train.background import BackgroundWork
+from train.callbacks import RandomState
 from train.checkpoint_io import BackgroundCheckpointIO
 from train.checkpoints import load_checkpoint
 from train.step_flags import StepFlags
@@ -151,3 +153,14 @@ def test_checkpoints_are_written_beside_training(tmp_path, monkeypatch):
         files.remove_checkpoint(new)
         files.save_checkpoint({"step": 2}, new)  # not to be removed any more
         assert files.load_checkpoint(new) == {"step": 2}
+
+
+@pytest.mark.parametrize(("rank", "world_size", "expected"), [(0, 2, 0), (1, 2, 1), (1, 3, 0), (0, 1, 0)])
+def test_each_rank_goes_on_with_its_own_random_numbers(rank, world_size, expected):
+    """Unless there are other ranks than before: then all with those of rank 0."""
+    ranks = [{"cpu": torch.Generator().manual_seed(number).get_state(), "cuda": []} for number in range(2)]
+    callback = RandomState()
+    callback.load_state_dict({**ranks[0], "ranks": ranks})
+    with torch.random.fork_rng():
+        callback.on_train_start(SimpleNamespace(global_rank=rank, world_size=world_size), None)
+        assert torch.equal(torch.get_rng_state(), ranks[expected]["cpu"])

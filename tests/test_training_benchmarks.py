@@ -11,6 +11,7 @@ from torch import nn
 
 import evaluation.benchmark as benchmark
 from AutoEncoder.model.codebook import Codebook
+from AutoEncoder.model.PatchVolume import patchvolumeAE
 from config.errors import UserError
 from evaluation.benchmark import main
 from evaluation.benchmarks import autoencoder, biflownet, codebook, measuring, scaling, training, write
@@ -63,6 +64,15 @@ def test_no_step_is_timed_where_gradients_differ(monkeypatch, part):
     monkeypatch.setattr(training, "in_turn", None)
     with pytest.raises(UserError, match="float32: differs from the plain way by .*nothing was timed"):
         main([part, "--size", "tiny", "--device", "cpu", *(["--no-perceptual"] if part == "autoencoder" else [])])
+
+
+@pytest.mark.parametrize("loss", ["_generator_loss", "_discriminator_loss"])
+def test_the_autoencoders_parity_sees_a_loss_of_another_weight(monkeypatch, loss):
+    right = getattr(patchvolumeAE, loss)
+    monkeypatch.setattr(patchvolumeAE, loss, lambda model, x: 1.1 * right(model, x))
+    monkeypatch.setattr(training, "in_turn", None)
+    with pytest.raises(UserError, match="float32: differs from the plain way by 0.07"):
+        main(["autoencoder", "--size", "tiny", "--device", "cpu", "--no-perceptual"])
 
 
 def test_codebook(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import logging
 import threading
+import time
 from pathlib import Path
 
 import biflownet_runs as runs
@@ -180,14 +181,39 @@ def test_training_goes_on_while_a_checkpoint_and_a_preview_are_written(data, ae_
     assert len(list((folder / "samples").glob("*.nii.gz"))) == 2
 
 
-def test_a_full_disk_ends_the_run_at_the_next_checkpoint(data, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_soon(data, tmp_path, monkeypatch):
     def fail(content, path) -> None:
         raise UserError(f"{path}: the checkpoint could not be written (No space left on device)")
 
     monkeypatch.setattr(saving, "save_checkpoint", fail)
+    advance = TrainingState.advance
+    monkeypatch.setattr(TrainingState, "advance", lambda *args: time.sleep(0.2) or advance(*args))
     with pytest.raises(UserError, match="BiFlowNet_0000002.pt: the checkpoint could not be written"):
-        train(runs.config(data, tmp_path))
-    assert runs.logged_steps(tmp_path / "000-BiFlowNet")[-1] == 4
+        train(runs.config(data, tmp_path, ckpt_every=2, max_steps=100))
+    assert runs.logged_steps(tmp_path / "000-BiFlowNet")[-1] < 10
+
+
+def test_a_checkpoint_is_tried_though_the_one_before_failed(tmp_path, monkeypatch):
+    """A signal's may find the disk with room again."""
+    tried = []
+
+    def fail_once(content, path) -> None:
+        tried.append(path.name)
+        if len(tried) == 1:
+            raise UserError("disk full")
+
+    monkeypatch.setattr(saving, "save_checkpoint", fail_once)
+    monkeypatch.setattr(saving.run_folder, "remove_old_checkpoints", lambda *_: None)
+
+    def save_twice() -> None:
+        with BackgroundWork() as background:
+            save = Saving(background, tmp_path, 1, None, logging.getLogger("test")).save
+            save(5, {}, None)
+            save(8, {}, None)
+
+    with pytest.raises(UserError, match="disk full"):
+        save_twice()
+    assert tried == ["BiFlowNet_0000005.pt", "BiFlowNet_0000008.pt"]
 
 
 def test_a_full_disk_at_the_last_checkpoint_is_an_error_too(data, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as torch_distributed
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
@@ -74,13 +75,21 @@ class VolumeLogger(Callback):
 
 
 class RandomState(Callback):
-    """Keeps torch's global generators in the checkpoint: codebook restarts and random slices draw from them."""
+    """Keeps torch's global generators in the checkpoint: codebook restarts and random slices draw from them.
+
+    Those of all ranks: volumes of several sizes have several numbers of slices, and the ranks' generators drift apart.
+    """
 
     def __init__(self) -> None:
         self._loaded: dict | None = None
 
     def state_dict(self) -> dict:
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        if not (torch_distributed.is_available() and torch_distributed.is_initialized()):
+            return own
+        ranks = [own] * torch_distributed.get_world_size()
+        torch_distributed.all_gather_object(ranks, own)  # a checkpoint is made by all ranks at once
+        return {**ranks[0], "ranks": ranks}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self._loaded = state_dict
@@ -88,9 +97,11 @@ class RandomState(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
         # as late as possible, since setting up the training draws numbers too
         if self._loaded is not None:
-            torch.set_rng_state(self._loaded["cpu"])
-            if len(self._loaded["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(self._loaded["cuda"])
+            ranks = self._loaded.get("ranks", [])
+            own = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else self._loaded
+            torch.set_rng_state(own["cpu"])
+            if len(own["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(own["cuda"])
             self._loaded = None
 
 

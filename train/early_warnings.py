@@ -1,4 +1,4 @@
-"""Early warnings of a training run that goes wrong while its losses look fine. Pure Python, fed at each logged step.
+"""Early warnings of a training run that goes wrong while its losses look fine, fed at each logged step.
 
 Each `check` returns one line when a state begins, with numbers and what to do, and None otherwise.
 """
@@ -23,6 +23,7 @@ COLLAPSED_USAGE = 0.05
 # Tokens per code that are counted before judging: if all codes were equally likely, 10 tokens per code would leave
 # exp(-10) of them unused. So few codes in use are never chance.
 TOKENS_PER_CODE = 10
+COLLAPSE_PATIENCE = 2  # judgements in a row, so that a usage about the threshold is not warned of again and again
 # The discriminator has won when its loss is below this share of the loss of a discriminator that knows nothing
 # (logits 0: hinge 1, vanilla ln 2). The logits are far apart then: for hinge the loss alone implies a mean of at least
 # 0.8 for real and at most -0.8 for fake.
@@ -77,7 +78,7 @@ class CodebookCollapse:
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None  # since the last judgement
-        self._onset = Onset()
+        self._onset = Onset(COLLAPSE_PATIENCE)
 
     def check(self, counts: Tensor) -> str | None:
         """counts: (n_codes,), how often each code was used since the last logged step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -66,8 +67,9 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Record `scalars` of optimiser step `step`."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        """Record `scalars` of optimiser step `step`; what is not finite becomes null, as JSON has no word for it."""
+        known = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -51,8 +51,9 @@ class LoopMeter:
 
         Returns:
             steps_per_s; samples_per_s, over all ranks; data_wait, the share of the time (0 to 1) in which the loop
-            waited for its next batch; memory_gb, resident memory of the process, where the system tells it; on a GPU
-            gpu_memory_gb, the most that was allocated at a time during the interval. GB are 10⁹ bytes.
+            waited for its next batch, on a GPU only waits that outlasted its work; memory_gb, resident memory of the
+            process, where the system tells it; on a GPU gpu_memory_gb, the most that was allocated at a time during
+            the interval. GB are 10⁹ bytes.
         """
         seconds = time.perf_counter() - self._since
         of_this_rank = {"data_wait": self._waited_s / seconds, "memory_gb": resident_memory_gb()}
@@ -91,11 +92,21 @@ class _TimedIterator:
         return self
 
     def __next__(self) -> Any:
-        began = time.perf_counter()
+        began, work_before = time.perf_counter(), work_given_to_gpu()
         try:
             return next(self.iterator)
         finally:
-            self.meter.add_waiting(time.perf_counter() - began)
+            if work_before is None or work_before.query():  # else the GPU was busy all the while, and nothing is lost
+                self.meter.add_waiting(time.perf_counter() - began)
+
+
+def work_given_to_gpu() -> torch.cuda.Event | None:
+    """An event that is over when the GPU has done all it was given so far; None without a GPU."""
+    if not torch.cuda.is_initialized():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def resident_memory_gb() -> float | None:

@@ -36,10 +36,12 @@ class Saving:
         Waits for what was given before. preview_turn: whose turn it is among the classes; None: no preview.
 
         Raises:
-            UserError: the checkpoint before could not be written.
+            UserError: the checkpoint before could not be written; this one is tried all the same.
         """
-        self._background.wait()  # first: two copies of all weights and averages would be many GB
-        self._background.submit(self._write, step, snapshot(content), preview_turn)
+        try:
+            self._background.wait()  # first: two copies of all weights and averages would be many GB
+        finally:
+            self._background.submit(self._write, step, snapshot(content), preview_turn)
 
     def _write(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
         path = run_folder.checkpoint_path(self._folder, step)

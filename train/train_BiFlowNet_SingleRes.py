@@ -169,7 +169,8 @@ def train(cfg: DictConfig) -> dict:
         )
         meter = LoopMeter()
         for indices, latents, labels, resolution in meter.timed(endless(loader, start_epoch)):
-            # Learning rate
+            # Learning rate; a checkpoint that could not be written ends the run
+            background.check()
             step, epoch = state.step + 1, state.epoch
             learning_rate = scheduled_learning_rate(cfg, step, steps_to_do)
             for group in optimizer.param_groups:

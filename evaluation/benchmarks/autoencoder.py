@@ -72,11 +72,13 @@ def measure(options: argparse.Namespace) -> Report:
     patches = torch.rand(options.batch_size, 1, *(scale.patch,) * 3, device=device) * 2 - 1
     perceptual = [] if options.no_perceptual else [_random_perceptual().to(device)]
 
+    norms: dict[str, float] = {}
+
     def pair(precision: str = "32", *extra: str) -> Pair:
-        return Pair(_build(scale, extra, perceptual, device, patches), patches, precision)
+        return Pair(_build(scale, extra, perceptual, device, patches), patches, norms, precision)
 
     ways = {
-        "plain": PlainPair(_build(scale, (), perceptual, device, patches), patches).way,
+        "plain": PlainPair(_build(scale, (), perceptual, device, patches), patches, norms).way,
         "float32": pair().way,
         "float32 channels last": pair("32", "model.channels_last=true").way,
         "bf16": pair("bf16").way,
@@ -132,8 +134,9 @@ class Pair:
 
     is_fused = True
 
-    def __init__(self, model: patchvolumeAE, patches: Tensor, precision: str = "32") -> None:
+    def __init__(self, model: patchvolumeAE, patches: Tensor, norms: dict[str, float], precision: str = "32") -> None:
         self.model = model
+        self.norms = norms  # of the gradients of the way that is compared first
         self.patches = patches
         self.precision = precision
         self.codes = copy.deepcopy(model.codebook.state_dict())
@@ -173,18 +176,20 @@ class Pair:
             optimiser.step()
 
     def gradient(self) -> Tensor:
-        """Gradients of both, each at the weights that the benchmark began with; each normalised, to weigh alike."""
+        """Gradients of both, each at the weights that the benchmark began with, and over the norm of the plain ones."""
         model = self.model
         torch.manual_seed(0)  # the perceptual network draws slices
         found = []
-        for backward, parts in (
-            (self.generator_backward, (model.encoder, model.decoder, model.pre_vq_conv, model.post_vq_conv)),
-            (self.discriminator_backward, (model.volume_discriminator,)),
+        generator = (model.encoder, model.decoder, model.pre_vq_conv, model.post_vq_conv)
+        for name, backward, parts in (
+            ("generator", self.generator_backward, generator),
+            ("discriminator", self.discriminator_backward, (model.volume_discriminator,)),
         ):
             model.zero_grad(set_to_none=True)
             backward()
             model.codebook.load_state_dict(self.codes)
-            found.append(F.normalize(gradients(*parts), dim=0))
+            gradient = gradients(*parts)
+            found.append(gradient / self.norms.setdefault(name, gradient.norm().item()))
         model.zero_grad(set_to_none=True)
         return torch.cat(found)
 

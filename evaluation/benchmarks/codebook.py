@@ -1,8 +1,8 @@
-"""A training step of the codebook: nearest codes, loss, moving averages and restarts, beside the one-hot form.
+"""A training step of the codebook: nearest codes, loss, perplexity and moving averages, beside the one-hot form.
 
 The one-hot form is what papers write down: all distances at once, a one-hot matrix (tokens, codes), and its products
-with the vectors. Compared first: the codes after a step agree within 1e-3 standard deviations. Peak memory is that of
-the step beside its inputs.
+with the vectors. Both go without the restart of idle codes, which draws at random. Compared first: the codes after a
+step agree within 1e-3 standard deviations. Peak memory is that of the step beside its inputs.
 """
 
 import argparse

@@ -22,7 +22,7 @@ import torch
 
 from config.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema import BiFlowNetConfig
+from config.schema import AutoencoderConfig, BiFlowNetConfig
 from dataset.phantoms import write_phantoms
 from dataset.volume_io import write_latent
 from evaluation.benchmarks.measuring import Report, Row, in_turn
@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> Report:
     device, steps, count = choose_device(options.device), STEPS[options.size], options.processes
     with tempfile.TemporaryDirectory(prefix="benchmark_scaling_") as temporary:
         prepare = _biflownet if options.loop == "biflownet" else _autoencoder
-        command = prepare(Path(temporary), options.config, steps, device)
+        command = prepare(Path(temporary), options.config, steps, device, count)
         train = partial(_seconds_per_sample, command, Path(temporary), steps)
         ways = {"1 process": partial(train, 1, 1), f"{count} processes": partial(train, 1, count)}
         if device.type == "cpu":  # on a GPU they would all take the first
@@ -62,12 +62,12 @@ def measure(options: argparse.Namespace) -> Report:
     return report
 
 
-def _biflownet(folder: Path, config: Path | None, steps: int, device: torch.device) -> list[str]:
+def _biflownet(folder: Path, config: Path | None, steps: int, device: torch.device, processes: int) -> list[str]:
     """The command without its run folder, on random latents."""
     config = config or CONFIG_FOLDER / "demo" / "BiFlowNet.yaml"
     cfg = load_config(BiFlowNetConfig, config)
     generator = torch.Generator().manual_seed(0)
-    for number in range(16 * cfg.batch_size):
+    for number in range(4 * cfg.batch_size * processes):
         latent = torch.rand((cfg.volume_channels, *cfg.resolution), generator=generator) * 2 - 1
         write_latent(folder / "latents" / f"{number:03d}.nii.gz", latent)
     (folder / "latents.json").write_text(json.dumps({"0": "latents"}))
@@ -76,16 +76,17 @@ def _biflownet(folder: Path, config: Path | None, steps: int, device: torch.devi
     return command + [f"max_steps={2 * steps}", f"log_every={steps}", "ckpt_every=1000000", "run_name={run}"]
 
 
-def _autoencoder(folder: Path, config: Path | None, steps: int, device: torch.device) -> list[str]:
+def _autoencoder(folder: Path, config: Path | None, steps: int, device: torch.device, processes: int) -> list[str]:
     """The command without its run folder, on phantoms."""
     config = config or CONFIG_FOLDER / "demo" / "PatchVolume.yaml"
-    write_phantoms(folder, 16, 0, 64, seed=0)
+    batch_size = load_config(AutoencoderConfig, config).model.batch_size
+    write_phantoms(folder, batch_size * processes, 0, 64, seed=0)  # of each of two classes: whole batches everywhere
     data = f"dataset.root_dir={folder}/PatchVolume_data.json"
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     command = ["train/train_PatchVolume.py", "--config", str(config), data, f"model.accelerator={accelerator}"]
     command += [f"model.max_steps={2 * steps}", f"model.log_every={steps}", "model.perceptual_weight=0"]
     command += ["model.discriminator_iter_start=0", "model.val_every=1000000", "model.log_volume_every=0"]
-    return [*command, "model.num_workers=0", f"model.default_root_dir={folder}/{{run}}"]
+    return [*command, "dataset.val_fraction=0", "model.num_workers=0", f"model.default_root_dir={folder}/{{run}}"]
 
 
 def _seconds_per_sample(command: Sequence[str], folder: Path, steps: int, num_runs: int, processes: int) -> float:

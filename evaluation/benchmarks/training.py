@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def compare_and_time(
     seconds = in_turn({name: partial(timed, way.step, device) for name, way in ways.items()}, repetitions)
 
     def row(name: str) -> Row:
-        share = flops / min(seconds[name]) / limits[ways[name].dtype]
+        share = flops / median(seconds[name]) / limits[ways[name].dtype]
         return Row(name, seconds[name], num_samples, *rows[name], limit_share=share)
 
     notes: dict[str, Any] = {
