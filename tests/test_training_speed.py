@@ -63,8 +63,8 @@ def test_a_bad_step_is_named_one_step_late_and_nothing_is_saved_of_it(
 ):
     """The files are those of step 3, which changed no weight."""
     batches, models = [], []
-    wrap = script.wrap
-    monkeypatch.setattr(script, "wrap", lambda model, *arguments: models.append(model) or wrap(model, *arguments))
+    wrapped = script.wrapped
+    monkeypatch.setattr(script, "wrapped", lambda model, *rest: models.append(model) or wrapped(model, *rest))
     exchange = agreement.Agreement.exchange
     monkeypatch.setattr(
         agreement.Agreement,

@@ -13,7 +13,7 @@ import contextlib
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -159,7 +159,7 @@ def train(cfg: DictConfig) -> dict:
         progress = closing.enter_context(tqdm(total=steps_to_do, initial=state.step, disable=hidden, unit="step"))
         if cfg.compile:
             model.compile(dynamic=False)  # in place: names stay as they are, and the averaged weights' copy is plain
-        denoiser = wrap(model.train(), distributed)
+        denoiser = closing.enter_context(wrapped(model.train(), distributed))
         start_epoch = lambda: batches.start_at(state.epoch, state.samples_seen)  # noqa: E731
         agreement = Agreement(distributed, stop, dataset.files, may_overflow=use_scaler)
         mean_loss = None
@@ -263,12 +263,20 @@ def find_checkpoint(folder: Path, given: str | None) -> Path | None:
     return newest
 
 
-def wrap(model: nn.Module, distributed: Distributed) -> nn.Module:
+@contextlib.contextmanager
+def wrapped(model: nn.Module, distributed: Distributed) -> Iterator[nn.Module]:
     """The model with its gradients averaged over the ranks during backward; a lone process needs no wrapper."""
     if distributed.world_size == 1:
-        return model
+        yield model
+        return
     devices = [distributed.device] if distributed.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    try:
+        yield parallel
+    finally:
+        # Whoever lets go of the process group last ends its threads. The reducer would do so without letting others
+        # into the interpreter, for which gloo's thread may be waiting to free the last barrier's tensors: for ever.
+        del parallel.reducer, parallel.logger
 
 
 def scheduled_learning_rate(cfg: DictConfig, step: int, steps_to_do: int) -> float:
