@@ -22,11 +22,11 @@ from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.modes import requires_grad
 from AutoEncoder.model.optimiser import build_adam
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from config.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
 from config.schema import AutoencoderConfig
 from evaluation.benchmarks.codebook import one_hot_step
 from evaluation.benchmarks.measuring import Report
+from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size
 from evaluation.benchmarks.training import Way, compare_and_time, gradients
 from evaluation.speed import autocast
 from train.distributed import choose_device
@@ -57,17 +57,16 @@ SCALES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this part."""
-    parser.add_argument("--batch-size", type=int, default=1, help="patches of a step (default: %(default)s)")
+    add_batch_size(parser, 1, "patches of a step")
     parser.add_argument("--no-perceptual", action="store_true", help="leaves the perceptual network out of all ways")
-    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes first")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+    add_compile(parser)
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> Report:
     """Compare, then time. UserError if the ways differ."""
     scale, device = SCALES[options.size], choose_device(options.device)
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+    check_batch_size(options)
     torch.manual_seed(0)
     patches = torch.rand(options.batch_size, 1, *(scale.patch,) * 3, device=device) * 2 - 1
     perceptual = [] if options.no_perceptual else [_random_perceptual().to(device)]

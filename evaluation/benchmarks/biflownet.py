@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from config.errors import UserError
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
 from evaluation.benchmarks.measuring import Report
+from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size, check_grid
 from evaluation.benchmarks.sample import SCALES, random_network
 from evaluation.benchmarks.training import Way, compare_and_time, gradients
 from evaluation.speed import autocast
@@ -29,21 +29,19 @@ GRIDS = {"paper": (16, 16, 16), "tiny": (8, 8, 8)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this part."""
     parser.add_argument("--grid", nargs=3, type=int, metavar="N", help="latent grid z x y (default: 16 16 16)")
-    parser.add_argument("--batch-size", type=int, default=1, help="latents of a step (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes first")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+    add_batch_size(parser, 1, "latents of a step")
+    add_compile(parser)
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> Report:
     """Compare, then time. UserError if the ways differ, or for a grid that the network can't do."""
     scale, device = SCALES[options.size], choose_device(options.device)
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+    check_batch_size(options)
     grid = tuple(options.grid or GRIDS[options.size])
     network = random_network(scale, device).train().requires_grad_(True)
     network.pos_embed.requires_grad_(False)
-    if any(extent < 1 or extent % multiple for extent, multiple in zip(grid, network.grid_multiple, strict=True)):
-        raise UserError(f"--grid {grid}: multiples of {tuple(network.grid_multiple)} are needed")
+    check_grid(grid, network)
     batch = _batch(network, options.batch_size, grid, device)
     plain_adam = torch.optim.Adam(network.parameters(), lr=LR, foreach=False)
     ours = Trained(network)

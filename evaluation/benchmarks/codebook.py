@@ -17,6 +17,7 @@ from torch import Tensor
 
 from AutoEncoder.model.codebook import Codebook
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
+from evaluation.benchmarks.options import add_device
 from train.distributed import choose_device
 
 TOLERANCE = 1e-3
@@ -36,7 +37,7 @@ SCALES = {"paper": Scale(8192, 8, (64, 8, 8, 8)), "tiny": Scale(64, 4, (2, 4, 4,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this part."""
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> Report:

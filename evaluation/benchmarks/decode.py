@@ -22,6 +22,7 @@ from config.loading import CONFIG_FOLDER, load_config
 from config.schema import AutoencoderConfig
 from dataset.volume_io import read_latent
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
+from evaluation.benchmarks.options import add_device
 from evaluation.decoding import decode
 from evaluation.metrics.seams import seam_index
 from train.checkpoints import load_autoencoder
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", type=int, help="edge of a tile in voxels (default: half the volume)")
     parser.add_argument("--AE-ckpt", type=Path, help="a trained autoencoder; needs --latents")
     parser.add_argument("--latents", type=Path, help="folder of its latents, of which the first is decoded")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> Report:

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from config.errors import UserError
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
+from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size, check_grid
 from evaluation.speed import CompiledDenoiser, autocast
 from train.distributed import choose_device
 
@@ -49,20 +49,18 @@ SCALES = {"paper": Scale(PAPER, (32, 32, 32), 2), "tiny": Scale(TINY, (8, 8, 8),
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this part."""
     parser.add_argument("--grid", nargs=3, type=int, metavar="N", help="latent grid z x y (default: 32 32 32)")
-    parser.add_argument("--batch-size", type=int, default=4, help="of the batched way (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes first")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+    add_batch_size(parser, 4, "of the batched way")
+    add_compile(parser)
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> Report:
     """Compare, then time. UserError if the ways differ, or for a grid that the network can't do."""
     scale, device = SCALES[options.size], choose_device(options.device)
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+    check_batch_size(options)
     grid = tuple(options.grid or scale.grid)
     network = random_network(scale, device)
-    if any(extent < 1 or extent % multiple for extent, multiple in zip(grid, network.grid_multiple, strict=True)):
-        raise UserError(f"--grid {grid}: multiples of {tuple(network.grid_multiple)} are needed")
+    check_grid(grid, network)
     ways = _ways(network, scale, grid, options, device)
 
     predictions = {name: (way.predict, way.tolerance) for name, way in ways.items()}

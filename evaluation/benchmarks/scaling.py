@@ -26,6 +26,7 @@ from config.schema import AutoencoderConfig, BiFlowNetConfig
 from dataset.phantoms import write_phantoms
 from dataset.volume_io import write_latent
 from evaluation.benchmarks.measuring import Report, Row, in_turn
+from evaluation.benchmarks.options import add_device
 from train.distributed import choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loop", choices=LOOPS, default="biflownet", help="(default: %(default)s)")
     parser.add_argument("--config", type=Path, help="of the training script (default: the demo's, small networks)")
     parser.add_argument("--processes", type=int, default=2, help="beside one (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto)")
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> Report:
