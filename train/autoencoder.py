@@ -40,6 +40,7 @@ from train.batches import close_loader
 from train.callbacks import RandomState, StepProgress, VolumeLogger
 from train.checkpoint_io import BackgroundCheckpointIO
 from train.checkpoints import build_autoencoder
+from train.compilation import compiling
 from train.logger import close_logger, get_logger
 from train.monitoring import JsonLinesLogger, TrainingMonitor
 from train.sample_check import check_volumes
@@ -124,20 +125,13 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
 
         # Train
         try:
-            with quiet_lightning():
+            with quiet_lightning(), compiling("model.compile", "set it to false"):
                 trainer.fit(model, monitor.meter.timed(train_loader), val_loader, ckpt_path=resume, weights_only=True)
         except TrainingStopped as stop:
             logger.info("%s at step %d: last.ckpt saved", stop, trainer.global_step)
             raise SystemExit(128 + stop.signal_number) from None
         except NotFinite as error:
             raise UserError(_describe(error, trainer, train_loader.batch_sampler)) from error
-        except Exception as error:
-            if not (cfg.model.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"model.compile: torch cannot compile on this machine ({reason}): set it to false"
-            ) from error
         trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
         work.wait()
         logger.info("finished at step %d: %s", trainer.global_step, checkpoints / "last.ckpt")

@@ -13,8 +13,11 @@ MOST_SHAPES = 64  # different shapes that are compiled, each for itself; torch r
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def compiling(option: str = "compile", remedy: str = "leave --compile out") -> Iterator[None]:
     """Around calls of compiled modules: the first call with each shape compiles.
+
+    Args:
+        option, remedy: what compiling was asked for by and how to go without, for the message.
 
     Raises:
         UserError: this machine can't compile.
@@ -24,4 +27,4 @@ def compiling() -> Iterator[None]:
             yield
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"compile: torch cannot compile on this machine ({reason}): leave --compile out") from error
+        raise UserError(f"{option}: torch cannot compile on this machine ({reason}): {remedy}") from error
