@@ -9,6 +9,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
+from AutoEncoder.model.optimiser import build_adam
 from ddpm.attention import PatchAttention
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.blocks import ConvBlock, downsample, upsample
@@ -148,7 +149,7 @@ def test_sampling_in_bf16_stays_in_bf16_on_small_grids():
 def trained_a_step(layout: torch.memory_format) -> tuple[nn.Module, TrainingState]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(2, 3, 3)).to(memory_format=layout)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    optimizer = build_adam(model.parameters(), 0.1, (0.9, 0.999), fused=True)
     state = TrainingState(model, EMA(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
     a_step(model, optimizer)
     return model, state

@@ -6,10 +6,9 @@ import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from train.checkpoints import load_biflownet_weights, load_checkpoint
 from train.ema import EMA
@@ -25,7 +24,7 @@ class TrainingState:
 
     model: nn.Module  # not wrapped in DistributedDataParallel
     ema: EMA
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # of `build_adam`, which brings loaded averages into the parameters' layout
     scaler: torch.amp.GradScaler
     step: int = 0  # optimiser steps done
     epoch: int = 0  # the epoch that the next step belongs to
@@ -115,7 +114,6 @@ class TrainingState:
         if len(indices) == len(order):
             averages = {name: saved["state"][i] for i, name in zip(indices, order, strict=True) if i in saved["state"]}
             averages = {name: item for name, item in averages.items() if item["exp_avg"].shape == own[name].shape}
-            averages = {name: _laid_out_as(own[name], item) for name, item in averages.items()}
         if missing := sum(parameter.requires_grad and name not in averages for name, parameter in own.items()):
             logger.warning(
                 "%s: no optimiser state for %d of %d parameters: theirs starts anew", path, missing, len(own)
@@ -123,15 +121,6 @@ class TrainingState:
         state = self.optimizer.state_dict()
         state["state"] = {i: averages[name] for i, name in enumerate(own) if name in averages}
         self.optimizer.load_state_dict(state)
-
-
-def _laid_out_as(parameter: Tensor, averages: dict[str, Any]) -> dict[str, Any]:
-    """Adam's averages of a parameter in its memory layout (`channels_last`), which fused Adam takes for granted."""
-    same_shape = {name: value for name, value in averages.items() if getattr(value, "shape", None) == parameter.shape}
-    return {
-        **averages,
-        **{name: torch.empty_like(parameter, device="cpu").copy_(value) for name, value in same_shape.items()},
-    }
 
 
 def random_state() -> dict:

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 
+from AutoEncoder.model.optimiser import build_adam  # noqa: E402
 from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
 from config.errors import UserError  # noqa: E402
 from config.schema import BiFlowNetConfig  # noqa: E402
@@ -112,7 +113,7 @@ def train(cfg: DictConfig) -> dict:
         if cfg.ckpt:
             load_biflownet_weights(model, cfg.ckpt, use_ema=False)  # refuses what does not fit before a folder is made
         diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=tuple(cfg.adam_betas), fused=True)
+        optimizer = build_adam(model.parameters(), cfg.lr, tuple(cfg.adam_betas), fused=True)
         use_scaler = cfg.enable_amp and cfg.amp_dtype == "fp16"
         state = TrainingState(
             model=model,

@@ -1,4 +1,4 @@
-"""Adam of the autoencoder's two optimisers, fused where it may be."""
+"""Adam, fused where it may be; the trainings of both networks use it."""
 
 from collections.abc import Iterable
 
