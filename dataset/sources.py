@@ -19,10 +19,10 @@ from dataset.geometry import (
     is_plausible_spacing,
     spacing_of,
 )
+from dataset.gzip_files import GZIP_MAGIC
 from dataset.index import walk_files
 from dataset.parallel import map_in_processes
 from dataset.volume_io import (
-    GZIP_MAGIC,
     HEADER_BYTES,
     NIFTI1_STARTS,
     NIFTI2_STARTS,

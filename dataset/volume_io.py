@@ -6,10 +6,7 @@ tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
 """
 
 import contextlib
-import gzip
-import io
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +14,18 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from isal import igzip, igzip_threaded, isal_zlib
 
 from config.errors import UserError
 from dataset.geometry import orientation_of, spacing_of
+from dataset.gzip_files import compress, read_bytes
 from dataset.intensity import RANGE_TOLERANCE, is_empty, to_model_range
-from dataset.parallel import num_cores
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-GZIP_MAGIC = b"\x1f\x8b"
 HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
 NIFTI1_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"))
 NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
 UNITS = {1: "meter", 2: "mm", 3: "micron"}  # codes of lengths; others are not defined
 LARGEST_CODE = 32767  # codes of scaled int16 volumes lie between its negative and it
-COMPRESSION_LEVEL = 1  # of ISA-L: files as small as zlib's level 1 makes them, in a seventh of the time
-COMPRESSION_THREADS = 4  # at most, since some writers are one of many processes
 
 
 class NotFiniteError(UserError):
@@ -116,7 +109,7 @@ def read_header(path: str | Path) -> Header:
     UserError: missing file, no NIfTI, cut off within the header, 2D, 4D, several channels, an empty axis.
     """
     path = Path(path)
-    content = _read_bytes(path, HEADER_BYTES)
+    content = read_bytes(path, HEADER_BYTES)
     header = _parse(path, content).header
     return _check_volume(_describe(path, header, content), header)
 
@@ -124,7 +117,7 @@ def read_header(path: str | Path) -> Header:
 def read_volume(path: str | Path) -> Volume:
     """A volume with the values it has on disk. UserError: as `read_header`, and truncated files, NaN or infinity."""
     path = Path(path)
-    content = _read_bytes(path)
+    content = read_bytes(path)
     image = _parse(path, content)
     header = _check_volume(_describe(path, image.header, content), image.header)
     array = _voxels(path, image).reshape(header.shape)
@@ -227,7 +220,7 @@ def _by_slice(array: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np
 def read_latent_header(path: str | Path) -> Header:
     """The header of a latent: NIfTI (d, h, w, C), TorchIO's (d, h, w, 1, C) or, with one channel, (d, h, w)."""
     path = Path(path)
-    content = _read_bytes(path, HEADER_BYTES)
+    content = read_bytes(path, HEADER_BYTES)
     header = _parse(path, content).header
     return _check_latent(_describe(path, header, content), header)
 
@@ -235,7 +228,7 @@ def read_latent_header(path: str | Path) -> Header:
 def read_latent(path: str | Path) -> torch.Tensor:
     """A latent (C, d, h, w), float32. UserError: as `read_volume`."""
     path = Path(path)
-    content = _read_bytes(path)
+    content = read_bytes(path)
     image = _parse(path, content)
     channels, *grid = _check_latent(_describe(path, image.header, content), image.header).latent_shape
     array = _voxels(path, image).reshape(*grid, channels)
@@ -319,23 +312,6 @@ def _size(shape: Sequence[int]) -> str:
 # Bytes
 
 
-def _read_bytes(path: Path, count: int | None = None) -> bytes:
-    """The uncompressed file, or its first `count` bytes. Reading it all also verifies the checksum."""
-    try:
-        with path.open("rb") as file:
-            compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-            file.seek(0)
-            reader = igzip.IGzipFile if count is None else gzip.GzipFile  # faster, but half a megabyte at a time
-            with reader(fileobj=file) if compressed else file as stream:
-                return stream.read(-1 if count is None else count)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: the file is truncated or damaged ({error}): copy or make it again") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     image_class = nib.Nifti2Image if content[:4] in NIFTI2_STARTS else nib.Nifti1Image
     try:
@@ -374,16 +350,7 @@ def _write(path: str | Path, image: nib.Nifti1Image) -> None:
         raise UserError(f"{path}: the name of a NIfTI file ends in .nii.gz")
     image.header["qform_code"], image.header["sform_code"] = 1, 1
     content = image.to_bytes()
-    write_atomically(path, _compress(content) if path.suffix == ".gz" else content)
-
-
-def _compress(content: bytes) -> memoryview:
-    """As one gzip member, the same whatever the number of threads, and without the time: equal images, equal files."""
-    stream = io.BytesIO()
-    threads = min(num_cores(), COMPRESSION_THREADS)
-    with igzip_threaded.open(stream, "wb", COMPRESSION_LEVEL, threads=threads) as file:
-        file.write(content)
-    return stream.getbuffer()
+    write_atomically(path, compress(content) if path.suffix == ".gz" else content)
 
 
 def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
