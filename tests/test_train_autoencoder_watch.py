@@ -164,3 +164,18 @@ def test_each_rank_goes_on_with_its_own_random_numbers(rank, world_size, expecte
     with torch.random.fork_rng():
         callback.on_train_start(SimpleNamespace(global_rank=rank, world_size=world_size), None)
         assert torch.equal(torch.get_rng_state(), ranks[expected]["cpu"])
+
+
+def test_no_rank_leaves_before_the_signals_checkpoint_is_written():
+    """Where one process ends, the launcher ends the one that still writes."""
+    done = []
+    work = SimpleNamespace(wait=lambda: done.append("written"))
+    trainer = SimpleNamespace(
+        save_checkpoint=lambda path, weights_only: done.append("saved"),
+        strategy=SimpleNamespace(barrier=lambda: done.append("all")),
+    )
+    watch = step_watch.StepWatch(None, work)
+    watch._received = signal.SIGTERM
+    with pytest.raises(step_watch.TrainingStopped):
+        watch._stop_if_asked(trainer)
+    assert done == ["saved", "written", "all"]

@@ -188,9 +188,9 @@ def test_a_full_disk_ends_the_run_soon(data, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "save_checkpoint", fail)
     advance = TrainingState.advance
     monkeypatch.setattr(TrainingState, "advance", lambda *args: time.sleep(0.2) or advance(*args))
-    with pytest.raises(UserError, match="BiFlowNet_0000002.pt: the checkpoint could not be written"):
-        train(runs.config(data, tmp_path, ckpt_every=2, max_steps=100))
-    assert runs.logged_steps(tmp_path / "000-BiFlowNet")[-1] < 10
+    with pytest.raises(UserError, match="BiFlowNet_0000005.pt: the checkpoint could not be written"):
+        train(runs.config(data, tmp_path, ckpt_every=5, max_steps=100))
+    assert runs.logged_steps(tmp_path / "000-BiFlowNet")[-1] < 10  # not as late as the next checkpoint
 
 
 def test_a_checkpoint_is_tried_though_the_one_before_failed(tmp_path, monkeypatch):
