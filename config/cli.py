@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from config.errors import UserError
+from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
 
 _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from config.errors import UserError
+from common.errors import UserError
 from config.validation import validate
 
 CONFIG_FOLDER = Path(__file__).resolve().parent

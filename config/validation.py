@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from config.errors import UserError
+from common.errors import UserError
 from config.schema import (
     AutoencoderConfig,
     BiFlowNetConfig,
@@ -21,7 +21,7 @@ from config.schema import (
 
 DEVICES = ("auto", "cpu", "cuda")
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
-FEATURE_NETWORKS = (  # those of evaluation/feature_networks.py
+FEATURE_NETWORKS = (  # those of evaluation/comparison/networks.py
     "medicalnet_resnet50",
     "imagenet_resnet50",
     "radimagenet_resnet50",

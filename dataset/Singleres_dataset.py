@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from config.errors import UserError
-from dataset.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
-from dataset.intensity import MODEL_RANGE, check_intensity_range
-from dataset.latent_cache import LatentCache
-from dataset.sampling import SampleKey
-from dataset.volume_io import read_header, read_latent, read_latent_header, read_model_volume
+from common.errors import UserError
+from dataset.cache.latents import LatentCache
+from dataset.order.epochs import SampleKey
+from dataset.volumes.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
+from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
+from dataset.volumes.volume_io import read_header, read_latent, read_latent_header, read_model_volume
 
 RECORD_NAME = "latents.json"  # in each folder of latents: which autoencoder made them
 RESOLUTION_UNIT = 64  # the model is told resolution / 64

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from dataset.index import list_volumes
-from dataset.intensity import MODEL_RANGE, check_intensity_range
-from dataset.volume_io import read_header, read_model_volume, read_volume
+from dataset.volumes.index import list_volumes
+from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
+from dataset.volumes.volume_io import read_header, read_model_volume, read_volume
 
 
 class GenerateTrData_dataset(Dataset):

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config.errors import UserError
-from dataset.cache import VolumeCache
-from dataset.crops import CroppedVolume
-from dataset.geometry import crop_affine
-from dataset.index import read_dataset_folders
-from dataset.intensity import MODEL_RANGE, check_intensity_range
-from dataset.sampling import EpochDataset, augment, centre_crop_start, random_crop
-from dataset.split import split_dataset
-from dataset.volume_io import read_header, read_model_volume
+from common.errors import UserError
+from dataset.cache.crops import CroppedVolume
+from dataset.cache.volumes import VolumeCache
+from dataset.order.epochs import EpochDataset, augment, centre_crop_start, random_crop
+from dataset.order.split import split_dataset
+from dataset.volumes.geometry import crop_affine
+from dataset.volumes.index import read_dataset_folders
+from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
+from dataset.volumes.volume_io import read_header, read_model_volume
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class VQGANDataset(EpochDataset):
         val_fraction: share of each class's files in "val"; 0 leaves it empty.
         split_seed: seed of that choice.
         subject_pattern: regular expression that finds a file's subject in its path, so that no subject is on both
-            sides (see `dataset/split.py`); None: every file is a subject.
+            sides (see `dataset/order/split.py`); None: every file is a subject.
         seed: seed of crops and augmentation.
         background_keep: probability of keeping a stage-1 patch with less than 10 % foreground; 1 keeps all but patches
             of nothing but background, which are never given.

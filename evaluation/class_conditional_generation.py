@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config.script import run_script  # noqa: E402
-from evaluation.generation import run  # noqa: E402
+from common.script import run_script  # noqa: E402
+from evaluation.generation.run import run  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config.errors import UserError  # noqa: E402
-from config.script import run_script  # noqa: E402
-from evaluation.demo_report import write_report  # noqa: E402
-from train.checkpoints import newest_checkpoint  # noqa: E402
+from common.checkpoint_files import newest_checkpoint  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.script import run_script  # noqa: E402
+from evaluation.results.demo_figures import write_report  # noqa: E402
 
 PHANTOMS = {False: (40, 16), True: (6, 6)}  # short? -> training and held-out phantoms per class
 # What --short changes; everything else is as in the demo proper.

@@ -23,15 +23,16 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.errors import UserError  # noqa: E402
+from common.log import get_logger  # noqa: E402
+from common.processes import PATIENCE, Distributed, cleanup, setup  # noqa: E402
+from common.script import run_script  # noqa: E402
 from config.cli import GENERATION_METRICS_FLAGS, parse_command_line  # noqa: E402
-from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import GenerationMetricsConfig  # noqa: E402
-from config.script import run_script  # noqa: E402
-from evaluation.feature_extraction import SetFeatures, extract  # noqa: E402
-from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks, describe_networks  # noqa: E402
-from evaluation.generation_definitions import DEFINITIONS  # noqa: E402
-from evaluation.generation_figures import (  # noqa: E402
+from evaluation.comparison.definitions import DEFINITIONS  # noqa: E402
+from evaluation.comparison.features import SetFeatures, extract  # noqa: E402
+from evaluation.comparison.figures import (  # noqa: E402
     Memorisation,
     Sampling,
     Strata,
@@ -42,16 +43,26 @@ from evaluation.generation_figures import (  # noqa: E402
     memorisation_figures,
     memorisation_of,
 )
-from evaluation.generation_pictures import nearest_picture, side_by_side  # noqa: E402
-from evaluation.generation_warnings import (  # noqa: E402
+from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks  # noqa: E402
+from evaluation.comparison.pairs import PairScores, pair_scores  # noqa: E402
+from evaluation.comparison.pictures import nearest_picture, side_by_side  # noqa: E402
+from evaluation.comparison.sets import (  # noqa: E402
+    ALL,
+    Group,
+    check_ranges,
+    group_volumes,
+    on_one_grid,
+    read_groups,
+    sample_ranges,
+)
+from evaluation.comparison.warnings import (  # noqa: E402
     content_warnings,
     distance_warnings,
     diversity_warning,
     memorisation_warnings,
 )
 from evaluation.metrics.reconstruction import num_scales_of  # noqa: E402
-from evaluation.pair_similarity import PairScores, pair_scores  # noqa: E402
-from evaluation.results import (  # noqa: E402
+from evaluation.results.results import (  # noqa: E402
     Figure,
     Results,
     TextTable,
@@ -62,17 +73,6 @@ from evaluation.results import (  # noqa: E402
     settings_of,
     write_csv,
 )
-from evaluation.volume_sets import (  # noqa: E402
-    ALL,
-    Group,
-    check_ranges,
-    group_volumes,
-    on_one_grid,
-    read_groups,
-    sample_ranges,
-)
-from train.distributed import PATIENCE, Distributed, cleanup, setup  # noqa: E402
-from train.logger import get_logger  # noqa: E402
 
 KIND = "generation"
 MEMORISATION_FILE = "memorisation.csv"

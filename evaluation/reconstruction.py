@@ -27,13 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from AutoEncoder.model.lpips import MIN_EXTENT, TriplanarLPIPS  # noqa: E402
 from AutoEncoder.model.PatchVolume import patchvolumeAE  # noqa: E402
+from common.checkpoint_files import load_autoencoder  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.log import get_logger  # noqa: E402
+from common.precision import exact_float32  # noqa: E402
+from common.processes import PATIENCE, cleanup, setup  # noqa: E402
+from common.script import run_script  # noqa: E402
 from config.cli import RECONSTRUCTION_FLAGS, parse_command_line  # noqa: E402
-from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import ReconstructionConfig  # noqa: E402
-from config.script import run_script  # noqa: E402
-from dataset.pictures import central_slices  # noqa: E402
-from evaluation.reconstruction_checks import (  # noqa: E402
+from dataset.volumes.pictures import central_slices  # noqa: E402
+from evaluation.autoencoding.measures import COUNTS, measure, reconstruct  # noqa: E402
+from evaluation.autoencoding.plan import (  # noqa: E402
     ROLE,
     Checkpoint,
     Plan,
@@ -43,15 +48,10 @@ from evaluation.reconstruction_checks import (  # noqa: E402
     read_all,
     too_little,
 )
-from evaluation.reconstruction_metrics import COUNTS, measure, reconstruct  # noqa: E402
-from evaluation.reconstruction_results import Measured, write_results  # noqa: E402
-from evaluation.result_cache import Arrays, ResultCache, Work, do_work  # noqa: E402
-from evaluation.results import Results, cache_folder, make_folders  # noqa: E402
-from evaluation.speed import exact_float32  # noqa: E402
-from evaluation.volume_sets import Group, SetVolume, list_refused  # noqa: E402
-from train.checkpoints import load_autoencoder  # noqa: E402
-from train.distributed import PATIENCE, cleanup, setup  # noqa: E402
-from train.logger import get_logger  # noqa: E402
+from evaluation.autoencoding.tables import Measured, write_results  # noqa: E402
+from evaluation.comparison.sets import Group, SetVolume, list_refused  # noqa: E402
+from evaluation.results.results import Results, cache_folder, make_folders  # noqa: E402
+from evaluation.results.work import Arrays, ResultCache, Work, do_work  # noqa: E402
 
 VERSION = 1  # of what is kept of a volume; rises when the same settings give other numbers
 

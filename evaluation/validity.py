@@ -26,25 +26,30 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.checkpoint_files import load_autoencoder  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.log import get_logger  # noqa: E402
+from common.processes import PATIENCE, Distributed, cleanup, setup  # noqa: E402
+from common.script import run_script  # noqa: E402
 from config.cli import VALIDITY_FLAGS, parse_command_line  # noqa: E402
-from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import ValidityConfig  # noqa: E402
-from config.script import run_script  # noqa: E402
-from evaluation.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures  # noqa: E402
-from evaluation.feature_extraction import SetFeatures, extract  # noqa: E402
-from evaluation.feature_networks import VOLUME, FeatureNetwork, build_networks, describe_networks  # noqa: E402
-from evaluation.generation_figures import (  # noqa: E402
+from evaluation.comparison.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures  # noqa: E402
+from evaluation.comparison.features import SetFeatures, extract  # noqa: E402
+from evaluation.comparison.figures import (  # noqa: E402
     Sampling,
     diversity_figures,
     memorisation_figures,
     memorisation_of,
 )
-from evaluation.generation_warnings import diversity_warning, memorisation_warnings  # noqa: E402
+from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks  # noqa: E402
+from evaluation.comparison.pairs import pair_scores  # noqa: E402
+from evaluation.comparison.sets import Group, SetVolume, list_set, on_one_grid, read_groups  # noqa: E402
+from evaluation.comparison.warnings import diversity_warning, memorisation_warnings  # noqa: E402
+from evaluation.generation.record import file_sha256  # noqa: E402
 from evaluation.metrics.distances import frechet_distance  # noqa: E402
 from evaluation.metrics.intervals import random_halves, subsampling_interval  # noqa: E402
-from evaluation.pair_similarity import pair_scores  # noqa: E402
-from evaluation.results import (  # noqa: E402
+from evaluation.results.results import (  # noqa: E402
     Curves,
     Figure,
     Results,
@@ -55,11 +60,6 @@ from evaluation.results import (  # noqa: E402
     make_folders,
     settings_of,
 )
-from evaluation.volume_record import file_sha256  # noqa: E402
-from evaluation.volume_sets import Group, SetVolume, list_set, on_one_grid, read_groups  # noqa: E402
-from train.checkpoints import load_autoencoder  # noqa: E402
-from train.distributed import PATIENCE, Distributed, cleanup, setup  # noqa: E402
-from train.logger import get_logger  # noqa: E402
 
 LEAST = 6  # real volumes of a class: three parts of two
 SAME = 1e-6  # relative difference that the order of summation makes

@@ -7,10 +7,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from common.checkpoint_files import load_checkpoint
 from config.loading import load_config
 from config.schema import AutoencoderConfig
-from dataset.volume_io import write_volume
-from train.checkpoints import load_checkpoint
+from dataset.volumes.volume_io import write_volume
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -10,11 +10,12 @@ import torch
 from configs import tiny_autoencoder
 from omegaconf import DictConfig
 
+from common import log as logger
+from common.checkpoint_files import build_autoencoder, load_checkpoint, save_checkpoint
 from config.cli import BIFLOWNET_FLAGS, parse_command_line
 from config.schema import BiFlowNetConfig
-from dataset.volume_io import write_latent
-from train import logger, run_folder
-from train.checkpoints import build_autoencoder, load_checkpoint, save_checkpoint
+from dataset.volumes.volume_io import write_latent
+from train.diffusion import run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "train_BiFlowNet_SingleRes.py"

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from common.processes import Distributed, choose_device
 from config.loading import load_config
 from config.schema import ValidityConfig
-from dataset.geometry import affine_from_spacing
-from dataset.volume_io import write_volume
-from evaluation import feature_extraction, pair_similarity
+from dataset.volumes.geometry import affine_from_spacing
+from dataset.volumes.volume_io import write_volume
+from evaluation.comparison import features as feature_extraction
+from evaluation.comparison import pairs as pair_similarity
 from evaluation.generation_metrics import main
-from evaluation.results import read_results
-from train.distributed import Distributed, choose_device
+from evaluation.results.results import read_results
 
 PLACE = Distributed(0, 0, 1, choose_device("cpu"))
 

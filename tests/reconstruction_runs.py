@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from generation_models import save_models
 
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.loading import load_config
 from config.schema import ReconstructionConfig
-from dataset.geometry import affine_from_spacing
-from dataset.volume_io import write_volume
-from evaluation.reconstruction_metrics import METRICS
-from train.checkpoints import load_checkpoint, save_checkpoint
+from dataset.volumes.geometry import affine_from_spacing
+from dataset.volumes.volume_io import write_volume
+from evaluation.autoencoding.measures import METRICS
 
 NAMES = {metric.title: name for name, metric in METRICS.items()}  # title in results -> name in the table of volumes
 

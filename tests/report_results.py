@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.pictures import save_slice_grid
-from evaluation.results import Curves, Figure, Floor, Picture, Results, Series, TextTable
+from dataset.volumes.pictures import save_slice_grid
+from evaluation.results.results import Curves, Figure, Floor, Picture, Results, Series, TextTable
 
 EVIL = "<b>$x</b> & \"quoted\" 'class'"
 

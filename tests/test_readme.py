@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from dicom_files import write_series
 
-from dataset.manifest import read_manifest
+from dataset.preparation.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
 TINY_AUTOENCODER = (

@@ -10,10 +10,10 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.geometry import affine_from_spacing
-from dataset.pictures import PLANES, central_slices, save_slice_grid
-from dataset.volume_io import write_volume
-from train.background import BackgroundWork
+from dataset.volumes.geometry import affine_from_spacing
+from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
+from dataset.volumes.volume_io import write_volume
+from train.loop.background import BackgroundWork
 
 
 class VolumeLogger(Callback):

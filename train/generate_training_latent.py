@@ -23,19 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from AutoEncoder.latents import normalise_latents  # noqa: E402
 from AutoEncoder.patches import padded_size  # noqa: E402
+from common.checkpoint_files import load_autoencoder  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.log import get_logger  # noqa: E402
+from common.processes import Distributed, cleanup, setup  # noqa: E402
+from common.script import run_script  # noqa: E402
 from config.cli import LATENT_FLAGS, Flag, parse_command_line  # noqa: E402
-from config.errors import UserError  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import LatentConfig  # noqa: E402
-from config.script import run_script  # noqa: E402
-from dataset.index import latent_folder  # noqa: E402
+from dataset.checking.before_training import check_volumes  # noqa: E402
 from dataset.Singleres_dataset import Singleres_dataset  # noqa: E402
-from dataset.volume_io import read_latent, write_latent  # noqa: E402
-from train.checkpoints import load_autoencoder  # noqa: E402
-from train.distributed import Distributed, cleanup, setup  # noqa: E402
-from train.latent_record import make_record, start_folder  # noqa: E402
-from train.logger import get_logger  # noqa: E402
-from train.sample_check import check_volumes  # noqa: E402
+from dataset.volumes.index import latent_folder  # noqa: E402
+from dataset.volumes.volume_io import read_latent, write_latent  # noqa: E402
+from train.latents.record import make_record, start_folder  # noqa: E402
 
 FLAGS = (*LATENT_FLAGS, Flag("--sliding-window"), Flag("--intensity-range"))
 

@@ -25,37 +25,37 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 
-from AutoEncoder.model.optimiser import build_adam  # noqa: E402
-from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
-from config.errors import UserError  # noqa: E402
-from config.schema import BiFlowNetConfig  # noqa: E402
-from config.script import run_script  # noqa: E402
-from dataset.locks import lock_folder  # noqa: E402
-from dataset.sampling import EpochSampler  # noqa: E402
-from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa: E402
-from ddpm.diffusion import GaussianDiffusion  # noqa: E402
-from train import run_folder  # noqa: E402
-from train.agreement import Agreement  # noqa: E402
-from train.background import BackgroundWork  # noqa: E402
-from train.batches import GlobalBatchSampler, close_loader, endless, make_cache, make_loader  # noqa: E402
-from train.checkpoints import (  # noqa: E402
+from common.checkpoint_files import (  # noqa: E402
     build_biflownet,
     load_biflownet_weights,
     newest_checkpoint,
 )
-from train.checks import check_data, check_grid, check_options, known_autoencoder, load_matching_autoencoder  # noqa: E402
-from train.compilation import compiling  # noqa: E402
-from train.distributed import Distributed, cleanup, setup  # noqa: E402
-from train.early_warnings import DataBound  # noqa: E402
-from train.ema import EMA  # noqa: E402
-from train.logger import MetricsWriter, close_logger, get_logger  # noqa: E402
-from train.meter import LoopMeter  # noqa: E402
-from train.noise import draw  # noqa: E402
-from train.preview import Previews  # noqa: E402
-from train.sample_check import check_latents  # noqa: E402
-from train.saving import Saving  # noqa: E402
-from train.signals import StopRequest  # noqa: E402
-from train.state import TrainingState  # noqa: E402
+from common.compilation import compiling  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.files import lock_folder  # noqa: E402
+from common.log import MetricsWriter, close_logger, get_logger  # noqa: E402
+from common.optimiser import build_adam  # noqa: E402
+from common.processes import Distributed, cleanup, setup  # noqa: E402
+from common.script import run_script  # noqa: E402
+from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
+from config.schema import BiFlowNetConfig  # noqa: E402
+from dataset.checking.before_training import check_latents  # noqa: E402
+from dataset.order.epochs import EpochSampler  # noqa: E402
+from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa: E402
+from ddpm.diffusion import GaussianDiffusion  # noqa: E402
+from train.diffusion import run_folder  # noqa: E402
+from train.diffusion.agreement import Agreement  # noqa: E402
+from train.diffusion.batches import GlobalBatchSampler, close_loader, endless, make_cache, make_loader  # noqa: E402
+from train.diffusion.checks import check_data, check_grid, check_options, known_autoencoder, load_matching_autoencoder  # noqa: E402
+from train.diffusion.draws import draw  # noqa: E402
+from train.diffusion.ema import EMA  # noqa: E402
+from train.diffusion.preview import Previews  # noqa: E402
+from train.diffusion.saving import Saving  # noqa: E402
+from train.diffusion.state import TrainingState  # noqa: E402
+from train.loop.background import BackgroundWork  # noqa: E402
+from train.loop.early_warnings import DataBound  # noqa: E402
+from train.loop.meter import LoopMeter  # noqa: E402
+from train.loop.signals import StopRequest  # noqa: E402
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Scale of the fp16 loss below which halving it further cannot help: the gradients themselves are not finite.

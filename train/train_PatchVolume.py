@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.script import run_script  # noqa: E402
 from config.cli import parse_command_line  # noqa: E402
 from config.schema import AutoencoderConfig  # noqa: E402
-from config.script import run_script  # noqa: E402
-from train.autoencoder import train  # noqa: E402
+from train.autoencoder.training import train  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:

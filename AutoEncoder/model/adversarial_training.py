@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, feature_matching_loss, generator_loss
 from AutoEncoder.model.modes import requires_grad
-from AutoEncoder.model.optimiser import build_adam
+from common.optimiser import build_adam
 
 
 class AdversarialTraining(pl.LightningModule):
     """The training half of `patchvolumeAE`, which has the networks and `forward`; volumes are (B, C, D, H, W).
 
     A step takes nothing back from the device, so that a GPU is never waited for. What could have gone wrong lies in
-    `watched`, for a callback to read (`train/step_watch.py`).
+    `watched`, for a callback to read (`train/autoencoder/step_watch.py`).
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from AutoEncoder.model.convolution import Conv3d
+from common.convolution import Conv3d
 
 MAX_WIDTH = 512
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from AutoEncoder.model.convolution import Conv3d, ConvTranspose3d
+from common.convolution import Conv3d, ConvTranspose3d
 
 ATTENTION_HEADS = 4
 ATTENTION_HEAD_DIM = 32

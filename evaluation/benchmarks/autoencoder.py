@@ -20,16 +20,16 @@ from torch.overrides import TorchFunctionMode
 from AutoEncoder.model.discriminator import feature_matching_loss, generator_loss, hinge_d_loss
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.modes import requires_grad
-from AutoEncoder.model.optimiser import build_adam
 from AutoEncoder.model.PatchVolume import patchvolumeAE
+from common.optimiser import build_adam
+from common.precision import autocast
+from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
 from config.schema import AutoencoderConfig
 from evaluation.benchmarks.codebook import one_hot_step
 from evaluation.benchmarks.measuring import Report
 from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size
 from evaluation.benchmarks.training import Way, compare_and_time, gradients
-from evaluation.speed import autocast
-from train.distributed import choose_device
 
 LR, BETAS = 3e-4, (0.5, 0.9)
 # Of the gradients, relative. Rounding turns the signs that L1 losses have for gradients where a difference is near

@@ -12,14 +12,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from common.precision import autocast
+from common.processes import choose_device
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
 from evaluation.benchmarks.measuring import Report
 from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size, check_grid
 from evaluation.benchmarks.sample import SCALES, random_network
 from evaluation.benchmarks.training import Way, compare_and_time, gradients
-from evaluation.speed import autocast
-from train.distributed import choose_device
 
 LR = 1e-4
 TOLERANCE, HALF_TOLERANCE = 2e-3, 0.2  # of the gradients, relative

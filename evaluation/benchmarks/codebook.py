@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from AutoEncoder.model.codebook import Codebook
+from common.processes import choose_device
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
 from evaluation.benchmarks.options import add_device
-from train.distributed import choose_device
 
 TOLERANCE = 1e-3
 

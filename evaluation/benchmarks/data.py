@@ -24,16 +24,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config.errors import UserError
-from dataset.cache import FileCache, VolumeCache
-from dataset.latent_cache import LatentCache
+from common.errors import UserError
+from dataset.cache.latents import LatentCache
+from dataset.cache.volumes import FileCache, VolumeCache
+from dataset.order.epochs import SampleKey, sample_generator
 from dataset.phantoms import write_phantoms
-from dataset.sampling import SampleKey, sample_generator
 from dataset.Singleres_dataset import Singleres_dataset
-from dataset.volume_io import write_latent
+from dataset.volumes.volume_io import write_latent
 from dataset.vqgan import VQGANDataset
 from evaluation.benchmarks.measuring import Report, Row, in_turn
-from train.batches import close_loader, make_loader
+from train.diffusion.batches import close_loader, make_loader
 
 INT16_TOLERANCE = 2e-5
 PARITY_EPOCHS = 2

@@ -16,17 +16,17 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from AutoEncoder.decoding import decode
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from config.errors import UserError
+from common.checkpoint_files import load_autoencoder
+from common.errors import UserError
+from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
 from config.schema import AutoencoderConfig
-from dataset.volume_io import read_latent
+from dataset.volumes.volume_io import read_latent
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
 from evaluation.benchmarks.options import add_device
-from evaluation.decoding import decode
 from evaluation.metrics.seams import seam_index
-from train.checkpoints import load_autoencoder
-from train.distributed import choose_device
 
 TOLERANCE, HALF_TOLERANCE = 5e-3, 0.5  # largest difference, in standard deviations; another layout has other kernels
 UNLIMITED = 10**15

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from config.errors import UserError
-from evaluation.speed import clock
+from common.errors import UserError
+from common.precision import clock
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from config.errors import UserError
+from common.errors import UserError
 from ddpm.BiFlowNet import BiFlowNet
 
 

@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from common.precision import CompiledDenoiser, autocast
+from common.processes import choose_device
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
 from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size, check_grid
-from evaluation.speed import CompiledDenoiser, autocast
-from train.distributed import choose_device
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.3  # largest difference, in standard deviations
 

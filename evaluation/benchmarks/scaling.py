@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from config.errors import UserError
+from common.errors import UserError
+from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
 from config.schema import AutoencoderConfig, BiFlowNetConfig
 from dataset.phantoms import write_phantoms
-from dataset.volume_io import write_latent
+from dataset.volumes.volume_io import write_latent
 from evaluation.benchmarks.measuring import Report, Row, in_turn
 from evaluation.benchmarks.options import add_device
-from train.distributed import choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"paper": 15, "tiny": 4}  # logged in each interval, of which the second counts

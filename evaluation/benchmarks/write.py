@@ -16,9 +16,9 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
-from config.errors import UserError
+from common.errors import UserError
 from dataset.phantoms import write_phantoms
-from dataset.volume_io import int16_scale, read_volume, write_volume
+from dataset.volumes.volume_io import int16_scale, read_volume, write_volume
 from evaluation.benchmarks.measuring import Report, Row, in_turn, timed
 
 EDGES = {"paper": 256, "tiny": 32}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from config.errors import UserError
+from common.errors import UserError
 
 ROWS_AT_ONCE = 1024  # of a matrix of distances
 PAIRS_AT_ONCE = 4096  # of vectors whose difference is taken: 64 MB of 2048 features

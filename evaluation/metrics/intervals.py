@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config.errors import UserError
+from common.errors import UserError
 
 
 def bootstrap_interval(

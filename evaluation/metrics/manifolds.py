@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from config.errors import UserError
+from common.errors import UserError
 from evaluation.metrics.distances import check_sets, squared_distance_rows
 
 TIE = 1 + 1e-9  # of a squared distance: a vector on the border of a ball is inside, whatever rounding says

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from config.errors import UserError
+from common.errors import UserError
 
 WINDOW_EDGE = 11  # voxels
 WINDOW_SIGMA = 1.5  # voxels

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from config.errors import UserError
+from common.errors import UserError
 
 
 def seam_index(volume: Tensor, edge: int) -> float:

@@ -1,0 +1,126 @@
+"""Process set-up for training: one process, several on a node or several nodes, on CPU (gloo) or GPU (nccl).
+
+`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it a script is a world of one process and no process group
+is made. Devices go by LOCAL_RANK, the process's place on its own node, so several nodes work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_distributed
+
+from common.errors import UserError
+
+Result = TypeVar("Result")
+# For work that is shared out by volume: a process that is done waits for those whose volumes are larger.
+PATIENCE = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """One process's place among those that train together."""
+
+    rank: int  # among all processes
+    local_rank: int  # among those of this node
+    world_size: int  # number of processes
+    device: torch.device  # where this process computes
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def maximum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum over the ranks, on every rank, in place."""
+        if self.world_size > 1:
+            torch_distributed.all_reduce(values, op=torch_distributed.ReduceOp.MAX)
+        return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise mean over the ranks, on every rank, in place."""
+        if self.world_size > 1:
+            torch_distributed.all_reduce(values, op=torch_distributed.ReduceOp.SUM)
+            values /= self.world_size
+        return values
+
+    def gather(self, item: object) -> list:
+        """Each rank's `item` (anything picklable), in rank order, on every rank."""
+        if self.world_size == 1:
+            return [item]
+        items: list = [None] * self.world_size
+        torch_distributed.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Never around work that takes long on one of them."""
+        if self.world_size > 1:
+            torch_distributed.barrier()
+
+    def on_main(self, function: Callable[[], Result], share: bool = True) -> Result | None:
+        """Call `function` on rank 0 only; a UserError of it is raised on every rank.
+
+        Every rank gets its picklable result, or with `share=False` rank 0 its result and the others None.
+        """
+        result, message = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as error:
+                message = str(error)
+        if self.world_size > 1:
+            shared = [result if share else None, message]
+            torch_distributed.broadcast_object_list(shared, src=0)
+            result, message = (shared[0] if share else result), shared[1]
+        if message is not None:
+            raise UserError(message)
+        return result
+
+
+def setup(device: str = "auto", timeout: timedelta | None = None) -> Distributed:
+    """Join the process group that torchrun's environment describes, or none for a lone process.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        timeout: how long a process waits for the others before it gives up; None: torch's default, some minutes.
+
+    Raises:
+        UserError: CUDA is demanded and there is none, or a node has fewer GPUs than processes.
+    """
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    torch_device = choose_device(device, local_rank)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    if world_size > 1:
+        backend = "nccl" if torch_device.type == "cuda" else "gloo"
+        torch_distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    return Distributed(rank, local_rank, world_size, torch_device)
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device of the process at place `local_rank` of its node; errors as in `setup`."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: got {device!r}, expected auto, cpu or cuda")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("device: cuda is demanded and this machine has no usable GPU; use device=cpu or device=auto")
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"world size that doesn't fit: process {local_rank} of this node has no GPU, the node has "
+            f"{torch.cuda.device_count()}; start torchrun with --nproc-per-node {torch.cuda.device_count()} or less"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def cleanup() -> None:
+    """Leave the process group, if there is one."""
+    if torch_distributed.is_available() and torch_distributed.is_initialized():
+        torch_distributed.destroy_process_group()

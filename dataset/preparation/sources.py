@@ -1,0 +1,238 @@
+"""The volumes in a folder tree of a hospital's files: NIfTI files and DICOM series, found by their content."""
+
+import gzip
+import hashlib
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.parallel import map_in_processes
+from dataset.preparation.dicom import Series, Slice, check_series, group_series, is_dicom, read_slice, read_stack
+from dataset.volumes.geometry import (
+    LARGEST_SPACING_MM,
+    SMALLEST_SPACING_MM,
+    affine_of_orientation,
+    is_plausible_spacing,
+    spacing_of,
+)
+from dataset.volumes.gzip_files import GZIP_MAGIC
+from dataset.volumes.index import walk_files
+from dataset.volumes.volume_io import (
+    HEADER_BYTES,
+    NIFTI1_STARTS,
+    NIFTI2_STARTS,
+    NIFTI_SUFFIXES,
+    Header,
+    read_header,
+    read_volume,
+    tensor_to_nifti,
+)
+
+MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One volume before preprocessing: a NIfTI file, or a DICOM series.
+
+    name: its path below the input folder, without suffix; of a series the folder and its number and key.
+    files: what it consists of. series: None for NIfTI.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    series: Series | None = None
+
+    @property
+    def title(self) -> str:
+        """What `select` is searched in: the path below the input folder, and of a series its folder and description."""
+        return f"{Path(self.name).parent} {self.series.description}" if self.series else self.name
+
+    @property
+    def label(self) -> str:
+        """For messages: where the source lies."""
+        return self.series.label if self.series else str(self.files[0])
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A volume as it was measured.
+
+    data: (X, Y, Z) float32, axes as stored; affine: voxels to mm in RAS, (4, 4); notes: what was handled on reading.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Found:
+    """What a folder tree holds. failed: (file, reason) of damaged files; num_other: files of other kinds."""
+
+    sources: list[Source] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    num_other: int = 0
+
+
+# Finding
+
+
+def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
+    """All NIfTI files and DICOM series below a folder, by their content, whatever their names; sorted by name.
+
+    A file that is named as NIfTI counts as one, so that a damaged one is not passed over. Hidden files are left out.
+    UserError: no such folder, or nothing of either kind in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"input: {folder}: no such folder")
+    files = [path for path in walk_files(folder) if path.name != "DICOMDIR"]
+    found, slices = Found(), []
+    looks = dict(map_in_processes(_look, files, num_workers, "looking at files", unit="file"))
+    for index, path in enumerate(files):
+        look = looks[index]
+        if isinstance(look, Slice):
+            slices.append(look)
+        elif look == "nifti":
+            found.sources.append(Source(_stem(path.relative_to(folder)), (path,)))
+        elif look is None:
+            found.num_other += 1
+        else:
+            found.failed.append((str(path), look.removeprefix(f"{path}: ")))
+    for series in group_series(slices):
+        place = series.folder.relative_to(folder) / f"series{series.slices[0].number:03d}_{series.key}"
+        found.sources.append(Source(place.as_posix(), tuple(image.path for image in series.slices), series))
+    if not found.sources and not found.failed:
+        raise UserError(f"input: {folder}: no NIfTI file and no DICOM image below it ({len(files)} other files)")
+    found.sources.sort(key=lambda source: source.name)
+    return found
+
+
+def _look(path: Path) -> Slice | str | None:
+    """A DICOM image's header, "nifti", None for anything else, or what is wrong with the file."""
+    try:
+        start = _first_bytes(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if start[:4] in (*NIFTI1_STARTS, *NIFTI2_STARTS) or path.name.endswith(NIFTI_SUFFIXES):
+        return "nifti"
+    if not is_dicom(start):
+        return None
+    try:
+        return read_slice(path)
+    except UserError as error:
+        return str(error)
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        start = file.read(HEADER_BYTES)
+        if start[:2] != GZIP_MAGIC:
+            return start
+        file.seek(0)
+        try:
+            return gzip.GzipFile(fileobj=file).read(HEADER_BYTES)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            return start
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"\.nii(\.gz)?$", "", path.as_posix())
+
+
+# Reading
+
+
+def read_source(source: Source, orientation: str | None = None) -> Scan:
+    """The voxels of a source, after the check that it is a volume whose geometry is known.
+
+    orientation: axes of NIfTI files that don't say theirs, e.g. "LPS" (towards which x, y and z rise); None refuses
+        such files.
+    NotAVolume, UserError: as `dicom.check_series`, `dicom.read_stack` and `volume_io.read_volume`; NIfTI files without
+    orientation, with a spacing that is zero or no plausible size in mm.
+    """
+    if source.series is None:
+        return _read_nifti(source.files[0], orientation)
+    stack = check_series(source.series)
+    data = read_stack(stack)
+    if not np.isfinite(data).all():
+        raise UserError(f"{source.label}: NaN or infinite voxels")
+    return Scan(data, _plausible(stack.affine, source.label), stack.notes)
+
+
+def check_source(source: Source, orientation: str | None = None) -> None:
+    """What can be said of a source by its headers alone. NotAVolume, UserError: as `read_source`."""
+    if source.series is None:
+        _nifti_affine(read_header(source.files[0]), orientation)
+    else:
+        _plausible(check_series(source.series).affine, source.label)
+
+
+def _read_nifti(path: Path, orientation: str | None) -> Scan:
+    volume = read_volume(path)
+    affine, notes = _nifti_affine(volume.header, orientation)
+    data = tensor_to_nifti(volume.data[0]).numpy()  # (X, Y, Z)
+    return Scan(data, affine, notes)
+
+
+def _nifti_affine(header: Header, orientation: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The affine in mm, and what was handled to get it."""
+    path, notes, affine = header.path, [], header.affine
+    if not header.is_oriented:
+        if orientation is None:
+            raise UserError(
+                f"{path}: no orientation (qform and sform code are 0): which side is left is not known; if you know, "
+                "give assume_orientation, e.g. --assume-orientation LPS"
+            )
+        affine = affine_of_orientation(orientation, header.spacing_mm)
+        notes.append(f"orientation assumed to be {orientation}")
+    if 0 in header.spacing_mm:
+        raise UserError(f"{path}: a spacing of 0 in the header ({_mm(header.spacing_mm)}): correct it")
+    if header.unit not in ("mm", "unknown"):
+        affine = np.diag([*[MM_PER_UNIT[header.unit]] * 3, 1.0]) @ affine
+        notes.append(f"header in {header.unit}, converted to mm")
+    return _plausible(affine, str(path)), tuple(notes)
+
+
+def _plausible(affine: np.ndarray, label: str) -> np.ndarray:
+    spacing = spacing_of(affine)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{label}: spacing {_mm(spacing)}: a voxel without extent, the header is damaged")
+    if not is_plausible_spacing(spacing):
+        raise UserError(
+            f"{label}: spacing {_mm(spacing)} is not that of a scan ({SMALLEST_SPACING_MM:g} to "
+            f"{LARGEST_SPACING_MM:g} mm): wrong units in the header, correct it there"
+        )
+    return affine
+
+
+def _mm(lengths: Sequence[float]) -> str:
+    return " x ".join(f"{length:g}" for length in lengths) + " mm"
+
+
+# Identity
+
+
+def fingerprint(source: Source) -> dict[str, int]:
+    """What tells cheaply that a source is unchanged: number of files, bytes, time of the newest change."""
+    stats = [path.stat() for path in source.files]
+    return {
+        "num_files": len(stats),
+        "bytes": sum(stat.st_size for stat in stats),
+        "mtime_ns": max(stat.st_mtime_ns for stat in stats),
+    }
+
+
+def source_sha256(source: Source) -> str:
+    """SHA-256 of a file's content; of several files that of their hashes, sorted, so that names don't matter."""
+    digests = []
+    for path in source.files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()

@@ -1,0 +1,151 @@
+"""Which files a data set consists of: the dataset JSONs, their folders and the names of latents."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+VOLUME_SUFFIX = ".nii.gz"
+LATENT_SUFFIX = "_latents"
+CACHE_SUFFIX = "_cache"
+
+
+def read_dataset_json(path: str | Path) -> dict[str, list[Path]]:
+    """The files of a JSON `{name: folder or [folder, ...]}`: for every name all `*.nii.gz` below, sorted.
+
+    A relative folder is looked for beside the JSON, then in the working directory. UserError: a missing JSON, folder or
+    file, or a JSON of another form.
+    """
+    return {name: _list_all(folders) for name, folders in read_dataset_folders(path).items()}
+
+
+def read_class_json(path: str | Path) -> dict[int, list[Path]]:
+    """As `read_dataset_json` for a JSON whose names are class ids 0, 1, ... (the class labels of BiFlowNet)."""
+    return {class_id: _list_all(folders) for class_id, folders in read_class_folders(path).items()}
+
+
+def read_dataset_folders(path: str | Path) -> dict[str, list[Path]]:
+    """The folders of a dataset JSON, each of which exists."""
+    path = Path(path)
+    entries = read_json_object(path)
+    if not entries:
+        raise UserError(f'{path}: names no folder: write {{"name": "folder"}}')
+    return {name: _resolve_folders(path, name, value) for name, value in entries.items()}
+
+
+def read_class_folders(path: str | Path) -> dict[int, list[Path]]:
+    """The folders of a dataset JSON whose names are class ids, in the order of the ids."""
+    folders = read_dataset_folders(path)
+    for name in folders:
+        if not (name.isascii() and name.isdigit() and name == str(int(name))):
+            raise UserError(f'{path}: key "{name}" is not a class id: keys are the integers 0, 1, ... as "0", "1"')
+    return {int(name): folders[name] for name in sorted(folders, key=int)}
+
+
+def list_volumes(folder: str | Path) -> list[Path]:
+    """All `*.nii.gz` below a folder, links followed, hidden files left out, sorted. UserError if there are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files = [path for path in walk_files(folder) if path.name.endswith(VOLUME_SUFFIX)]
+    if not files:
+        raise UserError(f"{folder}: the folder has no *{VOLUME_SUFFIX} file")
+    return files
+
+
+def walk_files(folder: Path) -> list[Path]:
+    """All files below a folder, links followed, hidden files left out, sorted."""
+    files, seen = [], set()
+    for parent, children, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        # A link back to a folder above would be walked for ever.
+        children[:] = [name for name in children if os.path.realpath(Path(parent) / name) not in seen]
+        paths = [Path(parent) / name for name in names if not name.startswith(".")]
+        # A pipe would be read for ever; a link to nothing stays, to be named by who reads it.
+        files += [path for path in paths if path.is_file() or path.is_symlink()]
+    return sorted(files)
+
+
+def latent_folder(folder: str | Path) -> Path:
+    """The folder of the latents of a class folder: `X_latents` beside `X`."""
+    return _folder_beside(folder, LATENT_SUFFIX)
+
+
+def latent_path(volume: str | Path, folder: str | Path) -> Path:
+    """The file of the latent of `volume`, a file below the class folder `folder`: the same name below `X_latents`.
+
+    Only the class folder itself is renamed, not other parts of the path of the same name.
+    """
+    return latent_folder(folder) / _name_below(volume, folder)
+
+
+def cache_folder(folder: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """The folder of the cached volumes of a class folder: `X_cache` beside `X`, or one of its own below `cache_dir`."""
+    if cache_dir is None:
+        return _folder_beside(folder, CACHE_SUFFIX)
+    place = Path(os.path.abspath(folder))  # folders of the same name differ by where they lie
+    return Path(cache_dir) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+
+
+def cache_path(volume: str | Path, folder: str | Path, settings: str, cache_dir: str | Path | None = None) -> Path:
+    """The cached voxels of `volume`, a file below the class folder `folder`: `X_cache/SETTINGS/NAME.npy`."""
+    name = _name_below(volume, folder)
+    return cache_folder(folder, cache_dir) / settings / name.with_name(name.name.removesuffix(VOLUME_SUFFIX) + ".npy")
+
+
+def _folder_beside(folder: str | Path, suffix: str) -> Path:
+    folder = Path(os.path.normpath(folder))
+    if folder.name in ("", ".."):  # the current folder and those above have their names only in the full path
+        folder = Path(os.path.abspath(folder))
+    return folder.with_name(folder.name + suffix)
+
+
+def _name_below(volume: str | Path, folder: str | Path) -> Path:
+    return Path(os.path.normpath(volume)).relative_to(os.path.normpath(folder))
+
+
+def _list_all(folders: Sequence[Path]) -> list[Path]:
+    return sorted({file for folder in folders for file in list_volumes(folder)})
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a dataset JSON. UserError: no such file, no JSON object, a name twice."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: no such dataset JSON: give a file like {{"name": "folder"}}') from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a dataset JSON ({error})") from error
+    try:
+        entries = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not a JSON file (line {error.lineno}: {error.msg})") from error
+    if not isinstance(entries, dict):
+        raise UserError(f'{path}: a JSON object {{"name": "folder"}} is needed, found a {type(entries).__name__}')
+    return entries
+
+
+def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f'{path}: key "{name}" occurs twice: list its folders under one key')
+    return dict(pairs)
+
+
+def _resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values or not all(isinstance(item, str) and item for item in values):
+        raise UserError(f'{path}: "{name}" must be a folder or a list of folders, found {value!r}')
+    folders = []
+    for item in values:
+        places = list(dict.fromkeys([path.parent / Path(item).expanduser(), Path(item).expanduser()]))
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None:
+            raise UserError(f'{path}: "{name}": no such folder: {" or ".join(map(str, places))}')
+        folders.append(found)
+    return folders

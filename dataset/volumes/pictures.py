@@ -1,0 +1,121 @@
+"""Slices of volumes as a labelled grid in one PNG, drawn off screen.
+
+Axes of a volume: D = z, H = x, W = y (see dataset/volumes/volume_io.py).
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common.errors import UserError
+
+PLANES = ("axial", "coronal", "sagittal")
+
+
+def central_slices(volume: Tensor, spacing_mm: Sequence[float] | None = None) -> dict[str, np.ndarray]:
+    """The three slices through a volume's middle, as pictures: `{"axial", "coronal", "sagittal"}`.
+
+    volume: (D, H, W) or (1, D, H, W). Each picture is a float32 array (rows, columns), first row at the top:
+    axial (W, H), y upwards and x to the right; coronal (D, H), z upwards and x to the right;
+    sagittal (D, W), z upwards and y to the right. With `spacing_mm` (x, y, z) rows or columns are repeated where voxels
+    are not cubes, so that the pictures have the right proportions.
+    """
+    if volume.ndim == 4 and volume.shape[0] == 1:
+        volume = volume[0]
+    if volume.ndim != 3 or volume.numel() == 0:
+        raise UserError(f"a picture needs a volume (D, H, W) or (1, D, H, W), got shape {tuple(volume.shape)}")
+    array = volume.detach().to("cpu", torch.float32).numpy()
+    depth, height, width = array.shape
+    slices = {
+        "axial": array[depth // 2].T[::-1],  # (H, W) -> (W, H), rows from the top
+        "coronal": array[:, :, width // 2][::-1],
+        "sagittal": array[:, height // 2, :][::-1],
+    }
+    return slices if spacing_mm is None else with_square_pixels(slices, spacing_mm)
+
+
+def with_square_pixels(slices: Mapping[str, np.ndarray], spacing_mm: Sequence[float]) -> dict[str, np.ndarray]:
+    """What `central_slices` gives with this spacing (x, y, z) from what it gives without.
+
+    The same where a header states no spacing that a voxel can have.
+    """
+    if not all(0 < length < math.inf for length in spacing_mm):
+        return dict(slices)
+    x, y, z = spacing_mm
+    extents = {"axial": (y, x), "coronal": (z, x), "sagittal": (z, y)}
+    return {plane: _square_pixels(slices[plane], *extents[plane]) for plane in PLANES}
+
+
+def _square_pixels(picture: np.ndarray, row_mm: float, column_mm: float) -> np.ndarray:
+    """The picture with its longer pixels repeated: the side along which they are shorter keeps its number of pixels."""
+    for axis, length_mm in enumerate((row_mm, column_mm)):
+        size = picture.shape[axis]
+        count = max(1, round(size * length_mm / min(row_mm, column_mm)))
+        picture = np.take(picture, (np.arange(count) * size) // count, axis=axis)
+    return picture
+
+
+def save_slice_grid(
+    path: str | Path,
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+    *,
+    columns: Sequence[str] = (),  # headings, first column first; fewer than the cells leaves the rest without
+    title: str = "",
+    value_range: tuple[float, float] = (-1.0, 1.0),  # intensities drawn black and white; beyond them is clipped
+    cell_inches: float = 1.6,
+) -> np.ndarray:
+    """Draws rows of pictures with a label before each row, writes them as a PNG, and returns what was drawn.
+
+    rows: (label, pictures), each picture an array (rows, columns) as `central_slices` gives; rows may differ in length.
+    Returns uint8 (height, width, 3), the same picture for a logger. The file is written beside and renamed.
+    """
+    if not rows or not any(len(pictures) for _, pictures in rows):
+        raise UserError(f"{path}: there are no slices to draw")
+    num_columns = max(len(pictures) for _, pictures in rows)
+    label_inches = 0.3 + 0.08 * max(len(line) for label, _ in rows for line in label.split("\n"))
+    head_inches = 0.25 * bool(columns) + 0.35 * bool(title)
+    width = label_inches + cell_inches * num_columns
+    height = head_inches + cell_inches * len(rows)
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+    canvas = FigureCanvasAgg(figure)  # by hand, so that no global matplotlib state is touched
+    if title:
+        figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10, parse_math=False)
+
+    for i, (label, pictures) in enumerate(rows):
+        bottom = height - head_inches - (i + 1) * cell_inches
+        middle = (bottom + cell_inches / 2) / height
+        figure.text(0.1 / width, middle, label, ha="left", va="center", fontsize=9, parse_math=False)
+        for j, picture in enumerate(pictures):
+            left = label_inches + j * cell_inches
+            box = (left / width, bottom / height, 0.96 * cell_inches / width, 0.96 * cell_inches / height)
+            axes = figure.add_axes(box)
+            axes.imshow(picture, cmap="gray", vmin=value_range[0], vmax=value_range[1], interpolation="nearest")
+            axes.set_axis_off()
+            if i == 0 and j < len(columns):
+                axes.set_title(columns[j], fontsize=9, pad=3)
+
+    canvas.draw()
+    _write_png(canvas, Path(path))
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _write_png(canvas: FigureCanvasAgg, path: Path) -> None:
+    """Writes beside and renames, so that a killed run leaves no half picture under the real name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.print_png(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: the picture cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # e.g. where its folder is a file
+            temporary.unlink(missing_ok=True)

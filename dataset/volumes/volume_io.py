@@ -1,0 +1,374 @@
+"""Reading and writing NIfTI files: the only place that knows their axes and what a sound file is.
+
+Axes: a NIfTI volume is (X, Y, Z); a tensor is (1, D, H, W) with D = Z, H = X, W = Y.
+Latents are stored without permutation: a (C, d, h, w) tensor is a NIfTI image (d, h, w, C), which TorchIO reads as that
+tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from common.errors import UserError
+from dataset.volumes.geometry import orientation_of, spacing_of
+from dataset.volumes.gzip_files import compress, read_bytes
+from dataset.volumes.intensity import RANGE_TOLERANCE, is_empty, to_model_range
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
+NIFTI1_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"))
+NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
+UNITS = {1: "meter", 2: "mm", 3: "micron"}  # codes of lengths; others are not defined
+LARGEST_CODE = 32767  # codes of scaled int16 volumes lie between its negative and it
+
+
+class NotFiniteError(UserError):
+    """A file with NaN or infinite voxels."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, without its voxels.
+
+    shape: the array's axes as stored, trailing axes of length 1 after the third removed, e.g. (X, Y, Z).
+    affine: voxel indices to millimetres in RAS, (4, 4) float64.
+    spacing_mm: voxel size (x, y, z); without an affine in the header the plain numbers stated there, whatever they are.
+    is_oriented: whether the header has an affine (qform or sform); without one the directions of the axes are a guess.
+    unit: what the header counts lengths in: "mm", "meter", "micron" or "unknown"; affine and spacing are as stated.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    is_oriented: bool
+    unit: str = "unknown"
+
+    @property
+    def tensor_shape(self) -> tuple[int, int, int]:
+        """(D, H, W) of a volume."""
+        x, y, z = self.shape
+        return (z, x, y)
+
+    @property
+    def orientation(self) -> str:
+        """Where the axes x, y, z point, nearest directions of the patient: "RAS" is right, anterior, superior."""
+        return orientation_of(self.affine)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, d, h, w) of a latent."""
+        return _latent_shape(self.shape)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """data: (1, D, H, W) float32, values as on disk; affine: (4, 4) float64."""
+
+    data: torch.Tensor
+    header: Header
+
+    @property
+    def affine(self) -> np.ndarray:
+        return self.header.affine
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+
+# Axes
+
+
+def nifti_to_tensor(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """(..., X, Y, Z) -> (..., Z, X, Y), that is (..., D, H, W). A view."""
+    return _move_axis(volume, -1, -3)
+
+
+def tensor_to_nifti(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """(..., D, H, W) -> (..., X, Y, Z), the inverse of `nifti_to_tensor`. A view."""
+    return _move_axis(volume, -3, -1)
+
+
+def _move_axis(array: np.ndarray | torch.Tensor, source: int, destination: int) -> np.ndarray | torch.Tensor:
+    return (torch if isinstance(array, torch.Tensor) else np).moveaxis(array, source, destination)
+
+
+# Volumes
+
+
+def read_header(path: str | Path) -> Header:
+    """The header of a three-dimensional, one-channel volume, without reading its voxels.
+
+    UserError: missing file, no NIfTI, cut off within the header, 2D, 4D, several channels, an empty axis.
+    """
+    path = Path(path)
+    content = read_bytes(path, HEADER_BYTES)
+    header = _parse(path, content).header
+    return _check_volume(_describe(path, header, content), header)
+
+
+def read_volume(path: str | Path) -> Volume:
+    """A volume with the values it has on disk. UserError: as `read_header`, and truncated files, NaN or infinity."""
+    path = Path(path)
+    content = read_bytes(path)
+    image = _parse(path, content)
+    header = _check_volume(_describe(path, image.header, content), image.header)
+    array = _voxels(path, image).reshape(header.shape)
+    return Volume(_to_tensor(nifti_to_tensor(array))[None], header)  # (1, D, H, W)
+
+
+def read_model_volume(path: str | Path, intensity_range: Sequence[float]) -> Volume:
+    """A volume in the model's range [-1, 1].
+
+    UserError: as `read_volume`, values outside `intensity_range`, and volumes in which there is nothing to see: all
+    background, or one value everywhere.
+    """
+    volume = read_volume(path)
+    data = to_model_range(volume.data, intensity_range, path)
+    if is_empty(data):
+        raise UserError(f"{path}: all background (every voxel is {float(volume.data.max()):g}): remove the file")
+    return Volume(data, volume.header)
+
+
+def write_volume(
+    path: str | Path,
+    data: torch.Tensor | np.ndarray,
+    affine: np.ndarray | torch.Tensor,
+    dtype: str = "float32",
+    value_range: Sequence[float] | None = None,
+    is_whole_units: bool = False,
+) -> None:
+    """Writes (D, H, W) or (1, D, H, W) as NIfTI (X, Y, Z), so that readers get the values back.
+
+    The file appears under its name only when it is whole. UserError if it cannot be written.
+
+    Args:
+        dtype: "float32": values as they are; "int16": half the size, values within half a code.
+        value_range: lowest and highest value that the data can have; needed for int16, whose codes depend on it alone
+            and not on the data.
+        is_whole_units: int16 holds the values themselves, rounded, if the range allows it (HU); otherwise, and without,
+            there are 65,535 codes over the range, with slope and intercept in the header.
+    """
+    array = _to_array(data)
+    if array.ndim == 4 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 3:
+        raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
+    slope, intercept = 1.0, 0.0
+    if dtype == "int16":
+        slope, intercept = int16_scale(value_range, is_whole_units)
+        stored = _to_int16(path, array, value_range, slope, intercept)
+    elif dtype == "float32":
+        stored = _by_slice(array, np.float32, lambda voxels: voxels)
+    else:
+        raise ValueError(f"{path}: dtype {dtype!r}: float32 or int16 is needed")
+    image = nib.Nifti1Image(tensor_to_nifti(stored), _to_array(affine, np.float64))
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(slope, intercept)
+    _write(path, image)
+
+
+def int16_scale(value_range: Sequence[float], is_whole_units: bool = False) -> tuple[float, float]:
+    """Slope and intercept, as a header holds them (float32), of int16 codes for values of this range."""
+    low, high = value_range
+    if is_whole_units and low >= np.iinfo(np.int16).min and high <= np.iinfo(np.int16).max:
+        return 1.0, 0.0
+    return float(np.float32((high - low) / (2 * LARGEST_CODE))), float(np.float32((low + high) / 2))
+
+
+def _to_int16(
+    path: str | Path, array: np.ndarray, value_range: Sequence[float], slope: float, intercept: float
+) -> np.ndarray:
+    low, high = value_range
+    tolerance = RANGE_TOLERANCE * (high - low)
+    if not (low - tolerance <= array.min() and array.max() <= high + tolerance):  # also NaN
+        raise ValueError(f"{path}: values {array.min():g} to {array.max():g} outside the range [{low:g}, {high:g}]")
+    limits = np.iinfo(np.int16)
+
+    def codes(voxels: np.ndarray) -> np.ndarray:
+        exact = voxels.astype(np.float64)
+        np.clip(exact, low, high, out=exact)
+        exact -= intercept
+        exact /= slope
+        return np.clip(np.rint(exact, out=exact), limits.min, limits.max, out=exact)
+
+    return _by_slice(array, np.int16, codes)
+
+
+def _by_slice(array: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """`convert` of each slice of (D, H, W), laid out as a file is: x (H) changes fastest, then y (W), then z (D).
+
+    A slice stays in the processor's cache, which a whole volume converted and turned step by step does not.
+    """
+    depth, height, width = array.shape
+    stored = np.empty((depth, width, height), dtype).swapaxes(1, 2)  # (D, H, W)
+    for voxels, place in zip(array, stored, strict=True):
+        place[...] = convert(voxels).astype(dtype, copy=False)  # first: to cast and turn at once takes longer
+    return stored
+
+
+# Latents
+
+
+def read_latent_header(path: str | Path) -> Header:
+    """The header of a latent: NIfTI (d, h, w, C), TorchIO's (d, h, w, 1, C) or, with one channel, (d, h, w)."""
+    path = Path(path)
+    content = read_bytes(path, HEADER_BYTES)
+    header = _parse(path, content).header
+    return _check_latent(_describe(path, header, content), header)
+
+
+def read_latent(path: str | Path) -> torch.Tensor:
+    """A latent (C, d, h, w), float32. UserError: as `read_volume`."""
+    path = Path(path)
+    content = read_bytes(path)
+    image = _parse(path, content)
+    channels, *grid = _check_latent(_describe(path, image.header, content), image.header).latent_shape
+    array = _voxels(path, image).reshape(*grid, channels)
+    return _to_tensor(np.moveaxis(array, -1, 0))  # (C, d, h, w)
+
+
+def write_latent(path: str | Path, latent: torch.Tensor | np.ndarray) -> None:
+    """Writes a (C, d, h, w) latent as a NIfTI image (d, h, w, C).
+
+    The file appears under its name only when it is whole.
+    """
+    array = _to_array(latent)
+    if array.ndim != 4:
+        raise ValueError(f"{path}: a latent (C, d, h, w) is needed, got shape {tuple(array.shape)}")
+    _write(path, nib.Nifti1Image(np.ascontiguousarray(np.moveaxis(array, 0, -1)), np.eye(4)))
+
+
+def is_whole_volume(path: str | Path) -> bool:
+    """Whether a sound volume lies under this name, so that it need not be made again. Reads the whole file."""
+    try:
+        read_volume(path)
+    except UserError:
+        return False
+    return True
+
+
+# Checks
+
+
+def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
+    shape = tuple(int(n) for n in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if not shape or min(shape) < 1:
+        raise UserError(f"{path}: the image is empty (size {_size(shape)}): replace or remove the file")
+    if header.get_data_dtype().kind not in "iuf":
+        raise UserError(
+            f"{path}: voxels of type {header.get_data_dtype()} (colour or complex): one number a voxel is needed"
+        )
+    affine = header.get_best_affine()
+    if header["sform_code"] > 0:
+        spacing = spacing_of(affine)
+    else:  # `header` has them repaired, 0 became 1
+        spacing = type(header)(content[: header.sizeof_hdr], check=False)["pixdim"][1:4]
+    is_oriented = bool(header["sform_code"] > 0 or header["qform_code"] > 0)
+    unit = UNITS.get(int(header["xyzt_units"]) & 7, "unknown")
+    return Header(path, shape, affine, tuple(float(length) for length in spacing), is_oriented, unit)
+
+
+def _check_volume(found: Header, header: nib.Nifti1Header) -> Header:
+    shape = found.shape
+    if len(shape) < 3 or min(shape[:3]) == 1:
+        raise UserError(f"{found.path}: a 2D image (size {_size(shape)}): a three-dimensional volume is needed")
+    if len(shape) > 3:
+        several = "several channels" if len(shape) > 4 or header["intent_code"] != 0 else "a 4D series"
+        raise UserError(
+            f"{found.path}: {several} (size {_size(shape)}): a volume with one channel is needed, "
+            "split the file into one file for each channel or time point"
+        )
+    return found
+
+
+def _check_latent(found: Header, header: nib.Nifti1Header) -> Header:
+    shape = found.shape
+    if len(shape) < 3 or len(shape) > 5 or (len(shape) == 5 and shape[3] != 1):
+        raise UserError(
+            f"{found.path}: size {_size(shape)} is not that of a latent (d, h, w, channels): "
+            "make latents with train/generate_training_latent.py"
+        )
+    return found
+
+
+def _latent_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    return (shape[-1] if len(shape) > 3 else 1, *shape[:3])
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape) or "0"
+
+
+# Bytes
+
+
+def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
+    image_class = nib.Nifti2Image if content[:4] in NIFTI2_STARTS else nib.Nifti1Image
+    try:
+        return image_class.from_bytes(content)
+    except Exception as error:  # nibabel raises many types, from struct.error to ImageFileError, for a wrong header
+        reason = "truncated" if content[:4] in (*NIFTI1_STARTS, *NIFTI2_STARTS) else "not a NIfTI image"
+        raise UserError(f"{path}: {reason}: a whole .nii.gz file is needed") from error
+
+
+def _voxels(path: Path, image: nib.Nifti1Image) -> np.ndarray:
+    """The voxels as float32, scaled as the header says."""
+    try:
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite and is reported below
+            array = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: the file is truncated, its voxels are incomplete: copy or make it again") from error
+    if not np.isfinite(array.sum(dtype=np.float64)):  # NaN or infinity anywhere; needs no mask as large as the volume
+        count = array.size - np.count_nonzero(np.isfinite(array))
+        raise NotFiniteError(f"{path}: {count} NaN or infinite voxels: replace them, e.g. by the background value")
+    return array
+
+
+def _to_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def _to_array(data: torch.Tensor | np.ndarray, dtype: type = np.float32) -> np.ndarray:
+    if isinstance(data, torch.Tensor):
+        data = data.detach().cpu().to(torch.float64 if dtype == np.float64 else torch.float32).numpy()
+    return np.asarray(data, dtype=dtype)
+
+
+def _write(path: str | Path, image: nib.Nifti1Image) -> None:
+    path = Path(path)
+    if not path.name.endswith(NIFTI_SUFFIXES):
+        raise UserError(f"{path}: the name of a NIfTI file ends in .nii.gz")
+    image.header["qform_code"], image.header["sform_code"] = 1, 1
+    content = image.to_bytes()
+    write_atomically(path, compress(content) if path.suffix == ".gz" else content)
+
+
+def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
+    """Writes the parts of a file beside its place and renames it, so that nothing partial is ever seen under its name.
+
+    UserError, with the OSError as its cause, if it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):  # e.g. where its folder is a file
+            temporary.unlink(missing_ok=True)

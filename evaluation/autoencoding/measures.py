@@ -1,0 +1,237 @@
+"""One volume against its reconstruction, and what the measurements of a group of volumes come to."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from AutoEncoder.codes import codebook_usage, perplexity
+from AutoEncoder.model.lpips import TriplanarLPIPS
+from AutoEncoder.model.PatchVolume import patchvolumeAE
+from AutoEncoder.patches import crop_to
+from common.errors import UserError
+from dataset.volumes.intensity import MODEL_RANGE, foreground
+from evaluation.metrics.intervals import bootstrap_interval
+from evaluation.metrics.reconstruction import l1, ms_ssim, psnr, ssim
+from evaluation.metrics.seams import seam_index
+from evaluation.results.results import Figure
+from evaluation.results.work import Arrays
+
+DATA_RANGE = MODEL_RANGE[1] - MODEL_RANGE[0]
+ENCODED_AT_ONCE = 8  # patches; of 64 voxels, in the published encoders, they need 2.4 GB
+COUNTS = "code_counts"  # name of the codes' counts among the arrays of a volume
+
+NAN = math.nan
+_BOTH = f"volume and reconstruction in [-1, 1] (the reconstruction clipped to it), data range {DATA_RANGE:g}"
+_FOREGROUND = "over the voxels in which the volume is above the background (-1 and 0.002 above)"
+_CODES = "of the codes that hold voxels of a volume, without those of padding alone"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is to be read: its title in results, what is better, one sentence of definition.
+
+    network: the features it is measured on.
+    """
+
+    title: str
+    better: str
+    definition: str
+    unit: str = ""
+    network: str = ""
+
+
+VOLUME_METRICS = {
+    "psnr": Metric("PSNR", "higher", f"peak signal-to-noise ratio over all voxels; {_BOTH}", "dB"),
+    "psnr_foreground": Metric("PSNR, foreground", "higher", f"peak signal-to-noise ratio {_FOREGROUND}; {_BOTH}", "dB"),
+    "l1": Metric("L1", "lower", f"mean absolute difference over all voxels; {_BOTH}"),
+    "l1_foreground": Metric("L1, foreground", "lower", f"mean absolute difference {_FOREGROUND}; {_BOTH}"),
+    "ssim": Metric(
+        "SSIM",
+        "higher",
+        "structural similarity in 3D, Gaussian windows of 11³ voxels, standard deviation 1.5, luminance counted from "
+        f"-1; {_BOTH}",
+    ),
+    "ms_ssim": Metric("MS-SSIM", "higher", f"multi-scale structural similarity in 3D, windows as of SSIM; {_BOTH}"),
+    "lpips": Metric(
+        "LPIPS",
+        "lower",
+        "LPIPS v0.1 on VGG-16, mean over all slices of a plane, then over the axial, coronal and sagittal plane; "
+        f"{_BOTH}",
+        network="vgg16",
+    ),
+    "seam_ratio": Metric(
+        "seam index ratio",
+        "real",
+        "mean difference of neighbouring voxels across the borders of the autoencoder's patches over that of all "
+        "other neighbours, of the reconstruction divided by that of the volume; 1: no seams",
+    ),
+    "volume_perplexity": Metric(
+        "perplexity of a volume", "higher", f"perplexity {_CODES}, each volume by itself", "codes"
+    ),
+}
+GROUP_METRICS = {
+    "codebook_usage": Metric(
+        "codebook usage", "higher", f"share of the codebook's vectors that occur {_CODES}, all volumes together"
+    ),
+    "codebook_perplexity": Metric(
+        "codebook perplexity", "higher", f"perplexity {_CODES}, all volumes together", "codes"
+    ),
+}
+METRICS = VOLUME_METRICS | GROUP_METRICS
+
+
+@torch.inference_mode()
+def reconstruct(autoencoder: patchvolumeAE, volume: Tensor, max_bytes: int) -> tuple[Tensor, Tensor]:
+    """`autoencoder.reconstruct` in bounded memory: volume (1, D, H, W) -> reconstruction (1, D, H, W), codes (d, h, w).
+
+    The codes are those of cells that hold voxels of the volume, not of padding alone.
+    Raises ValueError: `max_bytes` is too little to decode in.
+    """
+    codes = autoencoder.patch_encode_sliding(volume[None], quantize=True, sliding_window=ENCODED_AT_ONCE)
+    decoded = autoencoder.decode(codes, quantize=False, max_bytes=max_bytes)  # (1, 1, D', H', W')
+    factor = autoencoder.downsample_factor
+    cells = [math.ceil(extent / factor) for extent in volume.shape[1:]]
+    return crop_to(decoded, volume.shape[1:])[0], crop_to(codes, cells)[0]
+
+
+@torch.inference_mode()
+def measure(
+    x: Tensor, y: Tensor, code_counts: Tensor, patch_size: int, num_scales: int | None, lpips: TriplanarLPIPS | None
+) -> dict[str, float]:
+    """The metrics of a volume x (1, D, H, W) and its reconstruction y, by name; NaN for what is left out.
+
+    Args:
+        code_counts: (n_codes,), how often each code occurs.
+        patch_size: of the autoencoder; volumes that are no larger have no seams.
+        num_scales: of MS-SSIM; None leaves it and SSIM out.
+        lpips: with all slices; None leaves it out.
+    """
+    y = y.clamp(*MODEL_RANGE)
+    mask = foreground(x)
+    return {
+        "psnr": psnr(x, y, DATA_RANGE),
+        "psnr_foreground": psnr(x[mask], y[mask], DATA_RANGE),
+        "l1": l1(x, y),
+        "l1_foreground": l1(x[mask], y[mask]),
+        "ssim": NAN if num_scales is None else ssim(x, y, DATA_RANGE),
+        "ms_ssim": NAN if num_scales is None else ms_ssim(x, y, DATA_RANGE, num_scales),
+        "lpips": NAN if lpips is None else lpips(x[None], y[None], torch.Generator()).item() / 3,  # a sum over planes
+        "seam_ratio": _seam_ratio(x, y, patch_size),
+        "volume_perplexity": perplexity(code_counts),
+    }
+
+
+def _seam_ratio(x: Tensor, y: Tensor, patch_size: int) -> float:
+    try:
+        of_volume, of_reconstruction = seam_index(x, patch_size), seam_index(y, patch_size)
+    except UserError:  # no larger than a patch, or constant but at the borders
+        return NAN
+    return of_reconstruction / of_volume if of_volume > 0 else NAN
+
+
+# ---------------------------------------------------------------------------------------------------------- summary
+
+
+def summarise(
+    group: str, results: Mapping[str, Sequence[Arrays]], num_resamples: int, seed: int
+) -> tuple[list[Figure], list[str]]:
+    """The figures of a group, and notes on volumes without some of them.
+
+    results: model -> arrays of each volume, the same volumes in the same order. Later models are also compared with
+    the first, volume by volume: a figure of the model "B minus A".
+    """
+    figures, notes = [], []
+    first, *later = results
+    for name in VOLUME_METRICS:
+        values = {model: volume_values(arrays, name) for model, arrays in results.items()}
+        rows = [(model, of_model, ~of_model.isnan()) for model, of_model in values.items()]
+        for model in later:
+            a, b = values[first], values[model]
+            rows.append((f"{model} minus {first}", b - a, ~(a.isnan() | b.isnan())))
+        for model, of_model, is_there in rows:
+            kept = of_model[is_there]
+            if name == "seam_ratio" and model in results and len(kept) < len(of_model):
+                left_out = f"{len(of_model) - len(kept)} of {len(of_model)} volumes"
+                notes.append(
+                    f"{group}: {METRICS[name].title} of {model} leaves out {left_out}: no larger than a patch, or "
+                    "constant but at borders"
+                )
+            if len(kept):
+                figures.append(_figure(group, name, model, _Mean(kept), kept, num_resamples, seed))
+    for name, of_counts in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
+        statistics = {model: _OfCounts(of_counts, _counts(arrays)) for model, arrays in results.items()}
+        for model in later:
+            statistics[f"{model} minus {first}"] = _Difference(statistics[model], statistics[first])
+        count = len(results[first])
+        figures += [
+            _figure(group, name, model, statistic, count, num_resamples, seed)
+            for model, statistic in statistics.items()
+        ]
+    return figures, notes
+
+
+def volume_values(arrays: Sequence[Arrays], name: str) -> Tensor:
+    """(N,) float64, a metric of each volume."""
+    return torch.tensor([float(of_volume[name]) for of_volume in arrays], dtype=torch.float64)
+
+
+def _counts(arrays: Sequence[Arrays]) -> Tensor:
+    """(N, n_codes) float64."""
+    return torch.from_numpy(np.stack([of_volume[COUNTS] for of_volume in arrays])).double()
+
+
+@dataclass(frozen=True)
+class _Mean:
+    values: Tensor  # (N,)
+
+    def __call__(self, chosen: Tensor) -> float:
+        return self.values[chosen].mean().item()
+
+
+@dataclass(frozen=True)
+class _OfCounts:
+    function: Callable[[Tensor], float]
+    counts: Tensor  # (N, n_codes)
+
+    def __call__(self, chosen: Tensor) -> float:
+        times = torch.bincount(chosen, minlength=len(self.counts)).double()  # (N,)
+        return self.function(times @ self.counts)
+
+
+@dataclass(frozen=True)
+class _Difference:
+    of: Callable[[Tensor], float]
+    to: Callable[[Tensor], float]
+
+    def __call__(self, chosen: Tensor) -> float:
+        return self.of(chosen) - self.to(chosen)
+
+
+def _figure(
+    group: str,
+    name: str,
+    model: str,
+    statistic: Callable[[Tensor], float],
+    volumes: Tensor | int,
+    num_resamples: int,
+    seed: int,
+) -> Figure:
+    """volumes: values of each (N,), for the standard deviation, or their number.
+
+    Where a volume is reproduced exactly, the PSNR is infinite and there is neither interval nor deviation.
+    """
+    count = volumes if isinstance(volumes, int) else len(volumes)
+    value = statistic(torch.arange(count))
+    interval = std = None
+    if math.isfinite(value) and count > 1:
+        interval = bootstrap_interval(statistic, [count], num_resamples=num_resamples, seed=seed)
+        std = None if isinstance(volumes, int) else volumes.std().item()
+    metric = METRICS[name]
+    return Figure(
+        *(group, metric.title, value, interval, {"volumes": count}, metric.better, metric.unit, metric.network, model),
+        std=std,
+    )

@@ -1,0 +1,142 @@
+"""What an evaluation of autoencoders found, as files: tables, pictures, warnings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+
+from AutoEncoder.model.lpips import MIN_EXTENT
+from common.log import get_logger
+from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid, with_square_pixels
+from evaluation.autoencoding.measures import METRICS, VOLUME_METRICS, summarise
+from evaluation.autoencoding.plan import ROLE, Checkpoint, Plan
+from evaluation.comparison.sets import Group
+from evaluation.metrics.reconstruction import WINDOW_EDGE
+from evaluation.results.results import (
+    PICTURES_FOLDER,
+    Picture,
+    Results,
+    TextTable,
+    file_names,
+    list_excluded,
+    settings_of,
+    write_csv,
+)
+from evaluation.results.work import Arrays
+
+FEW_VOLUMES = 10
+DIFFERENCE_SHOWN = 0.5  # drawn white in pictures
+
+Measured = dict[str, dict[str, list[Arrays]]]  # group -> model -> arrays of each volume
+
+
+def write_results(
+    cfg: DictConfig, plan: Plan, groups: Sequence[Group], excluded: Mapping[Path, str], measured: Measured
+) -> Results:
+    """Writes everything into the output folder."""
+    scales = {group.name: plan.num_scales(group) for group in groups}
+    settings = {
+        **settings_of(cfg),
+        "checkpoints": [asdict(checkpoint) for checkpoint in plan.checkpoints],
+        "lpips_weights": plan.lpips,
+        "num_scales": scales,
+    }
+    results = Results("reconstruction", settings, {}, warnings=[*plan.warnings, *size_warnings(plan, groups)])
+    for group in groups:
+        figures, notes = summarise(group.name, measured[group.name], cfg.num_resamples, cfg.seed)
+        results.figures += figures
+        results.warnings += notes
+    results.definitions = definitions({figure.metric for figure in results.figures}, scales)
+    results.excluded = list_excluded(excluded)
+    results.tables = [table_of(plan.checkpoints)]
+    folder = Path(cfg.output_dir)
+    write_volumes(folder / "reconstruction_volumes.csv", groups, measured)
+    if cfg.num_pictures:
+        results.pictures = draw(folder, plan, groups, measured, cfg.num_pictures)
+    for warning in results.warnings:
+        get_logger().warning(warning)
+    get_logger().info("%d figures in %s", len(results.figures), results.write(folder))
+    return results
+
+
+def size_warnings(plan: Plan, groups: Sequence[Group]) -> list[str]:
+    """What the number and the sizes of volumes make of the results."""
+    warnings = []
+    for group in groups:
+        volumes = group.sets[ROLE]
+        if len(volumes) < FEW_VOLUMES:
+            warnings.append(f"{group.name}: {len(volumes)} volumes are few (below {FEW_VOLUMES}), intervals are rough")
+        side = plan.shortest_side(group)
+        for name, needed in (("SSIM and MS-SSIM", WINDOW_EDGE), ("LPIPS", MIN_EXTENT if plan.lpips else 0)):
+            if side < needed:
+                warnings.append(
+                    f"{group.name}: {name} left out: a volume has a side of {side} voxels, {needed} are needed"
+                )
+    return warnings
+
+
+def definitions(names: set[str], scales: Mapping[str, int | None]) -> dict[str, str]:
+    """What the metrics with figures are here."""
+    found = {metric.title: metric.definition for metric in METRICS.values() if metric.title in names}
+    title = METRICS["ms_ssim"].title
+    if title in found:
+        shown = ", ".join(f"{group} {count}" for group, count in scales.items() if count is not None)
+        found[title] += f"; scales, as the smallest volume of a class allows: {shown}"
+    return found
+
+
+def table_of(checkpoints: Sequence[Checkpoint]) -> TextTable:
+    columns = ("model", "checkpoint", "SHA-256", "compression", "patch edge", "codes")
+    rows = [(c.name, c.path, c.sha256, f"{c.compression}x", c.patch_size, c.n_codes) for c in checkpoints]
+    return TextTable("Autoencoders", columns, rows)
+
+
+def write_volumes(path: Path, groups: Sequence[Group], measured: Measured) -> None:
+    """One line per volume and checkpoint."""
+    rows: list[list[object]] = []
+    for group in groups:
+        for i, volume in enumerate(group.sets[ROLE]):
+            for model, arrays in measured[group.name].items():
+                rows.append([group.name, volume.path, model, *(float(arrays[i][name]) for name in VOLUME_METRICS)])
+    write_csv(path, ("group", "file", "model", *VOLUME_METRICS), rows)
+
+
+def draw(folder: Path, plan: Plan, groups: Sequence[Group], measured: Measured, count: int) -> list[Picture]:
+    """One picture of each group: a row per volume, its three planes, those of each reconstruction and difference."""
+    pictures = []
+    for group, name in zip(groups, file_names([group.name for group in groups]), strict=True):
+        rows = []
+        for i, volume in enumerate(group.sets[ROLE][:count]):
+            spacing_mm = plan.grids[volume.path].spacing_mm
+            original = _cells(central_slices(volume.read()), spacing_mm)
+            found = [
+                _cells({plane: of_model[i][plane].astype(np.float32) for plane in PLANES}, spacing_mm)
+                for of_model in measured[group.name].values()
+            ]
+            shown = [_differences(original, cells) for cells in found]
+            label = volume.path.name.removesuffix(".nii.gz")
+            rows.append((label, [*original, *chain.from_iterable([*found, *shown])]))
+        models = list(measured[group.name])
+        headings = ["original", *models, *(f"difference of {model}" for model in models)]
+        file = f"{PICTURES_FOLDER}/reconstruction_{name}.png"
+        save_slice_grid(folder / file, rows, columns=[cell for text in headings for cell in ("", text, "")])
+        caption = (
+            f"{group.name}: {', '.join(PLANES)} slices through the middle of the original and of the reconstruction by "
+            f"{', '.join(models)}, then the absolute differences (black 0, white {DIFFERENCE_SHOWN:g} or more)"
+        )
+        pictures.append(Picture(file, caption))
+    return pictures
+
+
+def _cells(slices: Mapping[str, np.ndarray], spacing_mm: Sequence[float]) -> list[np.ndarray]:
+    """Slices by plane in order, with square pixels; spacing (x, y, z)."""
+    square = with_square_pixels(slices, spacing_mm)
+    return [square[plane] for plane in PLANES]
+
+
+def _differences(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Absolute differences of slices, scaled so that the grey values of [-1, 1] show them."""
+    return [2 * np.abs(x - y) / DIFFERENCE_SHOWN - 1 for x, y in zip(a, b, strict=True)]

@@ -1,0 +1,91 @@
+"""Features of sets of volumes: computed in batches, shared out to processes, kept in the cache (`result_cache.py`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.precision import exact_float32
+from common.processes import Distributed
+from evaluation.comparison.networks import FeatureNetwork
+from evaluation.comparison.sets import check_refused
+from evaluation.results.work import Arrays, ResultCache, Work, do_work
+
+VERSION = 1  # rises when the same network and volume give other features
+RANGE = "range"  # lowest and highest voxel, kept beside the features
+
+
+@dataclass(frozen=True)
+class SetFeatures:
+    """Features of the volumes of a set that could be read.
+
+    volumes: N of them. planes: {plane: (N, S, F)}, S slices each (1 for whole volumes). ranges: of their voxels.
+    """
+
+    volumes: tuple[Any, ...]
+    planes: dict[str, Tensor]
+    ranges: tuple[tuple[float, float], ...]
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+
+def extract(
+    network: FeatureNetwork,
+    volumes: Sequence[Any],
+    label: str,
+    cache_dir: Path,
+    place: Distributed,
+    *,
+    batch_size: int,
+    num_workers: int,
+    exclude: bool,
+) -> tuple[SetFeatures | None, dict[Path, str]]:
+    """The features of all volumes, on rank 0 (None on others), and what was left out with its reason.
+
+    To be called on every rank. volumes: each with `path`, `key()` and `read()`, as `SetVolume` has them.
+    Raises UserError: volumes that can't be read, all of them in one, unless `exclude`; or fewer than two are left.
+    """
+    work = Work(
+        label=f"{network.name}: {label}",
+        key=methodcaller("key"),
+        read=methodcaller("read"),
+        compute=partial(compute_features, network, place.device),
+        cache=ResultCache(cache_dir, network.name, {**network.settings, "version": VERSION}),
+        batch_size=batch_size,
+    )
+    results, refused = do_work(work, volumes, place, num_workers)
+    reasons = {item.item.path: item.reason for item in refused}
+    check_refused(reasons, len(volumes), label, exclude)
+    if not place.is_main:
+        return None, reasons
+    kept = [(volume, result) for volume, result in zip(volumes, results, strict=True) if result is not None]
+    planes = {}
+    for plane in network.planes:
+        features = [torch.from_numpy(result[plane]) for _, result in kept]
+        if len({tuple(one.shape) for one in features}) > 1:
+            raise UserError(
+                f"{label}: volumes of different sizes have different numbers of slices: --resample, or take "
+                "fewer --slices"
+            )
+        planes[plane] = torch.stack(features)  # (N, S, F)
+    ranges = tuple((float(result[RANGE][0]), float(result[RANGE][1])) for _, result in kept)
+    return SetFeatures(tuple(volume for volume, _ in kept), planes, ranges), reasons
+
+
+def compute_features(network: FeatureNetwork, device: torch.device, volumes: Tensor) -> list[Arrays]:
+    """Features and ranges of volumes (B, 1, D, H, W), in float32 without the rounding of TF32."""
+    with torch.inference_mode(), exact_float32():
+        features = network(volumes.to(device))
+    found = []
+    for i, volume in enumerate(volumes):
+        arrays = {plane: of_plane[i].float().cpu().numpy() for plane, of_plane in features.items()}
+        found.append({**arrays, RANGE: np.array([volume.min().item(), volume.max().item()])})
+    return found

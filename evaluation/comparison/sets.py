@@ -1,0 +1,361 @@
+"""The volumes that are compared: real, generated and training ones by class, and whether they can be compared at all.
+
+A set is given as a folder, all of whose `*.nii.gz` are one class, or as a dataset JSON (class id or name -> folder).
+Generated volumes may also lie in one folder for all classes: the JSON beside each tells its class.
+"""
+
+import contextlib
+import hashlib
+import json
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from common.errors import UserError
+from dataset.checking.examine import format_numbers, format_size
+from dataset.preparation.recipe import Recipe, prepare
+from dataset.preparation.sources import Scan
+from dataset.volumes.index import list_volumes, read_dataset_json
+from dataset.volumes.intensity import MODEL_RANGE, RANGE_TOLERANCE, check_intensity_range, to_model_range
+from dataset.volumes.volume_io import Header, read_header, read_volume, tensor_to_nifti
+from evaluation.generation.record import file_sha256, read_record
+
+ALL = "all classes"  # the name of all groups together
+SAME_SPACING = 0.01  # relative difference that rounding and class tables make
+MIN_VOLUMES = 2  # of a set: a covariance, and a pair
+SAMPLED = 4  # volumes of a set whose range is looked at before any work
+MOST_SHOWN = 5  # files in a message
+OTHER_RANGE = (
+    "if all files have this scale, declare it (real_range=[{found_low:g},{found_high:g}], or generated_range for "
+    "generated ones); otherwise rescale the file to [{low:g}, {high:g}]"
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Voxels (X, Y, Z), their size in mm and where the axes point ("" where the header doesn't say)."""
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+
+    @classmethod
+    def of(cls, header: Header) -> "Grid":
+        return cls(header.shape, header.spacing_mm, header.orientation if header.is_oriented else "")
+
+    def in_ras(self) -> "Grid":
+        """The same voxels once their axes are in the order right, front, head, as preprocessing leaves them."""
+        if "?" in self.orientation or not self.orientation:
+            return self
+        axes = np.argsort(nib.orientations.axcodes2ornt(tuple(self.orientation))[:, 0]).tolist()
+        return Grid(*(tuple(values[axis] for axis in axes) for values in (self.shape, self.spacing_mm)), "RAS")
+
+    def fits(self, other: "Grid", ignore_spacing: bool = False) -> bool:
+        """Whether volumes on both can be compared voxel by voxel. An unknown orientation fits every one."""
+        if ignore_spacing:
+            return self.shape == other.shape
+        same_spacing = all(
+            abs(a - b) <= SAME_SPACING * max(abs(a), abs(b))
+            for a, b in zip(self.spacing_mm, other.spacing_mm, strict=True)
+        )
+        same_axes = self.orientation == other.orientation or not (self.orientation and other.orientation)
+        return self.shape == other.shape and same_spacing and same_axes
+
+    def __str__(self) -> str:
+        return f"{format_size(self.shape)} voxels of {format_numbers(self.spacing_mm)} mm {self.orientation}".rstrip()
+
+
+@dataclass(frozen=True)
+class SetVolume:
+    """One file of a set.
+
+    intensity_range: its lowest and highest value. resample: the grid it is brought to. is_range_stated: whether the
+    range was said for this file, and not assumed.
+    """
+
+    path: Path
+    intensity_range: tuple[float, float] = MODEL_RANGE
+    resample: Grid | None = None
+    is_range_stated: bool = False
+
+    def key(self) -> str:
+        """Equal for volumes that give the same voxels: hash of the file and of how it is read."""
+        how = [file_sha256(self.path), self.intensity_range]
+        how += [] if self.resample is None else [self.resample.shape, self.resample.spacing_mm]
+        return hashlib.sha256(json.dumps(how).encode()).hexdigest()
+
+    def read(self) -> torch.Tensor:
+        """(1, D, H, W) float32 in [-1, 1]. UserError: as `read_volume`, and values outside `intensity_range`."""
+        volume = read_volume(self.path)
+        data = to_model_range(volume.data, self.intensity_range, self.path, OTHER_RANGE)
+        if self.resample is None:
+            return data
+        # The way that training data are brought to a spacing and size, so that both sets get the same.
+        recipe = Recipe(window=MODEL_RANGE, spacing_mm=self.resample.spacing_mm, size=self.resample.shape)
+        try:
+            return prepare(Scan(tensor_to_nifti(data[0]).numpy(), volume.affine), recipe).data
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Group:
+    """The volumes of one class, by role: real, generated, training."""
+
+    name: str
+    sets: Mapping[str, tuple[SetVolume, ...]] = field(default_factory=dict)
+
+
+def list_set(path: str | Path, option: str) -> dict[str, list[Path]]:
+    """Files of a folder, under "" , or of each name of a dataset JSON. UserError names the option."""
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise UserError(f"{path}: no such folder or dataset JSON")
+        if path.is_dir():
+            return {"": list_volumes(path)}
+        return read_dataset_json(path)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def group_volumes(
+    real: str,
+    generated: str,
+    training: str | None,
+    real_range: Sequence[float],
+    generated_range: Sequence[float] | None,
+) -> tuple[list[Group], list[str]]:
+    """The sets of every class, and notes on classes that are left out.
+
+    real, generated, training: folder or dataset JSON each; training may be None. real_range: intensities of real and
+    training volumes. generated_range: of generated ones; None: as the JSON beside each says, else [-1, 1].
+
+    Raises UserError: missing folders, names that don't fit together, a class that can't be told, fewer than two
+    volumes in a set, a file in two sets.
+    """
+    real_range = check_intensity_range(real_range)
+    real_files = list_set(real, "real")
+    classes = _generated_by_class(generated, set(real_files))
+    training_files = None if training is None else list_set(training, "training")
+    if training_files is not None and training_files.keys() != real_files.keys():
+        raise UserError(
+            f"training: {training} has {_names(training_files)}, real {_names(real_files)}: give the same names, "
+            "both as dataset JSONs or both as folders"
+        )
+    if not classes.keys() & real_files.keys():
+        raise UserError(f"generated: {generated} has {_names(classes)}, real {_names(real_files)}: no class is in both")
+    groups, notes = [], []
+    for name, files in real_files.items():
+        if name not in classes:
+            notes.append(f"class {name}: there are no generated volumes of it, it is left out")
+            continue
+        title, volumes = classes[name]
+        sets = {"real": [SetVolume(path, real_range) for path in files]}
+        sets["generated"] = [_with_range(path, generated_range) for path in volumes]
+        if training_files is not None:
+            sets["training"] = [SetVolume(path, real_range) for path in training_files[name]]
+        if title in [ALL, *(group.name for group in groups)]:
+            title = f"{title} ({name})"
+        group = Group(title or name or Path(real).name, {role: tuple(of_role) for role, of_role in sets.items()})
+        _check_group(group)
+        groups.append(group)
+    if strange := sorted(classes.keys() - real_files.keys()):
+        notes.append(f"generated volumes of {_names(strange)} are left out: there are no real ones of them")
+    return groups, notes
+
+
+def _generated_by_class(path: str, real_names: set[str]) -> dict[str, tuple[str, list[Path]]]:
+    """Name as in the real set -> (name for people, files)."""
+    files = list_set(path, "generated")
+    if not Path(path).is_dir():
+        return {name: (name, of_name) for name, of_name in files.items()}
+    records = {file: read_record(file) or {} for file in files[""]}
+    if real_names == {""}:
+        names = sorted({str(record["class_name"]) for record in records.values() if "class_name" in record})
+        if len(names) > 1:
+            raise UserError(
+                f"generated: {path} holds the classes {', '.join(names)}, real is one folder: give real (and training) "
+                "as a dataset JSON with these names or their ids, or the folder of one class"
+            )
+        return {"": (names[0] if names else "", files[""])}
+    by_id = all(name.isdigit() for name in real_names)
+    found: dict[str, tuple[str, list[Path]]] = {}
+    for file, record in records.items():
+        if "class_id" not in record or "class_name" not in record:
+            raise UserError(
+                f"{file}: of which class it is can't be told, no JSON of the generation scripts lies beside it: give "
+                "generated as a dataset JSON with the names of the real one, or both as a folder"
+            )
+        name = str(record["class_id"] if by_id else record["class_name"])
+        found.setdefault(name, (str(record["class_name"]), []))[1].append(file)
+    return found
+
+
+def _with_range(path: Path, given: Sequence[float] | None) -> SetVolume:
+    if given is not None:
+        return SetVolume(path, check_intensity_range(given), is_range_stated=True)
+    record = read_record(path) or {}
+    intensity = record.get("intensity", {})
+    if intensity is None:  # written as it was generated
+        return SetVolume(path, is_range_stated=True)
+    try:
+        stated = check_intensity_range((float(intensity["low"]), float(intensity["high"])))
+    except (KeyError, TypeError, ValueError):  # UserError is a ValueError
+        return SetVolume(path)
+    return SetVolume(path, stated, is_range_stated=True)
+
+
+def _check_group(group: Group) -> None:
+    for role, volumes in group.sets.items():
+        if len(volumes) < MIN_VOLUMES:
+            raise UserError(f"{group.name}: {len(volumes)} {role} volume, at least {MIN_VOLUMES} are needed")
+    places: dict[Path, str] = {}
+    for role, volumes in group.sets.items():
+        for volume in volumes:
+            other = places.setdefault(volume.path.resolve(), role)
+            if other != role:
+                raise UserError(f"{volume.path}: is both a {other} and a {role} volume: sets must not share files")
+
+
+# ------------------------------------------------------------------------------------------------ geometry and range
+
+
+def read_headers(groups: Sequence[Group]) -> tuple[dict[Path, Grid], dict[Path, str]]:
+    """The grid of every file, and why those without one can't be read."""
+    grids, problems = {}, {}
+    for path in dict.fromkeys(v.path for group in groups for volumes in group.sets.values() for v in volumes):
+        try:
+            grids[path] = Grid.of(read_header(path))
+        except UserError as error:
+            problems[path] = str(error)
+    return grids, problems
+
+
+def read_groups(groups: Sequence[Group], exclude: bool) -> tuple[list[Group], dict[Path, Grid], dict[Path, str]]:
+    """The groups, the grid of every file, and with `exclude` the files that were left out and why.
+
+    UserError: headers that can't be read, all in one, unless `exclude`; too few volumes are left.
+    """
+    grids, problems = read_headers(groups)
+    if problems:
+        check_refused(problems, len(grids) + len(problems), "volumes", exclude)
+    return without(groups, set(problems)), grids, problems
+
+
+def without(groups: Sequence[Group], paths: set[Path]) -> list[Group]:
+    """The groups without some files. UserError where too few are left."""
+    left = [
+        replace(group, sets={role: tuple(v for v in vs if v.path not in paths) for role, vs in group.sets.items()})
+        for group in groups
+    ]
+    for group in left:
+        _check_group(group)
+    return left
+
+
+def on_one_grid(
+    groups: Sequence[Group], grids: Mapping[Path, Grid], resample: bool, ignore_spacing: bool = False
+) -> list[Group]:
+    """The groups, with `resample` on the grid that most real volumes of each have.
+
+    UserError: without `resample`, for volumes of a group that differ in size or, unless that is to be ignored, spacing
+    or orientation.
+    """
+    result = []
+    for group in groups:
+        wanted = Counter(grids[volume.path] for volume in group.sets["real"]).most_common(1)[0][0]
+        others = {
+            role: Counter(
+                grids[volume.path] for volume in volumes if not wanted.fits(grids[volume.path], ignore_spacing)
+            )
+            for role, volumes in group.sets.items()
+        }
+        if resample:
+            sets = {
+                role: tuple(replace(volume, resample=wanted.in_ras()) for volume in volumes)
+                for role, volumes in group.sets.items()
+            }
+            group = replace(group, sets=sets)
+        elif found := [
+            f"{count} {role} of {grid}" for role, counts in others.items() for grid, count in counts.most_common(2)
+        ]:
+            raise UserError(
+                f"{group.name}: most real volumes have {wanted}, but there are {', '.join(found)}: --resample brings "
+                "all to the grid of most real ones, --ignore-spacing compares voxels where only mm or axes differ"
+            )
+        result.append(group)
+    return result
+
+
+def sample_ranges(group: Group) -> dict[str, list[tuple[float, float]]]:
+    """Lowest and highest value, after conversion to [-1, 1], of a few volumes of each set that can be read."""
+    ranges: dict[str, list[tuple[float, float]]] = {role: [] for role in group.sets}
+    for role, volumes in group.sets.items():
+        for volume in volumes[:: max(1, len(volumes) // SAMPLED)][:SAMPLED]:
+            with contextlib.suppress(UserError):  # all of those are listed when all are read
+                data = replace(volume, resample=None).read()
+                ranges[role].append((float(data.min()), float(data.max())))
+    return {role: found for role, found in ranges.items() if found}
+
+
+def check_ranges(group: Group, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> list[str]:
+    """Warnings where the darkest or brightest values of two sets differ by more than a quarter of the range.
+
+    ranges: role -> lowest and highest value of volumes after conversion to [-1, 1], as `sample_ranges` gives.
+    UserError where a set must have another scale than was assumed: it is brighter than others at its darkest, or has
+    nothing in the lower half of the range.
+    """
+    assumed = [role for role in ranges if not all(volume.is_range_stated for volume in group.sets[role])]
+    warnings = []
+    for i, which in enumerate(("darkest", "brightest")):
+        ends = {role: statistics.median(values[i] for values in found) for role, found in ranges.items()}
+        role, other = max(ends, key=ends.get), min(ends, key=ends.get)
+        if ends[role] - ends[other] <= (MODEL_RANGE[1] - MODEL_RANGE[0]) / 4:
+            continue
+        found = (
+            f"{group.name}: the {which} voxels of {role} volumes are {ends[role]:.3g}, those of {other} ones "
+            f"{ends[other]:.3g} (of -1 ... 1)"
+        )
+        if which == "darkest" and role in assumed:
+            raise UserError(f"{found}: their scales differ, {_range_advice(role, ranges)}")
+        warnings.append(f"{found}: sets of other content, or a range that is not the one that was stated")
+    middle = sum(MODEL_RANGE) / 2
+    for role in assumed:
+        if min(low for low, _ in ranges[role]) > middle - RANGE_TOLERANCE < max(high for _, high in ranges[role]):
+            raise UserError(
+                f"{group.name}: the {role} volumes have nothing in the lower half of the range -1 ... 1: "
+                f"{_range_advice(role, ranges)}"
+            )
+    return warnings
+
+
+def _range_advice(role: str, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    option = "generated_range" if role == "generated" else "real_range"
+    highest = max(high for _, high in ranges[role])
+    return f"give the range that the {role} files have, e.g. {option}=[0,1] (highest found {highest:.3g})"
+
+
+def list_refused(refused: Mapping[Path, str], what: str) -> str:
+    """One line on files that can't be read, the first few by name."""
+    shown = "; ".join(list(refused.values())[:MOST_SHOWN])
+    more = f"; and {len(refused) - MOST_SHOWN} more" if len(refused) > MOST_SHOWN else ""
+    return f"{len(refused)} {what} can't be read: {shown}{more}"
+
+
+def check_refused(reasons: dict[Path, str], count: int, what: str, exclude: bool) -> None:
+    """UserError for volumes that can't be read, unless they are to be left out and two of `count` remain."""
+    if reasons and not exclude:
+        raise UserError(f"{list_refused(reasons, what)}; replace them, or leave them out with --exclude-unreadable")
+    if count - len(reasons) < 2:
+        raise UserError(f"{list_refused(reasons, what)}; at least 2 are needed")
+
+
+def _names(names) -> str:
+    return ", ".join(f'"{name}"' for name in names if name) or "one set without a name"

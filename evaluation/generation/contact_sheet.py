@@ -1,0 +1,88 @@
+"""A picture of what a folder of generated volumes holds: OUT/seed_S/contact_sheet.png, one row for each volume.
+
+Central axial, coronal and sagittal slices, at most 8 volumes of each class and size. Grey values cover the range of the
+class (its window in HU, [0, 1] or [-1, 1]) and voxels have their size in mm, so that sheets can be compared.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.log import get_logger
+from dataset.volumes.intensity import MODEL_RANGE, to_model_range
+from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
+from dataset.volumes.volume_io import read_volume
+from evaluation.generation.record import read_record
+
+SHEET_NAME = "contact_sheet.png"
+MOST_OF_A_KIND = 8  # rows of a class and size
+MOST_ROWS = 160  # about as high as picture viewers can take
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A volume that can be drawn, and what its record says of it."""
+
+    path: Path
+    kind: tuple[Any, ...]  # class id and name, voxels
+    sample: int
+    value_range: tuple[float, float]  # drawn black and white
+
+
+def update_contact_sheet(folder: Path) -> Path | None:
+    """Draws the sheet of a folder unless it is newer than every volume; None for a folder without volumes.
+
+    Volumes without a sound record, and those that can't be read or hold other values than it says, are left out with a
+    warning: they are not of this program's making.
+    """
+    sheet = folder / SHEET_NAME
+    volumes = [shown for path in folder.glob("*.nii.gz") if (shown := _described(path))]
+    if not volumes:
+        return None
+    if sheet.is_file() and sheet.stat().st_mtime_ns > max(shown.path.stat().st_mtime_ns for shown in volumes):
+        return sheet
+    volumes.sort(key=lambda shown: (shown.kind, shown.sample, shown.path))
+    chosen: list[tuple[Shown, str]] = []
+    for _, group in groupby(volumes, key=lambda shown: shown.kind):
+        same = list(group)
+        labels = [shown.path.name.removesuffix(".nii.gz") for shown in same[:MOST_OF_A_KIND]]
+        if len(same) > MOST_OF_A_KIND:
+            labels[0] += f"\n({MOST_OF_A_KIND} of {len(same)})"
+        chosen += zip(same, labels, strict=False)
+    rows = [(label, slices) for shown, label in chosen[:MOST_ROWS] if (slices := _slices(shown))]
+    if not rows:
+        return None
+    title = f"{folder.name}: {len(rows)} of {len(volumes)} volumes"
+    save_slice_grid(sheet, rows, columns=PLANES, title=title)
+    return sheet
+
+
+def _described(path: Path) -> Shown | None:
+    """None without a record that has what the sheet needs: of this program it has, but anything may lie there."""
+    record = read_record(path) or {}
+    kinds = {"class_id": int, "class_name": str, "sample": int, "voxels": list}
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        return None
+    intensity = record.get("intensity") or {"low": MODEL_RANGE[0], "high": MODEL_RANGE[1]}
+    if not isinstance(intensity, dict) or not all(isinstance(side, int) for side in record["voxels"]):
+        return None
+    low, high = intensity.get("low"), intensity.get("high")
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or not low < high:
+        return None
+    return Shown(path, (record["class_id"], record["class_name"], *record["voxels"]), record["sample"], (low, high))
+
+
+def _slices(shown: Shown) -> list[np.ndarray]:
+    """The three slices; none, with a warning, for a volume that can't be drawn."""
+    try:
+        volume = read_volume(shown.path)
+        data = to_model_range(volume.data, shown.value_range, shown.path)
+    except UserError as error:
+        get_logger().warning("%s leaves out a volume: %s", SHEET_NAME, error)
+        return []
+    pictures = central_slices(data, volume.header.spacing_mm)
+    return [pictures[plane] for plane in PLANES]

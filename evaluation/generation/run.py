@@ -1,0 +1,242 @@
+"""Class-conditional generation: noise -> normalised latent -> volume on disk, for every request of a config.
+
+    OUT/seed_S/NAME_XxYxZ.nii.gz    in [-1, 1], with `denormalize` in HU (CT) or [0, 1] (MR); float32 or int16; XxYxZ
+                                    voxels in NIfTI order, affine from the spacing
+    OUT/seed_S/NAME_XxYxZ.json      what the volume depends on, and how it was made (evaluation/generation/record.py)
+    OUT/seed_S/contact_sheet.png    central slices of the folder's volumes (evaluation/generation/contact_sheet.py)
+    OUT/seed_S/config.yaml          the resolved configuration
+
+With `num_samples` above 1 the names are NAME_XxYxZ_I, I = 0, 1, ... The noise of a volume depends on (seed, class,
+grid, I) only, so neither batches, order, processes nor the rest of the requests change it.
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from AutoEncoder.decoding import check_memory, decode
+from common.checkpoint_files import latent_fingerprint, load_autoencoder, load_biflownet, load_checkpoint
+from common.errors import UserError
+from common.log import get_logger
+from common.precision import CompiledDenoiser, autocast, clock
+from common.processes import PATIENCE, Distributed, cleanup, setup
+from config.cli import GENERATION_FLAGS, parse_command_line
+from config.loading import require, save_config
+from config.schema import GenerationConfig
+from dataset.volumes.geometry import affine_from_spacing
+from dataset.volumes.intensity import from_model_range
+from dataset.volumes.volume_io import write_volume
+from ddpm.diffusion import GaussianDiffusion
+from ddpm.samplers import Progress
+from evaluation.generation.contact_sheet import update_contact_sheet
+from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
+from evaluation.generation.requests import Request, batches_of_one_grid, list_requests, noise_generator, seed_folder
+
+SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
+
+
+def run(argv: Sequence[str] | None, default_config: str, description: str) -> None:
+    """The generation scripts, which differ only in the config they start from."""
+    generate(parse_command_line(argv, GenerationConfig, default_config, description, GENERATION_FLAGS))
+
+
+def generate(cfg: DictConfig) -> list[Path]:
+    """Generates every volume of the config that is not there yet. Returns the files of all of them.
+
+    Under torchrun the volumes are shared out to the processes.
+    Raises UserError, before anything is sampled, for whatever is wrong with options, requests, checkpoints or volumes
+    that are already there; for wrong options and requests before a checkpoint is read.
+    """
+    require(cfg, "AE_ckpt", "model_ckpt", "output_dir")
+    requests = list_requests(cfg)
+    if cfg.decoding != "exact" and cfg.tile % cfg.downsample:
+        raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
+    folders = list(dict.fromkeys(seed_folder(cfg, request.seed) for request in requests))
+    place = setup(cfg.device, PATIENCE)
+    try:
+        if cfg.precision == "16" and place.device.type == "cpu":
+            raise UserError("precision is 16, which needs a GPU: take bf16 on a CPU")
+        # What is left to do.
+        logger = get_logger(place.rank)
+        settings = place.on_main(lambda: image_settings(cfg))  # reads both checkpoints whole, once
+        todo = _missing(requests, settings, place)
+        num_there = len(requests) - len(todo)
+        logger.info(
+            "%d volumes of %d seeds -> %s, %d are there", len(requests), len(folders), cfg.output_dir, num_there
+        )
+
+        # Sample and decode.
+        if todo:
+            place.on_main(lambda: _check_disk(cfg, todo))
+            autoencoder, model = load_models(cfg, place.device)
+            check_memory(autoencoder, todo, place.device, _max_bytes(cfg), cfg.precision)
+            place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
+            batches = batches_of_one_grid(todo, cfg.batch_size)[place.rank :: place.world_size]
+            _generate_batches(cfg, model, autoencoder, batches, settings, place)
+            place.barrier()
+
+        # Show what is there.
+        if place.is_main:
+            for folder in folders:
+                update_contact_sheet(folder)
+        return [request.path for request in requests]
+    finally:
+        cleanup()
+
+
+def _missing(requests: Sequence[Request], settings: dict[str, Any], place: Distributed) -> list[Request]:
+    """The volumes that are not done, on every rank; each rank reads its share of what is there."""
+    mine = range(place.rank, len(requests), place.world_size)
+    bar = tqdm(mine, desc="reading what is there", unit="volume", delay=3, leave=False, disable=not place.is_main)
+    missing, message = [], None
+    try:
+        missing = [i for i in bar if not is_done(requests[i], settings)]
+    except UserError as error:
+        message = str(error)
+    gathered = place.gather((missing, message))
+    for _, message in gathered:
+        if message is not None:
+            raise UserError(message)
+    return [requests[i] for i in sorted(i for part, _ in gathered for i in part)]
+
+
+def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
+    """Refuses what cannot fit by far; a disk that gets full later ends the run in one line and loses nothing."""
+    folder = Path(cfg.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file: choose another folder")
+    voxel_bytes = 2 if cfg.output_dtype == "int16" else 4
+    needed = SMALLEST_SHARE * voxel_bytes * sum(math.prod(request.voxels) for request in todo)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{cfg.output_dir}: {len(todo)} volumes need at least {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} "
+            "GB: free space, or choose another output_dir"
+        )
+
+
+def _generate_batches(
+    cfg: DictConfig,
+    model: nn.Module,
+    autoencoder: nn.Module,
+    batches: list[list[Request]],
+    settings: dict[str, Any],
+    place: Distributed,
+) -> None:
+    """Samples, decodes and writes this process's volumes."""
+    diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(place.device)
+    # The bar counts volumes, and moves with every sampling step of a batch.
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} volumes [{elapsed}<{remaining}{postfix}]"
+    bar = tqdm(total=sum(map(len, batches)), desc="generating", bar_format=layout, disable=not place.is_main)
+    with bar:
+        done = 0
+        for batch in batches:
+
+            def show(step: int, num_steps: int, done: int = done, size: int = len(batch)) -> None:
+                bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
+                bar.update(done + size * step / num_steps - bar.n)
+
+            begin = clock(place.device)
+            latents = sample_latents(cfg, model, diffusion, batch, place.device, show)  # (B, C, d, h, w)
+            sampling_s = (clock(place.device) - begin) / len(batch)
+            for request, latent in zip(batch, latents, strict=True):
+                begin = clock(place.device)
+                volume = decode(  # (1, D, H, W)
+                    autoencoder, latent, request.decoding, request.tile, _max_bytes(cfg), cfg.precision
+                )
+                decoding_s = clock(place.device) - begin
+                if not volume.isfinite().all():
+                    raise UserError(
+                        f"{request.path}: {cfg.model_ckpt} and {cfg.AE_ckpt} give NaN: the training of one diverged"
+                        + (", or 16 bits overflow: try precision bf16 or 32" if cfg.precision == "16" else "")
+                    )
+                # The record first: a volume is only taken for done beside the record of how it was made.
+                write_record(request, settings, describe_run(cfg, place, sampling_s, decoding_s))
+                _write(cfg, request, volume)
+            done += len(batch)
+
+
+def _write(cfg: DictConfig, request: Request, volume: Tensor) -> None:
+    """Writes a volume (1, D, H, W) of [-1, 1] in the units and the type of the request."""
+    volume = from_model_range(volume, request.intensity_range)
+    affine = affine_from_spacing(request.spacing_mm)
+    write_volume(request.path, volume, affine, cfg.output_dtype, request.intensity_range, request.is_hounsfield)
+
+
+def _max_bytes(cfg: DictConfig) -> int | None:
+    return None if cfg.max_memory is None else int(cfg.max_memory * 1e9)
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Autoencoder and BiFlowNet (EMA weights), after the checks that they fit the config."""
+    autoencoder = load_autoencoder(cfg.AE_ckpt, device, downsample=cfg.downsample)
+    if autoencoder.embedding_dim != cfg.volume_channels:
+        raise UserError(
+            f"{cfg.AE_ckpt}: its latents have {autoencoder.embedding_dim} channels, volume_channels is "
+            f"{cfg.volume_channels}: give the autoencoder that the model was trained with, or --volume-channels"
+        )
+    model = load_biflownet(cfg, cfg.model_ckpt, device)
+    checkpoint = load_checkpoint(cfg.model_ckpt, mmap=True)
+    made_by = checkpoint.get("autoencoder")
+    if made_by is not None and made_by != latent_fingerprint(autoencoder):
+        raise UserError(
+            f"{cfg.AE_ckpt}: not the autoencoder whose latents {cfg.model_ckpt} was trained on: give that one "
+            "(either stage of it)"
+        )
+    for name in ("timesteps", *WITHOUT_SHAPE):
+        trained = getattr(checkpoint.get("args"), name, cfg[name])
+        if trained != cfg[name]:
+            raise UserError(f"{name} is {cfg[name]}, but {cfg.model_ckpt} was trained with {trained}: give that")
+    if cfg.guidance_scale != 1 and model.null_label is None:
+        raise UserError(
+            f"guidance_scale is {cfg.guidance_scale}, but {cfg.model_ckpt} has no null label: use 1, or a model that "
+            "was trained with label_dropout above 0"
+        )
+    if cfg.channels_last:
+        autoencoder, model = (network.to(memory_format=torch.channels_last_3d) for network in (autoencoder, model))
+    return autoencoder, CompiledDenoiser(model) if cfg.compile else model
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample_latents(
+    cfg: DictConfig,
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    batch: Sequence[Request],
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Normalised latents (B, C, d, h, w) of requests that all have the grid (d, h, w)."""
+    generators = [noise_generator(request) for request in batch]
+    shape = (cfg.volume_channels, *batch[0].grid)
+    z = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, d, h, w)
+    y = torch.tensor([request.class_id for request in batch])  # (B,)
+    res = torch.tensor(batch[0].grid) / model.vq_size  # (3,)
+    layout = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
+    with autocast(device, cfg.precision):  # of the network: z and the steps are float32 and stay so
+        return diffusion.sample(
+            model,
+            z.to(device, memory_format=layout),
+            y=y.to(device),
+            res=res.to(device),
+            cond_scale=cfg.guidance_scale,
+            strategy=cfg.sampling_strategy,
+            eta=cfg.eta,
+            ddim_steps=cfg.ddim_steps,
+            generator=generators,  # they go on where z left them
+            progress=progress,
+        )

@@ -1,0 +1,151 @@
+"""Work done once per volume: kept on disk under the hash of the file, shared out to processes, continued when killed.
+
+CACHE/NAME-HASH/settings.json     what the results depend on besides the volume
+CACHE/NAME-HASH/xx/KEY.arrays     the results of one volume; KEY is the SHA-256 of its file (see `Work.key`)
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.parallel import map_in_processes
+from common.processes import Distributed
+from dataset.volumes.volume_io import write_atomically
+
+Arrays = dict[str, np.ndarray]
+DIGEST_BYTES = 32  # SHA-256 of the rest of a file, so that a damaged one is never taken for whole
+
+
+class ResultCache:
+    """Named arrays by key, in files of their own. Damaged files count as missing.
+
+    Args:
+        folder: folder of all caches.
+        name: for people. settings: what the results depend on besides the volume: others are kept apart.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        text = json.dumps(settings, sort_keys=True, indent=2)
+        self.folder = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self._settings = text
+
+    def get(self, key: str) -> Arrays | None:
+        """The arrays under a key, None where there are none."""
+        try:
+            content = self._path(key).read_bytes()
+        except OSError:
+            return None
+        digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return dict(file)
+
+    def put(self, key: str, arrays: Arrays) -> None:
+        """Keeps the arrays of a key. UserError if they cannot be written."""
+        if not (self.folder / "settings.json").exists():
+            write_atomically(self.folder / "settings.json", self._settings.encode())
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        content = content.getvalue()
+        write_atomically(self._path(key), hashlib.sha256(content).digest(), content)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.arrays"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to each item of a set.
+
+    key: item -> name of its results. read: item -> tensor; both run in loading processes and may raise UserError.
+    compute: tensors of one shape, stacked (B, ...) -> the arrays of each, in the main process on its device.
+    """
+
+    label: str
+    key: Callable[[Any], str]
+    read: Callable[[Any], Tensor]
+    compute: Callable[[Tensor], list[Arrays]]
+    cache: ResultCache
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An item that could not be read, and why."""
+
+    item: Any
+    reason: str
+
+
+class _Reader:
+    """(key, tensor or None where the results are there, reason why it can't be read)."""
+
+    def __init__(self, work: Work) -> None:
+        self.key, self.read, self.cache = work.key, work.read, work.cache
+
+    def __call__(self, item: Any) -> tuple[str | None, Tensor | None, str | None]:
+        try:
+            key = self.key(item)
+            return key, None if self.cache.get(key) is not None else self.read(item), None
+        except UserError as error:
+            return None, None, str(error)
+
+
+def do_work(
+    work: Work, items: Sequence[Any], place: Distributed, num_workers: int
+) -> tuple[list[Arrays | None], list[Refused]]:
+    """The results of all items, those that are there from the cache, and the items that can't be read.
+
+    To be called on every rank; each does its share, and rank 0 gets the results (the others a list of None). Results
+    are kept as soon as they are there, so a killed run goes on.
+    """
+    mine = range(place.rank, len(items), place.world_size)
+    keys: dict[int, str] = {}
+    refused: dict[int, str] = {}
+    waiting: list[tuple[str, Tensor]] = []
+    message = None
+
+    def compute() -> None:
+        for (key, _), arrays in zip(waiting, work.compute(torch.stack([t for _, t in waiting])), strict=True):
+            work.cache.put(key, arrays)
+        waiting.clear()
+
+    try:
+        read = map_in_processes(_Reader(work), [items[i] for i in mine], num_workers, work.label, show=place.is_main)
+        for position, (key, tensor, reason) in read:
+            if reason is not None:
+                refused[mine[position]] = reason
+                continue
+            keys[mine[position]] = key
+            if tensor is None or key in [other for other, _ in waiting]:
+                continue
+            if waiting and waiting[0][1].shape != tensor.shape:
+                compute()
+            waiting.append((key, tensor))
+            if len(waiting) == work.batch_size:
+                compute()
+        if waiting:
+            compute()
+    except UserError as error:  # on every rank, or the others would wait for this one
+        message = str(error)
+
+    gathered = place.gather((keys, refused, message))
+    for *_, message in gathered:
+        if message is not None:
+            raise UserError(message)
+    keys = {i: key for part, _, _ in gathered for i, key in part.items()}
+    refused = {i: reason for _, part, _ in gathered for i, reason in part.items()}
+    results = [work.cache.get(keys[i]) if place.is_main and i in keys else None for i in range(len(items))]
+    if place.is_main and (lost := [i for i in keys if results[i] is None]):
+        raise UserError(f"{work.cache.folder}: the results of {len(lost)} volumes are gone: start again")
+    return results, [Refused(items[i], refused[i]) for i in sorted(refused)]

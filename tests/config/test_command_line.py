@@ -1,0 +1,218 @@
+"""The scripts' command lines, the published ones word for word, and what happens to a user's mistakes."""
+
+import errno
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+from torch.distributed.run import get_args_parser
+
+from common.errors import UserError
+from common.script import run_script
+from config.cli import (
+    BIFLOWNET_FLAGS,
+    GENERATION_FLAGS,
+    GENERATION_METRICS_FLAGS,
+    LATENT_FLAGS,
+    RECONSTRUCTION_FLAGS,
+    VALIDITY_FLAGS,
+    Flag,
+    parse_command_line,
+)
+from config.loading import load_config
+from config.schema import (
+    AutoencoderConfig,
+    BiFlowNetConfig,
+    GenerationConfig,
+    GenerationMetricsConfig,
+    LatentConfig,
+    ReconstructionConfig,
+    ValidityConfig,
+)
+
+ROOT = Path(__file__).parents[2]
+BIFLOWNET_COMMAND = (
+    "--data-path latents.json --results-dir out --loss-type l1 --volume-channels 8 --timesteps 1000 --model-dim 72 "
+    "--dim-mults 1 1 2 4 8 --use-attn 0 0 0 1 1 --patch-size 1 --num-dit 1 --enable_amp --model BiFlowNet "
+    "--AE-ckpt epoch=3-step=500.ckpt --num-classes 7 --epochs 1000 --global-seed 3 --num-workers 8 --batch-size 16 "
+    "--resolution 32 32 32 --log-every 50 --ckpt-every 500 --ckpt BiFlowNet_0453500.pt --vq-size 64"
+)
+GENERATION_COMMAND = (
+    "--AE-ckpt ae.ckpt --model-ckpt BiFlowNet_0453500.pt --output-dir out --timesteps 1000 --model-dim 72 "
+    "--patch-size 1 --num-dit 1 --dim-mults 1 1 2 4 8 --use-attn 0 0 0 1 1 --sampling-strategy ddim --ddim_steps 50 "
+    "--num-classes 7 --loss-type l1 --volume-channels 8 --vq-size 64 --seed 5"
+)
+
+
+def parse_biflownet(line: str) -> DictConfig:
+    return parse_command_line(line.split(), BiFlowNetConfig, "BiFlowNet_8x.yaml", "", BIFLOWNET_FLAGS)
+
+
+def test_official_biflownet_command():
+    cfg = parse_biflownet(BIFLOWNET_COMMAND)
+    assert (cfg.data_path, cfg.AE_ckpt, cfg.ckpt) == ("latents.json", "epoch=3-step=500.ckpt", "BiFlowNet_0453500.pt")
+    assert (cfg.dim_mults, cfg.use_attn, cfg.resolution) == ([1, 1, 2, 4, 8], [0, 0, 0, 1, 1], [32, 32, 32])
+    assert (cfg.enable_amp, cfg.global_seed, cfg.results_dir) == (True, 3, "out")
+
+
+def test_official_generation_command():
+    cfg = parse_command_line(GENERATION_COMMAND.split(), GenerationConfig, "generation_8x.yaml", "", GENERATION_FLAGS)
+    assert (cfg.sampling_strategy, cfg.ddim_steps, cfg.seed, cfg.output_dir) == ("ddim", 50, 5, "out")
+    assert cfg.dim_mults == [1, 1, 2, 4, 8]
+    assert len(cfg.classes) == 7
+
+
+def test_official_latent_command():
+    line = "--data-path J --AE-ckpt C --batch-size 4"
+    cfg = parse_command_line(line.split(), LatentConfig, None, "", LATENT_FLAGS)
+    assert (cfg.data_path, cfg.AE_ckpt, cfg.batch_size) == ("J", "C", 4)
+
+
+def test_negative_numbers_are_values():
+    flags = (*LATENT_FLAGS, Flag("--intensity-range"))
+    cfg = parse_command_line("--intensity-range -1 1 --AE-ckpt C".split(), LatentConfig, None, "", flags)
+    assert (cfg.intensity_range, cfg.AE_ckpt) == ([-1, 1], "C")
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("--enable_amp", "enable_amp", True),
+        ("--enable-amp", "enable_amp", True),
+        ("--enable_amp False", "enable_amp", False),
+        ("--enable_amp=false enable_amp=true", "enable_amp", False),
+        ("--enable_amp lr=1", "enable_amp", True),
+        ("--enable_amp lr=1", "lr", 1.0),
+        ("--dim_mults 1 2 4 8 8 lr=1", "dim_mults", [1, 2, 4, 8, 8]),
+        ("--dim_mults 1 2 4 8 8 lr=1", "lr", 1.0),
+        ("--batch_size 3", "batch_size", 3),
+        ("--batch-size=3", "batch_size", 3),
+        ("--batch-size 3 batch_size=5", "batch_size", 3),
+        ("batch_size=5", "batch_size", 5),
+        ("lr=2 --batch-size 3 epochs=4", "epochs", 4),
+        ("--max-steps 1e3", "max_steps", 1000),
+        ("--AE-ckpt null=x", "AE_ckpt", "null=x"),
+        ("", "patch_size", 1),
+    ],
+)
+def test_flags_and_overrides(line, key, value):
+    assert parse_biflownet(line)[key] == value
+
+
+def test_flag_wins_over_config_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [BiFlowNet_4x, _self_]\nbatch_size: 2\nepochs: 3\n")
+    cfg = parse_biflownet(f"--config {path} --batch-size 7")
+    assert (cfg.batch_size, cfg.epochs, cfg.patch_size) == (7, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--batch-sise 3", r"unknown flag --batch-sise, did you mean --batch-size\?"),
+        ("--batch 3", r"unknown flag --batch"),
+        ("--ckpt", r"argument --ckpt: expected one argument"),
+        ("--batch-size many", r"option batch_size: batch_size must be a whole number, got 'many'"),
+        ("--dim-mults 1 x", r"dim_mults must be a list, each item a whole number"),
+        ("--enable_amp perhaps", r"enable_amp must be true or false, got 'perhaps'"),
+        ("stray", r"override 'stray': expected key=value"),
+        ("--config none.yaml", r"none.yaml: no such config file"),
+        ("--lr 1", r"unknown flag --lr"),
+    ],
+)
+def test_bad_command_lines(line, message, capsys):
+    assert run_script(parse_biflownet, line) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    with pytest.raises(UserError, match=message):
+        parse_biflownet(line)
+
+
+@pytest.mark.parametrize(
+    ("schema", "flags"),
+    [
+        (AutoencoderConfig, ()),
+        (LatentConfig, LATENT_FLAGS),
+        (BiFlowNetConfig, BIFLOWNET_FLAGS),
+        (GenerationConfig, GENERATION_FLAGS),
+        (ReconstructionConfig, RECONSTRUCTION_FLAGS),
+        (GenerationMetricsConfig, GENERATION_METRICS_FLAGS),
+        (ValidityConfig, VALIDITY_FLAGS),
+    ],
+)
+def test_help_shows_every_key(schema, flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line(["--help"], schema, None, "What the script does.", flags)
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "What the script does." in text
+    cfg = load_config(schema, None)
+    keys = [f"{top}.{name}" for top in cfg for name in cfg[top]] if schema is AutoencoderConfig else list(cfg)
+    shown = {flag.target: flag.name for flag in flags}
+    assert [key for key in keys if f"  {shown.get(key, key + '=')}" not in text] == []
+
+
+def test_every_flag_is_a_key():
+    for schema, flags in [
+        (LatentConfig, LATENT_FLAGS),
+        (BiFlowNetConfig, BIFLOWNET_FLAGS),
+        (GenerationConfig, GENERATION_FLAGS),
+        (ReconstructionConfig, RECONSTRUCTION_FLAGS),
+        (GenerationMetricsConfig, GENERATION_METRICS_FLAGS),
+        (ValidityConfig, VALIDITY_FLAGS),
+    ]:
+        assert {flag.target for flag in flags} <= set(load_config(schema, None))
+    assert Flag("--a-b", key="c").target == "c"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "err"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (UserError("bad\nfile"), 2, "error: bad file\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/run/events"),
+            2,
+            "error: /run/events: nothing more can be written (No space left on device): make room and start again\n",
+        ),
+    ],
+)
+def test_run_script(raised, status, err, capsys):
+    def main(argv=None):
+        if isinstance(raised, BaseException):
+            raise raised
+        return raised
+
+    assert run_script(main) == status
+    assert capsys.readouterr().err == err
+
+
+def test_run_script_keeps_our_own_faults():
+    def main(argv=None):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_script(main)
+
+
+@pytest.mark.parametrize("script", ["train_PatchVolume.py", "train_BiFlowNet_SingleRes.py"])
+def test_commands_for_several_gpus_and_nodes_are_understood(script):
+    """Those of docs/training.md; tests with two processes run the same scripts."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks if script in block]
+    assert len(commands) == 1
+    launcher, words = [], list(commands[0])
+    while not words[0].endswith(".py"):
+        launcher.append(words.pop(0))
+    assert words[0] == f"train/{script}"
+    run = get_args_parser().parse_args([*launcher[1:], *words])
+    assert run.training_script_args == words[1:]
+    schema, flags = (AutoencoderConfig, ()) if script == "train_PatchVolume.py" else (BiFlowNetConfig, BIFLOWNET_FLAGS)
+    cfg = parse_command_line(words[1:], schema, None, "", flags)
+    assert "bf16" in (cfg.amp_dtype if flags else cfg.model.precision)

@@ -1,0 +1,394 @@
+"""Composing, typing, validating and saving configurations, and the command lines of the scripts."""
+
+import logging
+import shutil
+import textwrap
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from common.errors import UserError
+from config.loading import CONFIG_FOLDER, load_config, require, save_config
+from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
+
+SCHEMAS = {"base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig, "BiFlowNet": BiFlowNetConfig}
+SCHEMAS |= {"generation": GenerationConfig, "classes": PreprocessConfig, "preprocess": PreprocessConfig}
+SHIPPED = sorted(CONFIG_FOLDER.rglob("*.yaml"))
+
+# All keys that published autoencoder configs have, without a defaults list.
+OFFICIAL_YAML = """
+model:
+  seed: 1234
+  batch_size: 2
+  num_workers: 8
+  gpus: 1
+  max_steps: 1e6
+  max_epochs: 10000
+  lr: 3e-4
+  default_root_dir: /runs/ae
+  resume_from_checkpoint:
+  precision: bf16
+  discriminator_iter_start: 12000
+  perceptual_3d: False
+  embedding_dim: 8
+  n_codes: 8192
+  n_hiddens: 48
+  downsample: [4, 4, 4]
+  disc_channels: 32
+  disc_layers: 3
+  disc_loss_type: hinge
+  volume_gan_weight: 2
+  l1_weight: 4
+  gan_feat_weight: 4
+  perceptual_weight: 2
+  i3d_feat: False
+  restart_thres: 1.0
+  no_random_restart: False
+  norm_type: group
+  num_groups: 24
+  stage: 1
+dataset:
+  root_dir: /data/PatchVolume_data.json
+  image_channels: 1
+  imgtype: CT
+  patch_size: 64
+"""
+
+# (file, batch_size, precision, lr, discriminator_iter_start, downsample, stage)
+AUTOENCODER_VALUES = [
+    ("PatchVolume_8x", 24, "32", 3e-4, 20000, 8, 1),
+    ("PatchVolume_8x_s2", 1, "32", 3e-5, 0, 8, 2),
+    ("PatchVolume_4x", 16, "bf16", 3e-4, 12000, 4, 1),
+    ("PatchVolume_4x_s2", 1, "bf16", 3e-4, 0, 4, 2),
+]
+
+# id: (name, grids at 8x, spacings)
+CLASS_TABLE = {
+    0: ("CTHeadNeck", [[32, 32, 32], [16, 32, 32]], [[1, 1, 1], [1, 1, 1]]),
+    1: ("CTChestAbdomen", [[32, 32, 32], [64, 64, 64]], [[1.25, 1.25, 1.25], [0.7, 0.7, 1]]),
+    2: ("CTLegs", [[32, 32, 32], [64, 32, 32]], [[1.25, 1.25, 1.25], [1.25, 1.25, 1.25]]),
+    3: ("MRT1Brain", [[24, 24, 24]], [[1, 1, 1]]),
+    4: ("MRT2Brain", [[24, 24, 24]], [[1, 1, 1]]),
+    5: ("MRAbdomen", [[16, 32, 32]], [[1.2, 1.2, 2]]),
+    6: ("MRKnee", [[8, 40, 40]], [[1, 1, 1]]),
+}
+
+
+def schema_of(path: Path) -> type:
+    return next(schema for start, schema in SCHEMAS.items() if path.stem.startswith(start))
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def error_of(call, *args) -> str:
+    """The message of the UserError that a call raises; checked to be one line."""
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --------------------------------------------------------------------------------------------- shipped files
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIG_FOLDER)))
+def test_every_shipped_config_composes_and_validates(path):
+    cfg = load_config(schema_of(path), path)
+    assert set(cfg) == set(load_config(schema_of(path), None))
+
+
+@pytest.mark.parametrize("name", ["base_cfg", "BiFlowNet_base", "generation_base", "preprocess"])
+def test_base_files_hold_every_key_with_its_default_and_a_comment(name):
+    path = CONFIG_FOLDER / f"{name}.yaml"
+    schema = schema_of(path)
+    written, defaults = OmegaConf.load(path), load_config(schema, None)
+    if schema is PreprocessConfig:  # its class table is that of generation
+        written = OmegaConf.merge(OmegaConf.load(CONFIG_FOLDER / "classes_8x.yaml"), written)
+        del written["defaults"]
+        defaults = load_config(schema, CONFIG_FOLDER / "classes_8x.yaml")
+    assert load_config(schema, path) == defaults
+    for section in ("model", "dataset") if schema is AutoencoderConfig else ("",):
+        pick = (lambda cfg, section=section: cfg[section]) if section else (lambda cfg: cfg)
+        assert set(pick(written)) == set(pick(defaults))
+    values = [line for line in path.read_text().splitlines() if ": " in line and not line.strip().startswith("#")]
+    assert [line for line in values if "#" not in line] == []
+
+
+@pytest.mark.parametrize(("name", "batch_size", "precision", "lr", "start", "downsample", "stage"), AUTOENCODER_VALUES)
+def test_autoencoder_values(name, batch_size, precision, lr, start, downsample, stage):
+    model = load_config(AutoencoderConfig, CONFIG_FOLDER / f"{name}.yaml").model
+    found = (model.batch_size, model.precision, model.lr, model.discriminator_iter_start, model.downsample, model.stage)
+    assert found == (batch_size, precision, lr, start, [downsample] * 3, stage)
+
+
+@pytest.mark.parametrize(("name", "patch_size", "edge"), [("BiFlowNet_8x", 1, 32), ("BiFlowNet_4x", 2, 64)])
+def test_biflownet_values(name, patch_size, edge):
+    cfg = load_config(BiFlowNetConfig, CONFIG_FOLDER / f"{name}.yaml")
+    assert (cfg.patch_size, cfg.resolution) == (patch_size, [edge] * 3)
+    assert (cfg.lr, cfg.ema_decay, cfg.ema_every, cfg.ema_start, cfg.keep_checkpoints) == (1e-4, 0.995, 10, 2000, 6)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("generation_8x", 1), ("generation_4x", 2)])
+def test_class_table(name, factor):
+    cfg = load_config(GenerationConfig, CONFIG_FOLDER / f"{name}.yaml")
+    assert (cfg.patch_size, cfg.downsample, cfg.max_single_pass) == (factor, 8 // factor, 32 * factor)
+    table = {row.id: (row.name, list(row.grids), list(row.spacings_mm)) for row in cfg.classes}
+    assert all(row.modality == row.name[:2] for row in cfg.classes)
+    scaled = {
+        class_id: (label, [[size * factor for size in grid] for grid in grids], spacings)
+        for class_id, (label, grids, spacings) in CLASS_TABLE.items()
+    }
+    assert table == scaled
+
+
+# --------------------------------------------------------------------------------------------------- loading
+
+
+def test_complete_official_yaml_loads(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        cfg = load_config(
+            AutoencoderConfig, write(tmp_path, "PatchVolume_4x.yaml", OFFICIAL_YAML), ["model.batch_size=3"]
+        )
+    assert "model.i3d_feat" in caplog.text
+    assert "i3d_feat" not in cfg.model
+    assert (cfg.model.max_steps, cfg.model.precision, cfg.model.batch_size) == (1_000_000, "bf16", 3)
+    assert cfg.model.resume_from_checkpoint is None
+    assert cfg.model.adam_betas == [0.5, 0.9]  # a key that official files do not have
+
+
+def test_user_file_anywhere_builds_on_ours(tmp_path):
+    write(tmp_path, "mine.yaml", "defaults: [PatchVolume_4x, _self_]\nmodel: {lr: 1e-3}\n")
+    deep = write(tmp_path, "a b/odd=name.yaml", "defaults: [/PatchVolume_4x_s2, _self_]\nmodel: {batch_size: 5}\n")
+    mine = load_config(AutoencoderConfig, tmp_path / "mine.yaml").model
+    assert (mine.lr, mine.downsample, mine.discriminator_iter_start) == (1e-3, [4, 4, 4], 12000)
+    model = load_config(AutoencoderConfig, deep).model
+    assert (model.batch_size, model.stage) == (5, 2)
+
+
+def test_folders_may_have_any_name_and_files_may_be_links(tmp_path, monkeypatch):
+    ours = tmp_path / "o'b c, [x]=$y" / "config"
+    shutil.copytree(CONFIG_FOLDER, ours)
+    monkeypatch.setattr("config.loading.CONFIG_FOLDER", ours)
+    write(tmp_path, "other.yaml", "defaults: [PatchVolume_4x, _self_]\n")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "link.yaml").symlink_to("../other.yaml")
+    assert load_config(AutoencoderConfig, tmp_path / "links" / "link.yaml").model.batch_size == 16
+
+
+def test_loading_neither_meets_nor_leaves_state(tmp_path):
+    path = write(tmp_path, "bad.yaml", "defaults: [nowhere]\n")
+    error_of(load_config, AutoencoderConfig, path)
+    initialize_config_dir(str(tmp_path), version_base="1.3")  # as another user of Hydra may have left it
+    assert load_config(AutoencoderConfig, CONFIG_FOLDER / "PatchVolume_8x.yaml").model.batch_size == 24
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_result_is_closed_plain_and_resolved(tmp_path):
+    text = "dataset: {root_dir: '${model.default_root_dir}/x.json'}\nmodel: {default_root_dir: /d}\n"
+    cfg = load_config(AutoencoderConfig, write(tmp_path, "x.yaml", text))
+    assert OmegaConf.to_container(cfg, resolve=False)["dataset"]["root_dir"] == "/d/x.json"
+    assert OmegaConf.get_type(cfg.model) is dict  # so that checkpoints hold no type of ours
+    with pytest.raises(AttributeError):
+        cfg.model.batchsize = 1
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("model.lr=1e-5", "model.lr", 1e-5),
+        ("model.max_steps=2e3", "model.max_steps", 2000),
+        ("+model.val_every=10", "model.val_every", 10),
+        ("model.val_every=null", "model.val_every", None),
+        ("model.downsample=[4,4,4]", "model.downsample", [4, 4, 4]),
+        ("dataset.augmentation=false", "dataset.augmentation", False),
+        ("model.precision=16", "model.precision", "16"),
+        ("dataset.cache=none", "dataset.cache", "none"),
+        (
+            "model.resume_from_checkpoint=a b/epoch=3-step=5.ckpt",
+            "model.resume_from_checkpoint",
+            "a b/epoch=3-step=5.ckpt",
+        ),
+        ("dataset.root_dir=a,b.json", "dataset.root_dir", "a,b.json"),
+    ],
+)
+def test_overrides(override, key, value):
+    assert OmegaConf.select(load_config(AutoencoderConfig, CONFIG_FOLDER / "base_cfg.yaml", [override]), key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {n_hidens: 8, lrr: 1}", r"x.yaml: unknown key model.n_hidens, did you mean model.n_hiddens\?; .*lrr"),
+        ("lr: 1", r"unknown key lr, did you mean model.lr\?"),
+        ("model: {patch_size: 64}", r"unknown key model.patch_size, did you mean dataset.patch_size\?"),
+        ("datset: {}", r"unknown key datset, did you mean dataset\?"),
+        ("zzz: 1", r"unknown key zzz$"),
+        ("model: {batch_size: many}", r"model.batch_size must be a whole number, got 'many'"),
+        ("model: {batch_size: 1.5}", r"model.batch_size must be a whole number, got 1.5"),
+        ("model: {downsample: 8}", r"model.downsample must be a list, each item a whole number, got 8"),
+        ("model: {val_every: x}", r"model.val_every must be a whole number or null, got 'x'"),
+        ("dataset: {augmentation: maybe}", r"dataset.augmentation must be true or false, got 'maybe'"),
+        ("dataset: 3", r"dataset must be a section with keys, got 3"),
+        ("- 1", r"x.yaml: cannot be read as a config: .*"),
+        ("model: [1", r"x.yaml: cannot be read as a config: .*"),
+        ("defaults: [nowhere, _self_]", r"x.yaml: cannot be read as a config: .*nowhere"),
+        ("model: {lr: '${model.nothing}'}", r"x.yaml: .*nothing"),
+        ("model: {lr: '???'}", r"x.yaml: model.lr must be set, found"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    path = write(tmp_path, "x.yaml", text)
+    with pytest.raises(UserError, match=message):
+        load_config(AutoencoderConfig, path)
+    error_of(load_config, AutoencoderConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.lrr=1", r"unknown key model.lrr, did you mean model.lr\?"),
+        ("model.lr=fast", r"model.lr must be a number, got 'fast'"),
+        ("model.lr", r"expected key=value"),
+        ("~model.lr", r"expected key=value"),
+        ("model.downsample=[8", r"override 'model.downsample=\[8': expected key=value"),
+        ("model.batch_size=1,2", r"several values at once are not supported"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(AutoencoderConfig, None, [override])
+    error_of(load_config, AutoencoderConfig, None, [override])
+
+
+def test_missing_and_misnamed_files(tmp_path):
+    assert "no such config file; config/ has" in error_of(load_config, AutoencoderConfig, tmp_path / "none.yaml")
+    assert "must be named *.yaml" in error_of(load_config, AutoencoderConfig, write(tmp_path, "x.txt", "model: {}"))
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+BAD_VALUES = [
+    (AutoencoderConfig, "model.batch_size=0", "model.batch_size must be at least 1, got 0"),
+    (AutoencoderConfig, "model.gpus=0", "model.gpus must be at least 1"),
+    (AutoencoderConfig, "model.num_workers=-1", "model.num_workers must be at least 0"),
+    (AutoencoderConfig, "model.max_steps=-2", "model.max_steps must be at least -1"),
+    (AutoencoderConfig, "model.precision=64", r"model.precision must be one of 32 \| bf16 \| 16, got '64'"),
+    (AutoencoderConfig, "model.lr=0", "model.lr must be above 0"),
+    (AutoencoderConfig, "model.lr=nan", "model.lr must be above 0"),
+    (AutoencoderConfig, "model.lr=inf", "model.lr must be above 0"),
+    (AutoencoderConfig, "model.downsample=[8,8,4]", "model.downsample must be three equal powers of two"),
+    (AutoencoderConfig, "model.downsample=[6,6,6]", "model.downsample must be three equal powers of two"),
+    (AutoencoderConfig, "model.downsample=[8,8]", "model.downsample must be three equal powers of two"),
+    (AutoencoderConfig, "model.downsample=[1,1,1]", "model.downsample must be three equal powers of two"),
+    (AutoencoderConfig, "dataset.patch_size=60", "dataset.patch_size must be a multiple of model.downsample 8, got 60"),
+    (AutoencoderConfig, "model.num_groups=5", "model.num_groups must divide model.n_hiddens 48, got 5"),
+    (AutoencoderConfig, "model.stage=3", r"model.stage must be one of 1 \| 2"),
+    (AutoencoderConfig, "model.norm_type=layer", "model.norm_type must be one of"),
+    (AutoencoderConfig, "model.disc_loss_type=ls", "model.disc_loss_type must be one of"),
+    (AutoencoderConfig, "model.lr_schedule=step", "model.lr_schedule must be one of"),
+    (AutoencoderConfig, "model.accelerator=tpu", "model.accelerator must be one of"),
+    (AutoencoderConfig, "model.codebook_decay=1", "model.codebook_decay must be at least 0 and below 1"),
+    (AutoencoderConfig, "model.adam_betas=[0.5]", "model.adam_betas must be two numbers"),
+    (AutoencoderConfig, "dataset.val_fraction=1.5", "dataset.val_fraction must be at least 0 and below 1"),
+    (AutoencoderConfig, "dataset.background_keep=-0.1", "dataset.background_keep must be between 0 and 1"),
+    (AutoencoderConfig, "dataset.intensity_range=[1,0]", "dataset.intensity_range must be two numbers, the lower one"),
+    (AutoencoderConfig, "dataset.subject_pattern=sub-(", r"dataset.subject_pattern must be .*, got 'sub-\('"),
+    (AutoencoderConfig, "dataset.cache=off", r"dataset.cache must be one of int16 \| float32 \| none"),
+    (AutoencoderConfig, "dataset.cache_limit_gb=0", "dataset.cache_limit_gb must be above 0"),
+    (LatentConfig, "sliding_window=0", "sliding_window must be at least 1"),
+    (BiFlowNetConfig, "loss_type=l3", r"loss_type must be one of l1 \| l2"),
+    (BiFlowNetConfig, "resolution=[32,32,30]", "resolution must be three positive multiples of 8"),
+    (BiFlowNetConfig, "patch_size=3", "patch_size must be a divisor of the sub-volume edge 8"),
+    (BiFlowNetConfig, "use_attn=[0,1]", "use_attn must have one entry per level"),
+    (BiFlowNetConfig, "use_attn=[0,0,0,2,1]", "use_attn must be 0 or 1 per level"),
+    (BiFlowNetConfig, "dim_mults=[1,1,0,4,8]", "dim_mults must be one positive whole number per level"),
+    (BiFlowNetConfig, "amp_dtype=fp8", "amp_dtype must be one of"),
+    (BiFlowNetConfig, "label_dropout=1", "label_dropout must be at least 0 and below 1"),
+    (BiFlowNetConfig, "preview_steps=2000", "preview_steps must be at most timesteps 1000"),
+    (BiFlowNetConfig, "device=tpu", "device must be one of"),
+    (GenerationConfig, "sampling_strategy=dpm", r"sampling_strategy must be one of ddpm \| ddim \| dpm\+\+ \| unipc"),
+    (GenerationConfig, "eta=2", "eta must be between 0 and 1"),
+    (GenerationConfig, "downsample=16", r"downsample must be one of 8 \| 4"),
+    (GenerationConfig, "num_classes=6", r"classes\[6\]: id must be below num_classes 6"),
+    (
+        GenerationConfig,
+        "classes=[{id:0,name:a/b,grids:[[8,8,8]],spacings_mm:[[1,1,1]]}]",
+        r"classes\[0\]: name must be",
+    ),
+    (GenerationConfig, "classes=[{id:0,name:a,grids:[[8,8]],spacings_mm:[[1,1,1]]}]", r"classes\[0\]: grids must be"),
+    (GenerationConfig, "classes=[{id:0,name:a,grids:[[8,8,8]],spacings_mm:[[1,1,0]]}]", r"\[0\]: spacings_mm must be"),
+    (
+        GenerationConfig,
+        "classes=[{id:0,name:a,grids:[[8,8,8]],spacings_mm:[]}]",
+        "spacings_mm must have one entry per grid",
+    ),
+    (GenerationConfig, "classes=[{nam:a}]", r"unknown key classes\[0\].nam, did you mean name\?"),
+]
+DEFAULT_FILES = {BiFlowNetConfig: "BiFlowNet_8x.yaml", GenerationConfig: "generation_8x.yaml"}
+
+
+@pytest.mark.parametrize(("schema", "override", "message"), BAD_VALUES, ids=lambda value: str(value)[:60])
+def test_values_out_of_range(schema, override, message):
+    path = CONFIG_FOLDER / DEFAULT_FILES[schema] if schema in DEFAULT_FILES else None
+    with pytest.raises(UserError, match=message):
+        load_config(schema, path, [override])
+
+
+@pytest.mark.parametrize("strategy", ["ddim", "dpm++", "unipc"])
+def test_ddim_steps_are_bounded_where_they_count(strategy):
+    path = CONFIG_FOLDER / "generation_8x.yaml"
+    with pytest.raises(UserError, match="ddim_steps must be at most timesteps 50, got 100"):
+        load_config(GenerationConfig, path, ["timesteps=50", f"sampling_strategy={strategy}"])
+    assert load_config(GenerationConfig, path, ["timesteps=50", "sampling_strategy=ddpm"]).timesteps == 50
+
+
+def test_all_problems_are_reported_together():
+    overrides = [
+        "model.batch_size=0",
+        "model.lr=-1",
+        "dataset.val_fraction=2",
+        "model.lr_schedule=cosine",
+        "model.max_steps=-1",
+    ]
+    message = error_of(load_config, AutoencoderConfig, None, overrides)
+    assert [part.split(" must")[0] for part in message.split("; ")] == [
+        "model.batch_size", "model.lr", "dataset.val_fraction", "model.max_steps",
+    ]  # fmt: skip
+
+
+def test_same_class_twice_is_refused():
+    row = "{id:0,name:a,grids:[[8,8,8]],spacings_mm:[[1,1,1]]}"
+    assert "different ids" in error_of(load_config, GenerationConfig, None, [f"classes=[{row},{row}]"])
+
+
+def test_require_names_every_missing_key():
+    cfg = load_config(BiFlowNetConfig, None, ["ckpt=x"])
+    require(cfg, "ckpt", "lr")
+    message = error_of(require, cfg, "data_path", "ckpt", "AE_ckpt")
+    assert "data_path (--data-path VALUE)" in message
+    assert "AE_ckpt (--AE-ckpt VALUE)" in message
+    assert "ckpt (--ckpt" not in message
+    assert "dataset.root_dir" in error_of(require, load_config(AutoencoderConfig, None), "dataset.root_dir")
+
+
+# ---------------------------------------------------------------------------------------------------- saving
+
+
+def test_saved_config_loads_again(tmp_path):
+    cfg = load_config(AutoencoderConfig, CONFIG_FOLDER / "PatchVolume_4x_s2.yaml", ["model.lr=1e-5"])
+    path = save_config(cfg, tmp_path / "run")
+    assert (path, [file.name for file in path.parent.iterdir()]) == (tmp_path / "run/config.yaml", ["config.yaml"])
+    assert load_config(AutoencoderConfig, path) == cfg
+
+
+def test_saving_where_no_folder_can_be(tmp_path):
+    assert "cannot be saved" in error_of(save_config, OmegaConf.create({}), write(tmp_path, "file", ""))

@@ -1,0 +1,514 @@
+"""The preprocessing script: from a folder of mixed files to volumes, manifest and dataset JSONs, and going on again."""
+
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_files import write_series
+from test_sources import write_nifti
+
+from common.errors import UserError
+from config.loading import CONFIG_FOLDER, load_config
+from config.schema import GenerationConfig, PreprocessConfig
+from dataset.preparation import prepared_folder
+from dataset.preparation.manifest import MANIFEST_NAME, read_manifest
+from dataset.preparation.sources import find_sources
+from dataset.preprocess import main, resolve_target
+from dataset.volumes.geometry import affine_from_spacing
+from dataset.volumes.index import read_class_json, read_dataset_json
+from dataset.volumes.volume_io import nifti_to_tensor, read_model_volume, read_volume, write_volume
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = [sys.executable, str(ROOT / "dataset" / "preprocess.py")]
+
+
+def ct(seed: int = 0, shape=(12, 10, 8)) -> np.ndarray:
+    """A noisy block of soft tissue in air, HU."""
+    rng = np.random.default_rng(seed)
+    data = np.full(shape, -1000.0)
+    data[2:-2, 2:-2, 1:-1] = 40
+    return np.round(data + rng.uniform(-20, 20, shape))
+
+
+def in_window(seed: int) -> np.ndarray:
+    return np.clip(ct(seed), -1000, 1000)
+
+
+def add_nifti(path: Path, data: np.ndarray) -> Path:
+    write_volume(path, nifti_to_tensor(data.astype(np.float32)), affine_from_spacing((1, 1, 2)))
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """Two CT volumes as NIfTI, one as DICOM, one MR series, a localiser and a text."""
+    folder = tmp_path / "raw"
+    add_nifti(folder / "p1" / "a.nii.gz", ct(0))
+    add_nifti(folder / "p2" / "a.nii.gz", ct(1))
+    write_series(folder / "p3" / "dicom", ct(2), spacing_mm=(1, 1, 2), number=4, description="Thorax 2.0")
+    write_series(folder / "p3" / "dicom", ct(2), modality="MR", intercept=-2000, prefix="mr", description="t2")
+    write_series(folder / "p3" / "dicom", ct(2)[..., :1], prefix="loc", description="Topogram")
+    (folder / "report.txt").write_text("text")
+    return folder
+
+
+def run(raw: Path, *options: object, output: str = "data") -> int:
+    """Runs the script in this process on raw/ and returns its exit status."""
+    words = ["--input", raw, "--output-dir", raw.parent / output, "--num-workers", 0, *options]
+    return main([str(word) for word in words])
+
+
+CT = ("--name", "Thorax", "--modality", "CT", "--multiple", 4)
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in sorted(folder.rglob("*.nii.gz"))}
+
+
+# What it makes
+
+
+def test_mixed_folder(raw, capsys):
+    assert run(raw, *CT) == 0
+    folder = raw.parent / "data" / "Thorax"
+    names = sorted(times(folder))
+    assert names[:2] == ["p1/a.nii.gz", "p2/a.nii.gz"]
+    assert names[2].startswith("p3/dicom/series004_")
+    assert len(names) == 3
+    for name, hu in zip(names[:2], (in_window(0), in_window(1)), strict=True):
+        volume = read_model_volume(folder / name, (-1, 1))
+        assert volume.data.shape == (1, 8, 12, 12)  # (z, x, y), padded to multiples of 4
+        np.testing.assert_allclose(volume.data[0, :, :, 1:11].numpy(), nifti_to_tensor(hu) / 1000, atol=1e-6)
+    dicom = read_volume(folder / names[2])
+    turned = in_window(2).transpose(1, 0, 2)[::-1, ::-1] / 1000  # (columns, rows, slices), LPS to RAS
+    np.testing.assert_allclose(dicom.data[0, :, 1:11, :].numpy(), nifti_to_tensor(turned), atol=1e-6)
+    said = capsys.readouterr().err
+    for words in ("a localiser", "modality MR", "prepared"):
+        assert words in said
+
+
+def test_dataset_jsons_are_those_of_both_training_parts(raw):
+    assert run(raw, *CT) == 0
+    assert run(raw, "--name", "Abdomen", "--modality", "MR", "--multiple", 4, "--select", "t2") == 0
+    data = raw.parent / "data"
+    assert {name: len(files) for name, files in read_dataset_json(data / "PatchVolume_data.json").items()} == {
+        "Abdomen": 1, "Thorax": 3,
+    }  # fmt: skip
+    classes = read_class_json(data / "Singleres_dataset.json")
+    assert {class_id: len(files) for class_id, files in classes.items()} == {0: 3, 1: 1}
+    assert json.loads((data / "Singleres_latents.json").read_text()) == {"0": "Thorax_latents", "1": "Abdomen_latents"}
+
+
+def test_manifest_says_what_was_done(raw):
+    assert run(raw, *CT, "--spacing", 1, 1, 1) == 0
+    entries = read_manifest(raw.parent / "data" / "Thorax")
+    entry = entries["p1/a.nii.gz"]
+    low, high = ct(0).min(), ct(0).max()
+    assert entry["original"] == {
+        "size": [12, 10, 8], "spacing_mm": [1, 1, 2], "orientation": "RAS", "range": [low, high],
+    }  # fmt: skip
+    assert (entry["size"], entry["spacing_mm"]) == ([12, 12, 16], [1, 1, 1])
+    assert entry["intensity"] == {"method": "window", "low": -1000, "high": 1000, "unit": "HU"}
+    assert entry["steps"][1] == "resampled from 1 x 1 x 2 mm to 1 x 1 x 1 mm (linear)"
+    assert entry["source"] == "p1/a"
+    assert entry["input"] == str(raw)
+    assert len(entry["sha256"]) == 64
+    assert set(entry["versions"]) == {"numpy", "nibabel", "pydicom", "SimpleITK", "torchio"}
+    series = next(e for file, e in entries.items() if file.startswith("p3"))
+    assert series["num_files"] == 8
+    assert series["steps"][1] == "reoriented LPS to RAS"
+
+
+def test_mr_is_scaled_by_percentiles(raw):
+    assert run(raw, "--name", "MR", "--modality", "MR", "--select", "p1|t2") == 0
+    entries = read_manifest(raw.parent / "data" / "MR")
+    assert len(entries) == 2
+    low, high = np.percentile(ct(0), (0.5, 99.5))
+    assert entries["p1/a.nii.gz"]["intensity"] == {
+        "method": "percentiles", "low": pytest.approx(low), "high": pytest.approx(high), "unit": None,
+    }  # fmt: skip
+
+
+def test_dry_run_lists_and_writes_nothing(raw, capsys):
+    before = sorted(raw.parent.rglob("*"))
+    assert run(raw, "--dry-run", "--modality", "CT") == 0
+    assert sorted(raw.parent.rglob("*")) == before
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("p1/a", "Thorax 2.0", "a localiser", "modality MR", "1 other files"):
+        assert words in said
+
+
+def test_the_command_itself_with_processes(raw):
+    words = ["--input", raw, "--output-dir", raw.parent / "data", "--num-workers", "2", *CT]
+    done = subprocess.run([*SCRIPT, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert run(raw, *CT, output="again") == 0
+    for name in times(raw.parent / "data" / "Thorax"):
+        one, two = (raw.parent / output / "Thorax" / name for output in ("data", "again"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+# Going on
+
+
+def test_what_is_done_is_kept(raw):
+    folder = raw.parent / "data" / "Thorax"
+    assert run(raw, *CT) == 0
+    before, manifest = times(folder), (folder / MANIFEST_NAME).read_text()
+    add_nifti(raw / "p4" / "a.nii.gz", ct(3))
+    assert run(raw, *CT) == 0
+    after = times(folder)
+    assert set(after) - set(before) == {"p4/a.nii.gz"}
+    assert {name: after[name] for name in before} == before
+    assert set(manifest.splitlines()) < set((folder / MANIFEST_NAME).read_text().splitlines())
+
+
+def test_touched_sources_are_kept_and_changed_ones_made_again(raw):
+    folder = raw.parent / "data" / "Thorax"
+    assert run(raw, *CT) == 0
+    before = times(folder)
+    (raw / "p1" / "a.nii.gz").touch()
+    add_nifti(raw / "p2" / "a.nii.gz", ct(7))
+    assert run(raw, *CT) == 0
+    changed = {name for name, when in times(folder).items() if when != before[name]}
+    assert changed == {"p2/a.nii.gz"}
+    stat = (raw / "p1" / "a.nii.gz").stat()
+    assert read_manifest(folder)["p1/a.nii.gz"]["mtime_ns"] == stat.st_mtime_ns
+
+
+def test_other_options_make_everything_again(raw):
+    folder = raw.parent / "data" / "Thorax"
+    assert run(raw, *CT) == 0
+    before = times(folder)
+    assert run(raw, *CT, "--window", -150, 250) == 0
+    assert all(when != before[name] for name, when in times(folder).items())
+    assert {entry["intensity"]["high"] for entry in read_manifest(folder).values()} == {250}
+
+
+def test_damaged_results_are_made_again(raw):
+    folder = raw.parent / "data" / "Thorax"
+    assert run(raw, *CT) == 0
+    whole = {name: (folder / name).read_bytes() for name in times(folder)}
+    one, two, _ = whole
+    (folder / one).write_bytes(whole[one][:-10])
+    (folder / two).unlink()
+    assert run(raw, *CT) == 0
+    assert {name: (folder / name).read_bytes() for name in times(folder)} == whole
+
+
+def test_entries_of_volumes_that_are_gone_go(raw):
+    folder = raw.parent / "data" / "Thorax"
+    assert run(raw, *CT) == 0
+    (folder / "p2" / "a.nii.gz").unlink()
+    assert run(raw, *CT, "--select", "P1|p3") == 0
+    assert set(read_manifest(folder)) == set(times(folder))
+    assert len(times(folder)) == 2
+
+
+def test_a_killed_run_goes_on(raw):
+    for i in range(12):
+        add_nifti(raw / "more" / f"{i:02d}.nii.gz", ct(10 + i, (64, 64, 64)))
+    folder = raw.parent / "data" / "Thorax"
+    words = ["--input", raw, "--output-dir", raw.parent / "data", "--num-workers", "1", *CT]
+    process = subprocess.Popen([*SCRIPT, *map(str, words)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(read_manifest(folder)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = read_manifest(folder)
+    assert 3 <= len(done) < 15
+    with (folder / MANIFEST_NAME).open("a") as file:
+        file.write('{"file": "half')
+    (folder / ".left.nii.gz.1.tmp").write_bytes(b"half")
+    before = times(folder)
+    assert run(raw, *CT) == 0
+    after = times(folder)
+    assert len(after) == 15
+    assert {name: after[name] for name in done} == {name: before[name] for name in done}
+    assert set(read_manifest(folder)) == set(after)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_run_killed_twice_loses_nothing(raw):
+    assert run(raw, *CT, "--select", "p1") == 0
+    folder = raw.parent / "data" / "Thorax"
+    with (folder / MANIFEST_NAME).open("a") as file:
+        file.write('{"file": "half')
+    recipe = resolve_target(load_config(PreprocessConfig, None, ["name=Thorax", "modality=CT", "multiple=4"])).recipe
+    prepared = prepared_folder.PreparedFolder(folder, raw, recipe)
+    outcomes = prepared.prepare(prepared.plan(find_sources(raw).sources[:2]), 0)
+    next(outcomes)
+    outcomes.close()  # killed after the first volume
+    assert sorted(read_manifest(folder)) == ["p1/a.nii.gz", "p2/a.nii.gz"]
+
+
+def test_volumes_that_are_not_wanted_any_more_are_named(raw, capsys):
+    assert run(raw, *CT) == 0
+    capsys.readouterr()
+    assert run(raw, *CT, "--select", "p1") == 0
+    assert "2 volume(s) of earlier runs come from sources" in capsys.readouterr().err
+
+
+def test_options_without_effect_make_nothing_again(raw):
+    assert run(raw, *CT, "--size", 12, 12, 12) == 0
+    before = times(raw.parent / "data")
+    assert run(raw, "--name", "Thorax", "--modality", "CT", "--multiple", 8, "--size", 12, 12, 12) == 0
+    assert times(raw.parent / "data") == before
+
+
+def test_dry_run_says_what_headers_rule_out(raw, capsys):
+    write_nifti(raw / "odd" / "codes.nii.gz", codes=(0, 0))
+    write_nifti(raw / "odd" / "unit.nii.gz", header={"xyzt_units": 5})
+    assert run(raw, "--dry-run", "--modality", "CT", "--select", "odd") == 0
+    said = capsys.readouterr().out
+    assert "no orientation" in said
+    assert said.count("yes") == 1
+
+
+def test_volumes_of_other_inputs_stay(raw):
+    assert run(raw, *CT) == 0
+    other = raw.parent / "second"
+    add_nifti(other / "x.nii.gz", ct(5))
+    assert run(other, *CT) == 0
+    folder = raw.parent / "data" / "Thorax"
+    assert len(times(folder)) == len(read_manifest(folder)) == 4
+
+
+# Problems of files
+
+
+def test_a_failing_file_is_reported_and_skipped(raw, capsys):
+    path = raw / "p2" / "a.nii.gz"
+    path.write_bytes(path.read_bytes()[:-40])
+    add_nifti(raw / "p5" / "offset.nii.gz", ct(5) + 1100)
+    series = write_series(raw / "p6", ct(6), number=7, description="Gap")
+    series[3].unlink()
+    assert run(raw, *CT) == 1
+    folder = raw.parent / "data" / "Thorax"
+    assert sorted(times(folder))[0] == "p1/a.nii.gz"
+    assert len(times(folder)) == 2
+    problems = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert {Path(problem["source"]).name for problem in problems} == {
+        "a.nii.gz", "offset.nii.gz", "p6 [series 7 Gap]",
+    }  # fmt: skip
+    assert any("truncated" in problem["reason"] for problem in problems)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "failed" in said
+    assert "[series 7 Gap]" in said
+    assert "no Hounsfield units" in said
+
+    add_nifti(path, ct(1))
+    (raw / "p5" / "offset.nii.gz").unlink()
+    shutil.rmtree(raw / "p6")
+    assert run(raw, *CT) == 0
+    assert not (folder / "problems.jsonl").exists()
+
+
+def test_what_an_earlier_run_made_of_a_file_that_fails_now_is_removed(raw):
+    folder = raw.parent / "data" / "Thorax"
+    assert run(raw, *CT) == 0
+    add_nifti(raw / "p2" / "a.nii.gz", ct(1) + 1100)
+    assert run(raw, *CT) == 1
+    assert "p2/a.nii.gz" not in times(folder)
+    assert "p2/a.nii.gz" not in read_manifest(folder)
+
+
+def test_an_unexpected_error_of_one_file_does_not_end_the_run(raw, monkeypatch):
+    prepare = prepared_folder.prepare
+
+    def fails_once(scan, recipe):
+        if (scan.data == ct(1)).all():
+            raise RuntimeError("of a\nlibrary")
+        return prepare(scan, recipe)
+
+    monkeypatch.setattr(prepared_folder, "prepare", fails_once)
+    add_nifti(raw / "p2" / "a.nii.gz", ct(1))
+    assert run(raw, *CT, "--select", r"p1|p2") == 1
+    (line,) = (raw.parent / "data" / "Thorax" / "problems.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "RuntimeError: of a library"
+
+
+def test_cut_off_foreground_is_mentioned(raw, capsys):
+    assert run(raw, *CT, "--size", 4, 4, 4) == 0
+    assert "cropping cut off more than 2%" in " ".join(capsys.readouterr().err.split())
+
+
+# Mistakes
+
+
+def fails(raw: Path, *options: object, output: str = "data") -> str:
+    with pytest.raises(UserError) as caught:
+        run(raw, *options, output=output)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "which class is it"),
+        (("--name", "X"), "modality of X is not set"),
+        (("--preset", "CTArm"), "there is no CTArm: choose one of CTHeadNeck, CTHeadNeck_256x256x256"),
+        (("--preset", "CTLegs", "--modality", "MR"), "modality MR doesn't fit the preset CTLegs"),
+        ((*CT, "--window", 0, 1, "--percentiles", 1, 99), "exclude each other"),
+        ((*CT, "--window", 10, 0), "window must be two numbers, the lower one first"),
+        ((*CT, "--percentiles", 1, 101), "percentiles must be between 0 and 100"),
+        ((*CT, "--spacing", 1, 1, 0), "spacing must be three numbers above 0"),
+        ((*CT, "--size", 64, 64), "size must be three numbers above 0"),
+        ((*CT, "--assume-orientation", "LLS"), "assume_orientation must be three letters"),
+        ((*CT, "--select", "("), "select must be a regular expression"),
+        ((*CT, "--select", "nothing"), "of 5 volumes in .* none is wanted"),
+        (("--name", "X_cache", "--modality", "CT"), "name must be a name that doesn't end like"),
+        (("--name", "..", "--modality", "CT"), "name must be a name that a folder can have"),
+        ((*CT, "--window=a"), "window must be a list"),
+    ],
+)
+def test_options(raw, options, message):
+    assert re.search(message, fails(raw, *options))
+    assert not (raw.parent / "data").exists()
+
+
+def test_output_within_the_input(raw):
+    assert "lies in the input folder" in fails(raw, *CT, output="raw/prepared")
+    assert "no such folder" in fails(raw.parent / "missing", *CT)
+
+
+def test_output_that_is_a_file(raw):
+    (raw.parent / "data").write_text("")
+    assert "data can't be written to" in fails(raw, *CT)
+
+
+def test_class_ids_are_kept_apart(raw):
+    assert run(raw, *CT, "--class-id", 3) == 0
+    assert "class Thorax has the id 3, not 4" in fails(raw, *CT, "--class-id", 4)
+    assert "class id 3 is Thorax: give class Other" in fails(
+        raw, "--name", "Other", "--modality", "CT", "--class-id", 3
+    )
+    assert run(raw, "--name", "Other", "--modality", "CT", "--select", "p1") == 0
+    assert json.loads((raw.parent / "data" / "Singleres_dataset.json").read_text()) == {"3": "Thorax", "4": "Other"}
+
+
+def test_volumes_of_other_options_are_not_mixed(raw):
+    assert run(raw, *CT) == 0
+    message = fails(raw, *CT, "--window", -100, 100, "--select", "p1")
+    assert "holds 2 volume(s) made with other options" in message
+    assert "window was [-1000.0, 1000.0], is [-100.0, 100.0]" in message
+
+
+def test_two_sources_of_one_name(raw):
+    data = (raw / "p1" / "a.nii.gz").read_bytes()
+    (raw / "p1" / "a.nii").write_bytes(data)
+    assert "would both become" in fails(raw, *CT)
+    other = raw.parent / "second"
+    (raw / "p1" / "a.nii").unlink()
+    assert run(raw, *CT) == 0
+    add_nifti(other / "p1" / "a.nii.gz", ct(9))
+    assert "would overwrite it" in fails(other, *CT)
+    (other / "p1" / "a.nii.gz").write_bytes(data)  # the same file elsewhere is no other one
+    assert run(other, *CT) == 0
+
+
+def test_two_runs_at_once_into_one_folder(raw):
+    folder = raw.parent / "data" / "Thorax"
+    folder.mkdir(parents=True)
+    code = (
+        "import pathlib, sys, time; sys.path.insert(0, sys.argv[2]); from dataset.locks import lock_folder\n"
+        "lock = lock_folder(pathlib.Path(sys.argv[1]), 'preparing volumes'); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder), str(ROOT)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        assert f"another process (process {other.pid} on " in fails(raw, *CT)
+        assert not times(folder)
+    finally:
+        other.kill()
+        other.communicate()
+    assert run(raw, *CT) == 0
+
+
+def test_damaged_manifest(raw):
+    assert run(raw, *CT) == 0
+    path = raw.parent / "data" / "Thorax" / MANIFEST_NAME
+    path.write_text('{"file": 1}\n' + path.read_text())
+    assert f"{MANIFEST_NAME}: line 1 is no entry" in fails(raw, *CT)
+
+
+def test_full_disk_ends_the_run_with_one_line(raw):
+    """A file-size limit stands for the full disk: writing fails in the middle of a file."""
+    add_nifti(raw / "p9" / "large.nii.gz", ct(5, (64, 64, 64)))
+    words = ["--input", raw, "--output-dir", raw.parent / "data", "--num-workers", "1", *CT]
+    limit = (200_000, 200_000)
+    done = subprocess.run(
+        [*SCRIPT, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "large.nii.gz: cannot be written (File too large)" in done.stderr
+    folder = raw.parent / "data" / "Thorax"
+    assert not list(folder.rglob("*.tmp"))
+    assert run(raw, *CT) == 0
+    assert len(times(folder)) == 4
+
+
+# Presets
+
+
+def test_presets_are_the_classes_of_generation():
+    """Every size of every class, in voxels as generation names its files."""
+    classes = load_config(GenerationConfig, CONFIG_FOLDER / "generation_8x.yaml").classes
+    for row in classes:
+        for i, (grid, spacing) in enumerate(zip(row.grids, row.spacings_mm, strict=True)):
+            z, x, y = (8 * extent for extent in grid)
+            for preset in [f"{row.name}_{x}x{y}x{z}", *([row.name] if i == 0 else [])]:
+                cfg = load_config(PreprocessConfig, CONFIG_FOLDER / "preprocess.yaml", [f"preset={preset}"])
+                target = resolve_target(cfg)
+                assert (target.name, target.class_id, target.modality) == (row.name, row.id, row.name[:2])
+                assert target.recipe.size == (x, y, z)
+                assert target.recipe.spacing_mm == tuple(spacing)
+                is_ct = row.name.startswith("CT")
+                assert target.recipe.window == ((-1000, 1000) if is_ct else None)
+                assert target.recipe.percentiles == (None if is_ct else (0.5, 99.5))
+                assert target.recipe.unit == ("HU" if is_ct else None)
+
+
+def test_presets_of_the_paper():
+    overrides = ["preset=CTLegs_256x256x512", "num_workers=0"]
+    recipe = resolve_target(load_config(PreprocessConfig, CONFIG_FOLDER / "preprocess.yaml", overrides)).recipe
+    assert (recipe.size, recipe.spacing_mm) == ((256, 256, 512), (1.25, 1.25, 1.25))
+    recipe = resolve_target(load_config(PreprocessConfig, CONFIG_FOLDER / "preprocess.yaml", ["preset=MRKnee"])).recipe
+    assert (recipe.size, recipe.spacing_mm, recipe.percentiles) == ((320, 320, 64), (1, 1, 1), (0.5, 99.5))
+
+
+def test_what_a_preset_sets_can_be_changed():
+    overrides = ["preset=CTLegs", "spacing=[2,2,2]", "size=[64,64,64]", "percentiles=[1,99]", "name=Legs"]
+    target = resolve_target(load_config(PreprocessConfig, CONFIG_FOLDER / "preprocess.yaml", overrides))
+    assert (target.name, target.class_id, target.modality) == ("Legs", None, "CT")
+    recipe = target.recipe
+    assert (recipe.window, recipe.percentiles, recipe.unit) == (None, (1, 99), None)
+    assert (recipe.spacing_mm, recipe.size) == ((2, 2, 2), (64, 64, 64))
+
+
+def test_classes_of_ones_own(raw, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "defaults: [preprocess, _self_]\n"
+        "classes: [{id: 5, name: Hip, modality: CT, grids: [[8, 16, 8]], spacings_mm: [[1, 1, 2]]}]\n"
+    )
+    assert run(raw, "--config", config, "--preset", "Hip", "--select", "p1") == 0
+    (volume,) = (raw.parent / "data" / "Hip").rglob("*.nii.gz")
+    assert read_volume(volume).data.shape == (1, 64, 128, 64)
+    assert json.loads((raw.parent / "data" / "Singleres_dataset.json").read_text()) == {"5": "Hip"}

@@ -1,0 +1,187 @@
+"""Finding and reading of NIfTI files and series, by content, and every header that is handled or refused."""
+
+import gzip
+import os
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from dicom_files import write_series
+
+from common.errors import UserError
+from dataset.preparation.sources import check_source, find_sources, fingerprint, read_source, source_sha256
+
+
+def volume(shape=(6, 7, 8)) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def write_nifti(path, data=None, affine=None, *, units="mm", codes=(1, 1), header=None):
+    """A NIfTI file of `data`, its header fields overwritten by `header` as they stand in the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(volume() if data is None else data, np.diag([1, 2, 3, 1.0]) if affine is None else affine)
+    image.header.set_xyzt_units(units)
+    content = bytearray(image.to_bytes())
+    raw = nib.Nifti1Header(bytes(content[:348]), check=False)
+    for name, value in {"qform_code": codes[0], "sform_code": codes[1], **(header or {})}.items():
+        raw[name] = value
+    content[:348] = raw.binaryblock
+    path.write_bytes(gzip.compress(bytes(content)) if path.name.endswith("gz") else bytes(content))
+    return path
+
+
+def read_only(folder, **options):
+    (source,) = find_sources(folder).sources
+    return read_source(source, **options)
+
+
+# Finding
+
+
+def test_everything_is_found_by_content(tmp_path):
+    write_nifti(tmp_path / "a" / "scan.nii.gz")
+    write_nifti(tmp_path / "b" / "scan.nii")
+    write_nifti(tmp_path / "b" / "without_suffix")
+    write_nifti(tmp_path / ".hidden.nii")
+    write_series(tmp_path / "c" / "deep", np.zeros((4, 4, 6)), number=12)
+    (tmp_path / "readme.txt").write_text("text")
+    (tmp_path / "d.nii.gz").write_bytes(b"no image, but named like one")
+    found = find_sources(tmp_path, num_workers=2)
+    series = found.sources[3].name
+    assert [source.name for source in found.sources] == ["a/scan", "b/scan", "b/without_suffix", series, "d"]
+    assert series.startswith("c/deep/series012_")
+    assert (found.num_other, found.failed) == (1, [])
+    with pytest.raises(UserError, match=r"d\.nii\.gz: not a NIfTI image"):
+        read_source(found.sources[4])
+
+
+def test_pipes_are_not_read(tmp_path):
+    write_nifti(tmp_path / "scan.nii.gz")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    found = find_sources(tmp_path)
+    assert [source.name for source in found.sources] == ["scan"]
+    assert [reason for _, reason in found.failed] == ["cannot be read (No such file or directory)"]
+
+
+def test_links_in_circles_end(tmp_path):
+    write_nifti(tmp_path / "a" / "scan.nii.gz")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert [source.name for source in find_sources(tmp_path).sources] == ["a/scan"]
+
+
+def test_nothing_to_find(tmp_path):
+    with pytest.raises(UserError, match="no NIfTI file and no DICOM image below it"):
+        find_sources(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        find_sources(tmp_path / "missing")
+
+
+# NIfTI
+
+
+def test_nifti_is_read_as_it_is(tmp_path):
+    affine = np.array([[0, -2, 0, 5], [1.5, 0, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1.0]])
+    write_nifti(tmp_path / "a.nii.gz", affine=affine)
+    scan = read_only(tmp_path)
+    np.testing.assert_array_equal(scan.data, volume())
+    np.testing.assert_allclose(scan.affine, affine)
+    assert scan.notes == ()
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 0.001), ("micron", 1000), ("unknown", 1)])
+def test_units_are_converted(tmp_path, unit, factor):
+    write_nifti(tmp_path / "a.nii.gz", affine=np.diag([1 * factor, 2 * factor, 3 * factor, 1]), units=unit)
+    scan = read_only(tmp_path)
+    np.testing.assert_allclose(scan.affine, np.diag([1, 2, 3, 1.0]), rtol=1e-6)
+    assert scan.notes == (() if unit == "unknown" else (f"header in {unit}, converted to mm",))
+
+
+@pytest.mark.parametrize("factor", [0.001, 1000])
+def test_wrong_units_are_refused(tmp_path, factor):
+    write_nifti(tmp_path / "a.nii.gz", affine=np.diag([factor, factor, factor, 1]))
+    with pytest.raises(UserError, match=r"a\.nii\.gz: spacing .* not that of a scan .*wrong units"):
+        read_only(tmp_path)
+
+
+def test_missing_orientation_is_refused_or_assumed(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", codes=(0, 0))
+    with pytest.raises(UserError, match=r"a\.nii\.gz: no orientation .*assume-orientation"):
+        read_only(tmp_path)
+    scan = read_only(tmp_path, orientation="PIR")
+    assert "".join(nib.aff2axcodes(scan.affine)) == "PIR"
+    np.testing.assert_allclose(np.linalg.norm(scan.affine[:3, :3], axis=0), [1, 2, 3])
+    assert scan.notes == ("orientation assumed to be PIR",)
+
+
+def test_orientation_in_the_header_is_never_overruled(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz")
+    assert "".join(nib.aff2axcodes(read_only(tmp_path, orientation="LPS").affine)) == "RAS"
+
+
+def test_zero_spacing_is_refused(tmp_path):
+    write_nifti(tmp_path / "q" / "a.nii.gz", codes=(1, 0), header={"pixdim": [1, 1, 1, 0, 0, 0, 0, 0]})
+    write_nifti(tmp_path / "s" / "a.nii.gz", header={"srow_z": [0, 0, 0, 0]})
+    for folder, spacing in (("q", "1 x 1 x 0"), ("s", "1 x 2 x 0")):
+        with pytest.raises(UserError, match=rf"a\.nii\.gz: a spacing of 0 in the header \({spacing} mm\)"):
+            read_only(tmp_path / folder)
+
+
+def test_axes_in_one_plane_are_refused(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", header={"srow_z": [0, 0, 0, 0], "srow_x": [1, 0, 3, 0]})
+    with pytest.raises(UserError, match=r"a\.nii\.gz: spacing 1 x 2 x 3 mm: a voxel without extent"):
+        read_only(tmp_path)
+
+
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.zeros((6, 7, 1), np.float32), "a 2D image"),
+        (np.zeros((6, 7), np.float32), "a 2D image"),
+        (np.zeros((6, 7, 8, 3), np.float32), "a 4D series"),
+        (np.zeros((6, 7, 8), RGB), "colour or complex"),
+        (np.full((6, 7, 8), np.nan, np.float32), "NaN or infinite"),
+    ],
+)
+def test_files_that_are_no_volume(tmp_path, data, message):
+    write_nifti(tmp_path / "a.nii.gz", data)
+    with pytest.raises(UserError, match=rf"a\.nii\.gz: .*{message}"):
+        read_only(tmp_path)
+
+
+def test_truncated_nifti(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"a\.nii\.gz: .*truncated"):
+        read_only(tmp_path)
+
+
+def test_what_headers_tell(tmp_path):
+    write_nifti(tmp_path / "n" / "a.nii.gz", np.zeros((6, 7, 8, 3), np.float32))
+    write_series(tmp_path / "d", np.zeros((4, 4, 3)))
+    for folder, message in (("n", "a 4D series"), ("d", "no volume")):
+        (source,) = find_sources(tmp_path / folder).sources
+        with pytest.raises(UserError, match=message):
+            check_source(source)
+
+
+# Identity
+
+
+def test_identity_is_that_of_the_content(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz")
+    write_series(tmp_path / "d", np.zeros((4, 4, 6)))
+    nifti, series = find_sources(tmp_path).sources
+    assert fingerprint(series)["num_files"] == 6
+    before = {source.name: source_sha256(source) for source in (series, nifti)}
+    assert len(set(before.values())) == 2
+    turned = replace(series, files=series.files[::-1])  # the order of files, by their names, doesn't matter
+    assert source_sha256(turned) == before[series.name]
+    content = bytearray((tmp_path / "a.nii.gz").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    assert source_sha256(nifti) != before["a"]

@@ -1,0 +1,232 @@
+"""The parts of BiFlowNet training: run folders, random draws, order of the data, previews, logging."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import biflownet_runs as runs
+import pytest
+import torch
+from torch import nn
+
+from common.checkpoint_files import load_autoencoder
+from common.errors import UserError
+from common.files import lock_folder
+from common.log import MetricsWriter, close_logger, get_logger
+from common.processes import Distributed
+from dataset.order.epochs import EpochSampler
+from ddpm.diffusion import GaussianDiffusion
+from train.diffusion import run_folder
+from train.diffusion.batches import GlobalBatchSampler
+from train.diffusion.draws import _mix, draw
+from train.diffusion.preview import write_preview
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+
+
+def make_config(results: Path, **values) -> dict:
+    return {"results_dir": str(results), "run_name": None, "lr": 0.1, "num_workers": 1, **values}
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same_run"),
+    [({}, True), ({"num_workers": 9}, True), ({"lr": 0.2}, False), ({"new_key": 1}, False)],
+)
+def test_a_repeated_configuration_finds_its_folder(tmp_path, change, is_same_run):
+    first = run_folder.open_run_folder(make_config(tmp_path))
+    second = run_folder.open_run_folder(make_config(tmp_path, **change))
+    assert first.name == "000-BiFlowNet"
+    assert second.name == ("000-BiFlowNet" if is_same_run else "001-BiFlowNet")
+
+
+def test_numbers_go_on_after_the_highest(tmp_path):
+    (tmp_path / "007-Other").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert run_folder.open_run_folder(make_config(tmp_path)).name == "008-BiFlowNet"
+
+
+def test_folder_of_a_run_killed_before_its_configuration_was_saved_is_left_alone(tmp_path):
+    (tmp_path / "000-BiFlowNet").mkdir()
+    (tmp_path / "000-BiFlowNet" / "config.yaml").write_text("lr: [")
+    assert run_folder.open_run_folder(make_config(tmp_path)).name == "001-BiFlowNet"
+
+
+def test_named_run_refuses_another_configuration(tmp_path):
+    folder = run_folder.open_run_folder(make_config(tmp_path, run_name="mine"))
+    assert folder == tmp_path / "mine"
+    assert run_folder.open_run_folder(make_config(tmp_path, run_name="mine")) == folder
+    with pytest.raises(UserError, match="run_name=mine: .* is a run with other values of lr;"):
+        run_folder.open_run_folder(make_config(tmp_path, run_name="mine", lr=0.2))
+
+
+def test_results_folder_that_is_a_file(tmp_path):
+    (tmp_path / "results").write_text("")
+    with pytest.raises(UserError, match="results: the run folder cannot be written"):
+        run_folder.open_run_folder(make_config(tmp_path / "results"))
+
+
+def test_locked_folder_is_refused_until_its_process_ends(tmp_path):
+    """Held by another process, as a torchrun worker that outlived its launcher would."""
+    code = "import sys, pathlib; from dataset.locks import lock_folder as lock; "
+    code += "held = lock(pathlib.Path(sys.argv[1]), 'training'); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=runs.ROOT, **pipes)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"another process \(process {holder.pid} on .*\) is training in this folder"):
+        lock_folder(tmp_path, "training")
+    holder.kill()
+    holder.communicate()
+    lock_folder(tmp_path, "training").close()
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("BiFlowNet_0453500.pt", 453500), ("a/b2/BiFlowNet_0000000.pt", 0), ("v2_step10.pt", 10), ("best.pt", None)],
+)
+def test_step_in_a_file_name(name, step):
+    assert run_folder.step_of(name) == step
+
+
+def test_checkpoint_name_has_seven_digits(tmp_path):
+    assert run_folder.checkpoint_path(tmp_path, 453500) == tmp_path / "checkpoints" / "BiFlowNet_0453500.pt"
+
+
+# ----------------------------------------------------------------------------------------------- order and draws
+
+
+@pytest.mark.parametrize("samples_seen", [0, 4, 8])
+def test_two_ranks_see_the_global_batches_of_one(samples_seen):
+    def batches(world_size: int, rank: int) -> tuple[list[list[int]], range]:
+        order = EpochSampler(11, seed=5, rank=rank, world_size=world_size, drop_last=True)
+        sampler = GlobalBatchSampler(order, batch_size=4 // world_size)
+        sampler.start_at(epoch=3, samples_seen=samples_seen)
+        return [[key.index for key in batch] for batch in sampler], sampler.positions
+
+    whole, _ = batches(1, 0)
+    assert len(whole) == 2 - samples_seen // 4  # 11 samples make two batches of 4; three samples are left out
+    for rank in range(2):
+        share, positions = batches(2, rank)
+        assert share == [[batch[position] for position in positions] for batch in whole]
+
+
+def test_draws_depend_on_seed_step_and_position_only():
+    whole = draw(3, 7, range(4), (2, 8, 8, 8), 1000, 0.5, CPU)
+    part = draw(3, 7, [3, 1], (2, 8, 8, 8), 1000, 0.5, CPU)
+    assert torch.equal(part.noise, whole.noise[[3, 1]])
+    assert torch.equal(part.timesteps, whole.timesteps[[3, 1]])
+    assert torch.equal(part.is_dropped, whole.is_dropped[[3, 1]])
+    assert len({noise.sum().item() for noise in whole.noise}) == 4
+    for other in ((4, 7), (3, 8), (-3, 7)):
+        assert not torch.equal(draw(*other, range(4), (2, 8, 8, 8), 1000, 0.5, CPU).noise, whole.noise)
+
+
+def test_draws_are_those_of_the_functions_of_torch():
+    """Runs of before go on with the same values."""
+    for shape in ((2, 8, 8, 8), (3,)):
+        draws = draw(3, 7, [0, 5], shape, 1000, 0.5, CPU)
+        for place, position in enumerate([0, 5]):
+            generator = torch.Generator().manual_seed(_mix(3, 7, position))
+            assert draws.timesteps[place] == torch.randint(1000, (), generator=generator)
+            assert draws.is_dropped[place] == (torch.rand((), generator=generator) < 0.5)
+            assert torch.equal(draws.noise[place], torch.randn(shape, generator=generator))
+
+
+def test_draws_have_their_distributions():
+    draws = draw(0, 1, range(2000), (8,), 10, 0.25, CPU)
+    assert draws.noise.shape == (2000, 8)
+    assert draws.noise.mean().item() == pytest.approx(0, abs=0.03)
+    assert draws.noise.std().item() == pytest.approx(1, abs=0.03)
+    assert torch.bincount(draws.timesteps, minlength=10).float().div(2000).sub(0.1).abs().max() < 0.03
+    assert draws.is_dropped.float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert not draw(0, 1, range(100), (8,), 10, 0.0, CPU).is_dropped.any()
+
+
+# --------------------------------------------------------------------------------------------------------- preview
+
+
+class Denoiser(nn.Module):
+    """Predicts no noise, and notes what it is given."""
+
+    vq_size = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.calls = []
+
+    def forward(self, x, t, y, res):
+        self.calls.append((y.tolist(), res.tolist()))
+        return x * 0
+
+
+@pytest.mark.parametrize(("time_limit_s", "num_calls"), [(60.0, 3), (-1.0, 1)])
+def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, time_limit_s, num_calls):
+    autoencoder = load_autoencoder(runs.save_autoencoder(tmp_path / "ae.ckpt"))
+    model = Denoiser()
+    before = torch.get_rng_state()
+    grid, diffusion, logger = (8, 8, 16), GaussianDiffusion(4, 20), logging.getLogger("preview test")
+    path = write_preview(tmp_path, 12, 1, grid, 3, model, diffusion, autoencoder, logger, CPU, time_limit_s)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.calls == [([1], [[0.25, 0.25, 0.5]])] * num_calls
+    if time_limit_s > 0:
+        assert path == tmp_path / "step_0000012_class_1.nii.gz"
+        assert path.exists()
+        assert path.with_name("step_0000012_class_1.png").exists()
+    else:
+        assert path is None
+        assert list(tmp_path.glob("*.nii.gz")) == []
+        assert "given up after -1 s; lower preview_steps" in caplog.text
+
+
+def test_a_preview_is_given_up_when_training_stops(tmp_path, caplog):
+    """Within one step of sampling: schedulers grant little time after their signal."""
+    model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
+    arguments = (tmp_path, 12, 1, (8, 8, 8), 3, model, diffusion, None, logger, CPU)
+    assert write_preview(*arguments, is_stopping=lambda: True) is None
+    assert len(model.calls) == 1
+    assert "preview of step 12: given up, as training is to stop" in caplog.text
+
+
+# -------------------------------------------------------------------------------------------- logging and processes
+
+
+def test_metrics_of_lost_steps_are_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    writer = MetricsWriter(tmp_path, start_step=2)
+    writer.write(3, {"loss": 0.5})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+        '{"step": 1}',
+        '{"step": 2}',
+        '{"step": 3, "loss": 0.5}',
+    ]
+
+
+def test_only_rank_0_writes_information(tmp_path, capfd):
+    for rank in (0, 1):
+        logger = get_logger(rank, tmp_path / "log.txt")
+        logger.info("hello from %d", rank)
+        logger.warning("careful, %d", rank)
+    close_logger()
+    shown = capfd.readouterr().err
+    text = (tmp_path / "log.txt").read_text()
+    assert "hello from 0" in shown
+    assert "hello from 0" in text
+    assert "hello from 1" not in shown
+    assert "] rank 1: warning: careful, 1" in shown
+    assert "careful, 1" not in text
+
+
+def test_on_main_passes_a_users_mistake_on():
+    alone = Distributed(0, 0, 1, CPU)
+    assert alone.on_main(lambda: 5) == 5
+
+    def fail() -> None:
+        raise UserError("no such folder")
+
+    with pytest.raises(UserError, match="no such folder"):
+        alone.on_main(fail)

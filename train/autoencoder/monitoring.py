@@ -1,0 +1,122 @@
+"""What Lightning's training of the autoencoder reports besides its losses."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from AutoEncoder.codes import codebook_usage, perplexity
+from common.log import JsonLines
+from train.loop.early_warnings import CodebookCollapse, DataBound, DiscriminatorWins
+from train.loop.meter import LoopMeter
+
+
+class TrainingMonitor(Callback):
+    """Logs speed, waiting for data, memory, learning rate and the codebook's use, and gives early warnings.
+
+    All at every `log_every`-th step, as `train/…` beside the losses. Training has to run over `meter.timed(loader)`.
+
+    Args:
+        cfg: AutoencoderConfig.
+        logger: gets the warnings.
+    """
+
+    def __init__(self, cfg: DictConfig, logger: logging.Logger) -> None:
+        self.meter = LoopMeter()
+        self._logger = logger
+        self._data_bound = DataBound(
+            f"raise model.num_workers (now {cfg.model.num_workers}), keep the volumes in a cache (dataset.cache, now "
+            f"{cfg.dataset.cache}), and the cache on a fast disk (dataset.cache_dir)"
+        )
+        self._collapse = CodebookCollapse()
+        self._discriminator_wins = DiscriminatorWins(cfg.model.disc_loss_type)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
+        self.meter.restart()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module, batch, batch_idx: int) -> None:
+        # Lightning logs by a count of its own, which is one too many after resuming from a checkpoint that was saved
+        # when training had ended: steps would be named wrongly, and logged at others than here.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        self.meter.count(len(batch["data"]) * trainer.world_size)
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        strategy = trainer.strategy
+        scalars = self.meter.read(strategy.root_device, lambda values: strategy.reduce(values, reduce_op="max"))
+        warnings = [self._data_bound.check(scalars["data_wait"])]
+
+        scalars["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+
+        counts = _take_counts(pl_module)
+        if counts.any():  # stage 1, once the codebook has started
+            scalars |= {"codebook_usage": codebook_usage(counts), "codebook_perplexity": perplexity(counts)}
+            warnings.append(self._collapse.check(counts))
+
+        names = ("d_volume_loss", "logits_volume_real", "logits_volume_fake")
+        of_discriminator = [trainer.callback_metrics.get(f"train/{name}") for name in names]
+        if all(value is not None for value in of_discriminator):
+            warnings.append(self._discriminator_wins.check(*(value.item() for value in of_discriminator)))
+
+        pl_module.log_dict({f"train/{name}": value for name, value in scalars.items()})
+        if trainer.is_global_zero:
+            for warning in filter(None, warnings):
+                self._logger.warning("step %d: %s", trainer.global_step, warning)
+
+
+def _take_counts(model: pl.LightningModule) -> Tensor:
+    """How often each code was used on all ranks since the last call, (n_codes,), on the CPU. To be called on all."""
+    recent = model.codebook.recent_counts
+    counts = recent.to("cpu", copy=True)
+    recent.zero_()
+    return counts
+
+
+class JsonLinesLogger(Logger):
+    """Writes what Lightning logs as JSON lines: one for each logged step, and one for each validation.
+
+    Steps are optimiser steps done, as in the names of checkpoints; Lightning's own are one less.
+
+    Args:
+        path: the file. Lines after `start_step`, of an interrupted run, are dropped.
+        start_step: optimiser step that the run goes on from.
+    """
+
+    def __init__(self, path: Path, start_step: int = 0) -> None:
+        super().__init__()
+        self.path = path
+        self.start_step = start_step
+        self._lines: JsonLines | None = None  # opened late: by the one process that logs, once training goes on
+
+    @property
+    def name(self) -> str:
+        return "json"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params, *args, **kwargs) -> None:
+        """Nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self._lines is None:
+            self._lines = JsonLines(self.path, self.start_step)
+        # seven digits are all that a float32 has
+        self._lines.write(step + 1, {name: float(f"{value:.7g}") for name, value in metrics.items()})
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None

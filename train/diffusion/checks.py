@@ -1,0 +1,107 @@
+"""What is checked before a BiFlowNet run costs time: options, latents on disk and the autoencoder that made them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torch import nn
+
+from common.checkpoint_files import latent_fingerprint, load_autoencoder
+from common.errors import UserError
+from common.processes import Distributed
+from config.loading import require
+from dataset.Singleres_dataset import Singleres_dataset
+
+MODELS = ("BiFlowNet",)
+
+
+def check_options(cfg: DictConfig, logger: logging.Logger) -> None:
+    """The options that the schema leaves open, and a warning for each that has no effect."""
+    require(cfg, "data_path")
+    if cfg.model not in MODELS:
+        raise UserError(f"model={cfg.model}: there is no such model, expected {' or '.join(MODELS)}; give --model")
+    if cfg.ckpt and not Path(cfg.ckpt).is_file():
+        raise UserError(f"ckpt: {cfg.ckpt}: no such checkpoint file; give an existing one with --ckpt, or leave it out")
+    if cfg.preview and not cfg.AE_ckpt:
+        logger.warning("preview has no effect: it needs the autoencoder, give --AE-ckpt (or say preview=false)")
+
+
+def check_data(cfg: DictConfig, dataset: Singleres_dataset, distributed: Distributed) -> None:
+    """Channels, class ids and number of latents fit the configuration; the data set itself checked the grid.
+
+    Raises:
+        UserError: naming the option that does not fit.
+    """
+    if dataset.num_channels != cfg.volume_channels:
+        raise UserError(
+            f"{dataset.files[0]}: a latent of {dataset.num_channels} channels, volume_channels is "
+            f"{cfg.volume_channels}; give --volume-channels {dataset.num_channels}, or latents of the right autoencoder"
+        )
+    if max(dataset.labels) >= cfg.num_classes:
+        raise UserError(
+            f"{cfg.data_path}: class id {max(dataset.labels)} is too high for num_classes {cfg.num_classes}; "
+            f"give --num-classes {max(dataset.labels) + 1} or more"
+        )
+    needed = cfg.batch_size * distributed.world_size
+    if len(dataset) < needed:
+        raise UserError(
+            f"world size that doesn't fit: {distributed.world_size} process(es) with batch_size {cfg.batch_size} take "
+            f"{needed} latents a step, {cfg.data_path} has {len(dataset)}; use fewer processes or a lower --batch-size"
+        )
+
+
+def check_grid(cfg: DictConfig, model: nn.Module) -> None:
+    """The latent grid divides into sub-volumes and by the U-Net's down-sampling."""
+    multiples = list(model.grid_multiple)
+    if any(size % multiple for size, multiple in zip(cfg.resolution, multiples, strict=True)):
+        raise UserError(
+            f"resolution {list(cfg.resolution)} has to be divisible by {multiples} (sub-volumes and down-sampling of "
+            f"dim_mults {list(cfg.dim_mults)}); use latents of another size or fewer levels"
+        )
+
+
+def load_matching_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logger: logging.Logger) -> nn.Module | None:
+    """The autoencoder of `AE_ckpt`, on the CPU, if it is the one that all latents were made with; None without one.
+
+    Each latent folder's `latents.json` says which autoencoder made it. Folders without one (made by other software)
+    pass with a warning.
+
+    Raises:
+        UserError: folders of different autoencoders, another autoencoder than `AE_ckpt`, other channels.
+    """
+    records = {folder: record or {} for folder, record in dataset.latent_records().items()}
+    made_by = {folder: record.get("autoencoder") for folder, record in records.items()}
+    known = [folder for folder, fingerprint in made_by.items() if fingerprint]
+    for folder in known:
+        if made_by[folder] != made_by[known[0]]:
+            raise UserError(
+                f"{folder}: latents of another autoencoder ({records[folder].get('checkpoint')}) than those in "
+                f"{known[0]} ({records[known[0]].get('checkpoint')}); encode all classes with one autoencoder"
+            )
+    if not cfg.AE_ckpt:
+        return None
+    autoencoder = load_autoencoder(cfg.AE_ckpt)
+    if autoencoder.embedding_dim != cfg.volume_channels:
+        raise UserError(
+            f"{cfg.AE_ckpt}: its latents have {autoencoder.embedding_dim} channels, volume_channels is "
+            f"{cfg.volume_channels}; give the --AE-ckpt that made the latents"
+        )
+    for folder in set(made_by) - set(known):
+        logger.warning("%s has no record of its autoencoder: whether --AE-ckpt made it is not checked", folder)
+    if known and latent_fingerprint(autoencoder) != made_by[known[0]]:
+        raise UserError(
+            f"{cfg.AE_ckpt}: not the autoencoder that made the latents in {known[0]} "
+            f"({records[known[0]].get('checkpoint')}); give that one, or encode again with "
+            "train/generate_training_latent.py"
+        )
+    return autoencoder
+
+
+def known_autoencoder(dataset: Singleres_dataset, autoencoder: nn.Module | None) -> str | None:
+    """Fingerprint of the autoencoder that made the latents: by their records, else that of the given one."""
+    recorded = {(record or {}).get("autoencoder") for record in dataset.latent_records().values()} - {None}
+    if recorded:
+        return recorded.pop()
+    return None if autoencoder is None else latent_fingerprint(autoencoder)

@@ -1,0 +1,52 @@
+"""What rank 0 writes at a checkpoint, while all ranks train on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint_files import save_checkpoint
+from train.diffusion import run_folder
+from train.diffusion.preview import Previews
+from train.loop.background import BackgroundWork, snapshot
+
+
+class Saving:
+    """A run's checkpoints and previews, written in order beside training.
+
+    Args:
+        background: does the writing; whoever entered it gets the errors that are left at the end.
+        keep: newest checkpoints kept; 0: all.
+        previews: None: none are made.
+    """
+
+    def __init__(
+        self, background: BackgroundWork, folder: Path, keep: int, previews: Previews | None, logger: logging.Logger
+    ) -> None:
+        self._background = background
+        self._folder = folder
+        self._keep = keep
+        self._previews = previews
+        self._logger = logger
+
+    def save(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
+        """Take a checkpoint's content as it is now, and have it and then a preview of its averaged weights written.
+
+        Waits for what was given before. preview_turn: whose turn it is among the classes; None: no preview.
+
+        Raises:
+            UserError: the checkpoint before could not be written; this one is tried all the same.
+        """
+        try:
+            self._background.wait()  # first: two copies of all weights and averages would be many GB
+        finally:
+            self._background.submit(self._write, step, snapshot(content), preview_turn)
+
+    def _write(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
+        path = run_folder.checkpoint_path(self._folder, step)
+        save_checkpoint(content, path)
+        run_folder.remove_old_checkpoints(self._folder, self._keep)
+        self._logger.info("saved %s", path)
+        if self._previews is not None and preview_turn is not None:
+            self._previews.write(step, preview_turn, content["ema"])

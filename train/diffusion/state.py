@@ -1,0 +1,143 @@
+"""What a BiFlowNet run has to remember: weights, averaged weights, optimiser, scaler, position in the data and RNG."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.checkpoint_files import load_biflownet_weights, load_checkpoint
+from train.diffusion.ema import EMA
+from train.diffusion.run_folder import IRRELEVANT_KEYS, step_of
+
+# Keys that a user changes on purpose to train a checkpoint further.
+EXTENDING_KEYS = frozenset({"ckpt", "epochs", "max_steps", "data_path", "AE_ckpt", "device", "model"})
+
+
+@dataclass
+class TrainingState:
+    """One run's state between two optimiser steps, and its form in a checkpoint file."""
+
+    model: nn.Module  # not wrapped in DistributedDataParallel
+    ema: EMA
+    optimizer: torch.optim.Optimizer  # of `build_adam`, which brings loaded averages into the parameters' layout
+    scaler: torch.amp.GradScaler
+    step: int = 0  # optimiser steps done
+    epoch: int = 0  # the epoch that the next step belongs to
+    samples_seen: int = 0  # of this epoch, over all ranks
+    autoencoder: str | None = None  # fingerprint of the autoencoder that made the latents, if known
+
+    def is_finished(self, epochs: int, max_steps: int | None) -> bool:
+        """Whether the run has reached its last epoch or step."""
+        return self.epoch >= epochs or (max_steps is not None and self.step >= max_steps)
+
+    def advance(self, global_batch: int, num_samples: int) -> None:
+        """One optimiser step is done; an epoch ends when no whole global batch is left in it."""
+        self.step += 1
+        self.samples_seen += global_batch
+        self.end_epoch_if_done(global_batch, num_samples)
+
+    def end_epoch_if_done(self, global_batch: int, num_samples: int) -> None:
+        if self.samples_seen + global_batch > num_samples:
+            self.epoch, self.samples_seen = self.epoch + 1, 0
+
+    def state_dict(self, config: dict, num_samples: int, global_batch: int) -> dict:
+        """The content of a checkpoint file: the published keys, and what an exact resume needs besides."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "args": argparse.Namespace(**config),
+            "epoch": self.epoch,
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "num_samples": num_samples,
+            "global_batch": global_batch,
+            "rng": random_state(),
+            "autoencoder": self.autoencoder,
+        }
+
+    def load(self, path: Path, config: dict, num_samples: int, global_batch: int, logger: logging.Logger) -> None:
+        """Take over a checkpoint file: one of ours exactly, an official one as far as it goes.
+
+        Raises:
+            UserError: the file is no BiFlowNet checkpoint, or one of another architecture.
+        """
+        checkpoint = load_checkpoint(path)
+        load_biflownet_weights(self.model, path, use_ema=False)
+        load_biflownet_weights(self.ema.model, path, use_ema=True)
+        self._load_optimizer(checkpoint, path, logger)
+        if self.scaler.is_enabled():
+            if checkpoint.get("scaler"):
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            else:
+                logger.warning("%s has no gradient scaler state: the scale starts anew", path)
+        self._load_position(checkpoint, path, num_samples, global_batch, logger)
+        self.end_epoch_if_done(global_batch, num_samples)
+        _warn_of_other_values(checkpoint.get("args"), config, path, logger)
+        if "rng" in checkpoint:
+            restore_random_state(checkpoint["rng"])
+
+    def _load_position(
+        self, checkpoint: dict, path: Path, num_samples: int, global_batch: int, logger: logging.Logger
+    ) -> None:
+        self.epoch = int(checkpoint.get("epoch", 0))
+        self.samples_seen = int(checkpoint.get("samples_seen", 0))
+        step = checkpoint.get("step", step_of(path))
+        if step is None:
+            logger.warning("%s: no step in the file or its name: counting starts at step 0", path)
+        self.step = int(step or 0)
+        before = checkpoint.get("global_batch", global_batch)
+        if before != global_batch:
+            message = "%s was trained with %d latents a step over all processes, now there are %d: not an exact resume"
+            logger.warning(message, path, before, global_batch)
+        before = checkpoint.get("num_samples", num_samples)
+        if before != num_samples:
+            message = "%s was trained on %d latents, now there are %d: epoch %d starts again from its first sample"
+            logger.warning(message, path, before, num_samples, self.epoch)
+            self.samples_seen = 0
+
+    def _load_optimizer(self, checkpoint: dict, path: Path, logger: logging.Logger) -> None:
+        """Adam's averages, matched by name: files number parameters in the order of their model's weights."""
+        own = dict(self.model.named_parameters())
+        saved = checkpoint.get("opt") or {"state": {}, "param_groups": []}
+        order = [name for name in checkpoint["model"] if name in own]
+        indices = [i for group in saved["param_groups"] for i in group["params"]]
+        if len(indices) != len(order):  # some trainers hand only the trainable parameters to the optimiser
+            order = [name for name in order if own[name].requires_grad]
+        averages = {}
+        if len(indices) == len(order):
+            averages = {name: saved["state"][i] for i, name in zip(indices, order, strict=True) if i in saved["state"]}
+            averages = {name: item for name, item in averages.items() if item["exp_avg"].shape == own[name].shape}
+        if missing := sum(parameter.requires_grad and name not in averages for name, parameter in own.items()):
+            logger.warning(
+                "%s: no optimiser state for %d of %d parameters: theirs starts anew", path, missing, len(own)
+            )
+        state = self.optimizer.state_dict()
+        state["state"] = {i: averages[name] for i, name in enumerate(own) if name in averages}
+        self.optimizer.load_state_dict(state)
+
+
+def random_state() -> dict:
+    """The global generators' states. Training draws from its own (train/diffusion/draws.py); this is for the rest."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_random_state(state: dict) -> None:
+    """Set the global generators to a state of `random_state`; GPUs only if there are as many as then."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _warn_of_other_values(args: argparse.Namespace | None, config: dict, path: Path, logger: logging.Logger) -> None:
+    saved = vars(args) if isinstance(args, argparse.Namespace) else {}
+    shared = (saved.keys() & config.keys()) - IRRELEVANT_KEYS - EXTENDING_KEYS
+    changed = [f"{key} ({saved[key]} -> {config[key]})" for key in sorted(shared) if saved[key] != config[key]]
+    if changed:
+        logger.warning("%s was trained with other values, which change now: %s", path, ", ".join(changed))
