@@ -1,11 +1,64 @@
-"""A folder held against a second process that would write the same files."""
+"""Files written beside their place and renamed, folders held against a second process, hashes of files."""
 
+import contextlib
 import fcntl
+import hashlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from common.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file beside `path`, open for writing, that takes its place once it is whole and on the disk.
+
+    After an error inside, `path` is what it was before. The folder is made if needed.
+    Raises OSError where it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # e.g. where its folder is a file
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
+    """Writes the parts of a file so that nothing partial is ever seen under its name.
+
+    UserError, with the OSError as its cause, if it cannot be written.
+    """
+    try:
+        with replacing(path) as file:
+            file.writelines(parts)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def lock(file: IO, on_wait: Callable[[], None] | None = None) -> bool:
+    """Hold an open file until it is closed or the process ends. False on a file system without locks.
+
+    on_wait: called before waiting for a process that holds it; without, BlockingIOError is raised at once.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        if on_wait is None:
+            raise BlockingIOError from None
+        on_wait()
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def lock_folder(folder: Path, doing: str) -> IO:
@@ -18,17 +71,27 @@ def lock_folder(folder: Path, doing: str) -> IO:
     """
     file = (folder / ".lock").open("a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        is_locked = lock(file)
+    except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "unknown"
         file.close()
         raise UserError(
             f"{folder}: another process ({owner}) is {doing} in this folder; wait for it or end it"
         ) from None
-    except OSError:  # a file system without locks: go on without
-        return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
-    file.flush()
+    if is_locked:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
     return file
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content. UserError where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -6,7 +6,6 @@ in this folder, so `defaults: [base_cfg, _self_]` works for a file anywhere. Eve
 
 import difflib
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -23,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from common.errors import UserError
+from common.files import replacing
 from config.validation import validate
 
 CONFIG_FOLDER = Path(__file__).resolve().parent
@@ -75,14 +75,9 @@ def load_config(
 def save_config(cfg: DictConfig, folder: str | Path) -> Path:
     """Writes the resolved config as `config.yaml` into a folder (made if needed) and returns its path."""
     target = Path(folder) / "config.yaml"
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as file:
+            file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
     except OSError as error:
         raise UserError(f"{target}: the config cannot be saved ({error.strerror}); choose another folder") from error
     return target

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError  # noqa: E402
+from common.files import write_atomically  # noqa: E402
 from common.parallel import map_in_processes  # noqa: E402
 from common.script import run_script  # noqa: E402
 from dataset.checking.examine import (  # noqa: E402
@@ -50,7 +51,7 @@ from dataset.Singleres_dataset import RECORD_NAME  # noqa: E402
 from dataset.volumes.index import read_dataset_folders, read_dataset_json  # noqa: E402
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range  # noqa: E402
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid  # noqa: E402
-from dataset.volumes.volume_io import read_latent, read_model_volume, write_atomically  # noqa: E402
+from dataset.volumes.volume_io import read_latent, read_model_volume  # noqa: E402
 
 SHOWN = 5  # files of each kind of problem on the screen
 SHOWN_VALUES = 3  # sizes and spacings of each name

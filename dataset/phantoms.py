@@ -25,12 +25,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError  # noqa: E402
+from common.files import write_atomically  # noqa: E402
 from common.script import run_script  # noqa: E402
 from dataset.preparation.classes import add_classes  # noqa: E402
 from dataset.volumes.geometry import affine_from_spacing  # noqa: E402
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX  # noqa: E402
 from dataset.volumes.intensity import BACKGROUND  # noqa: E402
-from dataset.volumes.volume_io import is_whole_volume, nifti_to_tensor, write_atomically, write_volume  # noqa: E402
+from dataset.volumes.volume_io import is_whole_volume, nifti_to_tensor, write_volume  # noqa: E402
 
 TEXTURE = 0.02  # standard deviation of the texture: 1 % of the intensity range
 LEVELS = 1024  # intensities are multiples of 1/1024, which halves the size of the compressed files

@@ -25,7 +25,10 @@ from rich.text import Text
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError  # noqa: E402
-from common.files import lock_folder  # noqa: E402
+from common.files import (
+    lock_folder,  # noqa: E402
+    write_atomically,  # noqa: E402
+)
 from common.script import run_script  # noqa: E402
 from config.cli import PREPROCESS_FLAGS, parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
@@ -34,7 +37,6 @@ from dataset.preparation.classes import add_classes, choose_class_id  # noqa: E4
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder  # noqa: E402
 from dataset.preparation.recipe import Recipe  # noqa: E402
 from dataset.preparation.sources import Found, Source, check_source, find_sources  # noqa: E402
-from dataset.volumes.volume_io import write_atomically  # noqa: E402
 
 DEFAULT_WINDOW = (-1000.0, 1000.0)  # HU: air to dense bone
 DEFAULT_PERCENTILES = (0.5, 99.5)

@@ -25,9 +25,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.files import write_atomically  # noqa: E402
 from common.parallel import num_cores  # noqa: E402
 from common.script import run_script  # noqa: E402
-from dataset.volumes.volume_io import write_atomically  # noqa: E402
 from evaluation.benchmarks import autoencoder, biflownet, codebook, data, decode, sample, scaling, write  # noqa: E402
 from evaluation.benchmarks.measuring import Report  # noqa: E402
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from AutoEncoder.checkpoint import load_autoencoder  # noqa: E402
 from AutoEncoder.model.lpips import MIN_EXTENT, TriplanarLPIPS  # noqa: E402
 from AutoEncoder.model.PatchVolume import patchvolumeAE  # noqa: E402
-from common.checkpoint_files import load_autoencoder  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.precision import exact_float32  # noqa: E402

@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.files import write_atomically  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.script import run_script  # noqa: E402
-from dataset.volumes.volume_io import write_atomically  # noqa: E402
 from evaluation.results.content import read_parts  # noqa: E402
 from evaluation.results.page import page  # noqa: E402
 

@@ -33,15 +33,14 @@ sys.path.insert(0, str(ROOT))
 from AutoEncoder.decoding import decode  # noqa: E402
 from common.checkpoint_files import newest_checkpoint  # noqa: E402
 from common.errors import UserError  # noqa: E402
+from common.files import file_sha256, write_atomically  # noqa: E402
 from common.processes import choose_device  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.loading import load_config  # noqa: E402
 from config.schema import GenerationConfig  # noqa: E402
-from dataset.volumes.volume_io import write_atomically  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from ddpm.samplers import SAMPLERS  # noqa: E402
 from evaluation.demo import DemoPaths  # noqa: E402
-from evaluation.generation.record import file_sha256  # noqa: E402
 from evaluation.generation.requests import Request, batches_of_one_grid, list_requests  # noqa: E402
 from evaluation.generation.run import load_models, sample_latents  # noqa: E402
 from evaluation.results.demo_figures import distance_to_real, features, load_classes  # noqa: E402

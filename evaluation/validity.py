@@ -26,8 +26,9 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.checkpoint_files import load_autoencoder  # noqa: E402
+from AutoEncoder.checkpoint import load_autoencoder  # noqa: E402
 from common.errors import UserError  # noqa: E402
+from common.files import file_sha256  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.processes import PATIENCE, Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
@@ -46,7 +47,6 @@ from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_network
 from evaluation.comparison.pairs import pair_scores  # noqa: E402
 from evaluation.comparison.sets import Group, SetVolume, list_set, on_one_grid, read_groups  # noqa: E402
 from evaluation.comparison.warnings import diversity_warning, memorisation_warnings  # noqa: E402
-from evaluation.generation.record import file_sha256  # noqa: E402
 from evaluation.metrics.distances import frechet_distance  # noqa: E402
 from evaluation.metrics.intervals import random_halves, subsampling_interval  # noqa: E402
 from evaluation.results.results import (  # noqa: E402

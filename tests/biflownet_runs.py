@@ -10,8 +10,9 @@ import torch
 from configs import tiny_autoencoder
 from omegaconf import DictConfig
 
+from AutoEncoder.checkpoint import build_autoencoder
 from common import log as logger
-from common.checkpoint_files import build_autoencoder, load_checkpoint, save_checkpoint
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.cli import BIFLOWNET_FLAGS, parse_command_line
 from config.schema import BiFlowNetConfig
 from dataset.volumes.volume_io import write_latent

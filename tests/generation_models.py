@@ -7,12 +7,13 @@ import torch
 from configs import tiny_autoencoder
 
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import build_biflownet, save_checkpoint
+from common.checkpoint_files import save_checkpoint
 from config.loading import load_config
 from config.schema import GenerationConfig
 from dataset.preparation.classes import add_classes
 from dataset.preparation.manifest import KEYS, Intensity, write_manifest
 from dataset.volumes.volume_io import read_volume
+from ddpm.checkpoint import build_biflownet
 
 CUBE, WIDE = [8, 8, 8], [8, 16, 24]  # latent grids (z, x, y)
 TIMESTEPS = 12

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from AutoEncoder.checkpoint import load_autoencoder  # noqa: E402
 from AutoEncoder.latents import normalise_latents  # noqa: E402
 from AutoEncoder.patches import padded_size  # noqa: E402
-from common.checkpoint_files import load_autoencoder  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.processes import Distributed, cleanup, setup  # noqa: E402

@@ -25,15 +25,11 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 
-from common.checkpoint_files import (  # noqa: E402
-    build_biflownet,
-    load_biflownet_weights,
-    newest_checkpoint,
-)
+from common.checkpoint_files import newest_checkpoint  # noqa: E402
 from common.compilation import compiling  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.files import lock_folder  # noqa: E402
-from common.log import MetricsWriter, close_logger, get_logger  # noqa: E402
+from common.log import close_logger, get_logger  # noqa: E402
 from common.optimiser import build_adam  # noqa: E402
 from common.processes import Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
@@ -42,6 +38,7 @@ from config.schema import BiFlowNetConfig  # noqa: E402
 from dataset.checking.before_training import check_latents  # noqa: E402
 from dataset.order.epochs import EpochSampler  # noqa: E402
 from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa: E402
+from ddpm.checkpoint import build_biflownet, load_biflownet_weights  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from train.diffusion import run_folder  # noqa: E402
 from train.diffusion.agreement import Agreement  # noqa: E402
@@ -55,6 +52,7 @@ from train.diffusion.state import TrainingState  # noqa: E402
 from train.loop.background import BackgroundWork  # noqa: E402
 from train.loop.early_warnings import DataBound  # noqa: E402
 from train.loop.meter import LoopMeter  # noqa: E402
+from train.loop.metrics_file import MetricsWriter  # noqa: E402
 from train.loop.signals import StopRequest  # noqa: E402
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from common.errors import UserError
+from common.files import write_atomically
 from dataset.cache.crops import STORED, CroppedVolume, Foreground, decode, encode, find_foreground
 from dataset.volumes.intensity import foreground
-from dataset.volumes.volume_io import read_model_volume, write_atomically
+from dataset.volumes.volume_io import read_model_volume
 
 VERSION = 1  # of the format: entries of another one are made again
 RECORD_BYTES = 8192  # about the largest JSON

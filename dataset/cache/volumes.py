@@ -9,7 +9,6 @@ when no training runs.
 """
 
 import errno
-import fcntl
 import logging
 import shutil
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.files import lock
 from common.parallel import map_in_processes
 from dataset.cache.crops import STORED, CroppedVolume
 from dataset.cache.entry import (
@@ -249,15 +249,7 @@ def _lock(home: Path, ways_out: str, log: logging.Logger) -> Iterator[bool]:
     except OSError as error:
         raise UserError(f"{home}: the cache cannot be written ({error.strerror or error}): {ways_out}") from error
     with file:
-        locked = True
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            log.info("cache: waiting for another process that builds in %s", home)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError:
-            locked = False
-        yield locked
+        yield lock(file, lambda: log.info("cache: waiting for another process that builds in %s", home))
 
 
 def _gb(size: int) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import write_atomically
 from dataset.volumes.index import list_volumes, read_dataset_folders
-from dataset.volumes.volume_io import write_atomically
 
 RECORD_NAME = "split.json"
 

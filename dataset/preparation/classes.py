@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import write_atomically
 from dataset.volumes.index import LATENT_SUFFIX, read_json_object
-from dataset.volumes.volume_io import write_atomically
 
 AUTOENCODER_JSON = "PatchVolume_data.json"  # name -> folder
 VOLUMES_JSON = "Singleres_dataset.json"  # class id -> folder, to make latents from

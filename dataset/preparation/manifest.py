@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from dataset.volumes.volume_io import write_atomically
+from common.files import write_atomically
 
 MANIFEST_NAME = "manifest.jsonl"
 KEYS = set("file file_bytes source input sha256 num_files bytes mtime_ns intensity recipe foreground_lost".split())

@@ -3,9 +3,7 @@
 Axes of a volume: D = z, H = x, W = y (see dataset/volumes/volume_io.py).
 """
 
-import contextlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import replacing
 
 PLANES = ("axial", "coronal", "sagittal")
 
@@ -103,19 +102,9 @@ def save_slice_grid(
                 axes.set_title(columns[j], fontsize=9, pad=3)
 
     canvas.draw()
-    _write_png(canvas, Path(path))
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _write_png(canvas: FigureCanvasAgg, path: Path) -> None:
-    """Writes beside and renames, so that a killed run leaves no half picture under the real name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.print_png(temporary)
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            canvas.print_png(file)
     except OSError as error:
         raise UserError(f"{path}: the picture cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # e.g. where its folder is a file
-            temporary.unlink(missing_ok=True)
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

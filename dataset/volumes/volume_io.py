@@ -5,8 +5,6 @@ Latents are stored without permutation: a (C, d, h, w) tensor is a NIfTI image (
 tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
 """
 
-import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.files import write_atomically
 from dataset.volumes.geometry import orientation_of, spacing_of
 from dataset.volumes.gzip_files import compress, read_bytes
 from dataset.volumes.intensity import RANGE_TOLERANCE, is_empty, to_model_range
@@ -351,24 +350,3 @@ def _write(path: str | Path, image: nib.Nifti1Image) -> None:
     image.header["qform_code"], image.header["sform_code"] = 1, 1
     content = image.to_bytes()
     write_atomically(path, compress(content) if path.suffix == ".gz" else content)
-
-
-def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
-    """Writes the parts of a file beside its place and renames it, so that nothing partial is ever seen under its name.
-
-    UserError, with the OSError as its cause, if it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):  # e.g. where its folder is a file
-            temporary.unlink(missing_ok=True)

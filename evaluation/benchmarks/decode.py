@@ -16,9 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.decoding import decode
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import load_autoencoder
 from common.errors import UserError
 from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config

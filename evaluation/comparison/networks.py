@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER
 from common.errors import UserError
+from common.files import file_sha256
 from dataset.volumes.pictures import PLANES
-from evaluation.generation.record import file_sha256
 
 VOLUME = "volume"  # the one "plane" of a network that takes volumes
 AXES = {"axial": 2, "coronal": 4, "sagittal": 3}  # axis of (B, 1, D, H, W) that slices of a plane lie across

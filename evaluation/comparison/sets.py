@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.files import file_sha256
 from dataset.checking.examine import format_numbers, format_size
 from dataset.preparation.recipe import Recipe, prepare
 from dataset.preparation.sources import Scan
 from dataset.volumes.index import list_volumes, read_dataset_json
 from dataset.volumes.intensity import MODEL_RANGE, RANGE_TOLERANCE, check_intensity_range, to_model_range
 from dataset.volumes.volume_io import Header, read_header, read_volume, tensor_to_nifti
-from evaluation.generation.record import file_sha256, read_record
+from evaluation.generation.record import read_record
 
 ALL = "all classes"  # the name of all groups together
 SAME_SPACING = 0.01  # relative difference that rounding and class tables make

@@ -7,7 +7,6 @@ A volume is done when it is whole and its record says what the request and the s
 compared. The record is written before the volume, so that no volume is ever there without one.
 """
 
-import hashlib
 import json
 import platform
 import resource
@@ -22,8 +21,9 @@ import torch
 from omegaconf import DictConfig
 
 from common.errors import UserError
+from common.files import file_sha256, write_atomically
 from common.processes import Distributed
-from dataset.volumes.volume_io import is_whole_volume, read_header, write_atomically
+from dataset.volumes.volume_io import is_whole_volume, read_header
 from ddpm.samplers import get_sampler
 from evaluation.generation.requests import Request
 
@@ -44,17 +44,6 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
         "AE_sha256": file_sha256(cfg.AE_ckpt),
         "model_sha256": file_sha256(cfg.model_ckpt),
     }
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content. UserError where it cannot be read."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def record_path(volume: Path) -> Path:

@@ -21,8 +21,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.decoding import check_memory, decode
-from common.checkpoint_files import latent_fingerprint, load_autoencoder, load_biflownet, load_checkpoint
+from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.log import get_logger
 from common.precision import CompiledDenoiser, autocast, clock
@@ -33,6 +34,7 @@ from config.schema import GenerationConfig
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
+from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Progress
 from evaluation.generation.contact_sheet import update_contact_sheet

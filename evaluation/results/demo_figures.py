@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.latents import denormalise_latents
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import load_autoencoder
 from common.errors import UserError
+from common.files import write_atomically
 from dataset.volumes.index import read_class_json
 from dataset.volumes.intensity import MODEL_RANGE
-from dataset.volumes.volume_io import read_model_volume, write_atomically
+from dataset.volumes.volume_io import read_model_volume
 from evaluation.metrics.distances import median_bandwidth, mmd_rbf, nearest_class_mean
 from evaluation.metrics.reconstruction import psnr
 from evaluation.results.pictures import save_comparison

@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
-from dataset.volumes.volume_io import write_atomically
+from common.files import write_atomically
 
 KINDS = ("reconstruction", "generation", "validity")
 SCHEMA_VERSION = 1  # rises when a key changes its meaning or goes; new keys don't raise it

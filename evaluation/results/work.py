@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import write_atomically
 from common.parallel import map_in_processes
 from common.processes import Distributed
-from dataset.volumes.volume_io import write_atomically
 
 Arrays = dict[str, np.ndarray]
 DIGEST_BYTES = 32  # SHA-256 of the rest of a file, so that a damaged one is never taken for whole

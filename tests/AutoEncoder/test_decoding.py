@@ -9,11 +9,11 @@ import torch._inductor.config
 from generation_models import CUBE, WIDE, config, row, save_models, voxels
 
 from AutoEncoder import decoding, exact_decoding
+from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.decoding import decode, free_memory
 from AutoEncoder.latents import denormalise_latents
 from AutoEncoder.model.codebook import Codebook
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import load_autoencoder
 from common.errors import UserError
 from common.precision import CompiledDenoiser
 from ddpm.BiFlowNet import BiFlowNet

@@ -11,20 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-from common.checkpoint_files import (
-    build_autoencoder,
-    build_biflownet,
-    latent_fingerprint,
-    load_autoencoder,
-    load_autoencoder_weights,
-    load_biflownet,
-    load_biflownet_weights,
-    load_checkpoint,
-    newest_checkpoint,
-)
+from AutoEncoder.checkpoint import build_autoencoder, latent_fingerprint, load_autoencoder, load_autoencoder_weights
+from common.checkpoint_files import load_checkpoint, newest_checkpoint
 from common.errors import UserError
 from config.loading import load_config
 from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig
+from ddpm.checkpoint import build_biflownet, load_biflownet, load_biflownet_weights
 
 TINY_AE = (
     "model.n_hiddens=8 model.num_groups=4 model.downsample=[4,4,4] model.n_codes=32 model.embedding_dim=4 "

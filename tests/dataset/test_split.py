@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.files import write_atomically
 from dataset.order.split import keep_split, split_dataset
-from dataset.volumes.volume_io import write_atomically
 
 OPTIONS = {"val_fraction": 0.2, "split_seed": 0, "subject_pattern": None}
 

@@ -10,18 +10,14 @@ import pytest
 import torch
 from generation_models import CUBE, TIMESTEPS, WIDE, config, row, save_models, voxels
 
+from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.latents import denormalise_latents
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import (
-    latent_fingerprint,
-    load_autoencoder,
-    load_biflownet,
-    load_checkpoint,
-    save_checkpoint,
-)
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from config.loading import load_config
 from config.schema import GenerationConfig
+from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
 from evaluation import class_conditional_generation, class_conditional_generation_4x
 from evaluation.generation import run as generation

@@ -25,8 +25,8 @@ from reconstruction_runs import (
     write,
 )
 
+from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.codes import codebook_usage, perplexity
-from common.checkpoint_files import load_autoencoder
 from dataset.volumes.intensity import foreground
 from dataset.volumes.volume_io import read_volume
 from evaluation import reconstruction

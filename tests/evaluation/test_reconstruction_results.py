@@ -24,8 +24,9 @@ from reconstruction_runs import (
     write,
 )
 
+from AutoEncoder.checkpoint import build_autoencoder, load_autoencoder
 from AutoEncoder.model.lpips import TriplanarLPIPS
-from common.checkpoint_files import build_autoencoder, load_autoencoder, load_checkpoint, save_checkpoint
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.script import run_script
 from dataset.volumes.volume_io import read_volume

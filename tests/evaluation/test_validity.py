@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from evaluation_sets import validity_config, write_json, write_set
 from generation_models import save_models
 
-from common.checkpoint_files import load_autoencoder
+from AutoEncoder.checkpoint import load_autoencoder
 from common.errors import UserError
 from dataset import phantoms
 from dataset.volumes.volume_io import read_volume

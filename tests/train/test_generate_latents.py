@@ -14,9 +14,10 @@ import torch
 from configs import tiny_autoencoder
 from omegaconf import OmegaConf
 
+from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.latents import normalise_latents
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import load_autoencoder, save_checkpoint
+from common.checkpoint_files import save_checkpoint
 from common.errors import UserError
 from config.loading import load_config
 from config.schema import LatentConfig

@@ -18,7 +18,8 @@ import torch
 from autoencoder_runs import ROOT, TINY, assert_same_weights, config, make_data, weights, with_callback
 from omegaconf import OmegaConf
 
-from common.checkpoint_files import load_autoencoder, load_checkpoint, save_checkpoint
+from AutoEncoder.checkpoint import load_autoencoder
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.files import lock_folder
 from dataset.checking import before_training as sample_check

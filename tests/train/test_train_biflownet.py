@@ -12,9 +12,9 @@ import pytest
 import torch
 from biflownet_runs import assert_same_training, checkpoint, crash_at
 
-from common.log import MetricsWriter
 from dataset.volumes.volume_io import read_volume, write_latent
 from train.diffusion import run_folder
+from train.loop.metrics_file import MetricsWriter
 from train.train_BiFlowNet_SingleRes import main, train
 
 TIME_LIMIT_S = 120

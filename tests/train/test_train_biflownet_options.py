@@ -8,7 +8,7 @@ import torch
 from biflownet_runs import assert_same_training, checkpoint, crash_at
 
 import train.train_BiFlowNet_SingleRes as script
-from common.checkpoint_files import latent_fingerprint, load_autoencoder
+from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common.errors import UserError
 from dataset.checking import before_training as sample_check
 from dataset.volumes.volume_io import write_latent

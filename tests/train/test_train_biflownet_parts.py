@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoint_files import load_autoencoder
+from AutoEncoder.checkpoint import load_autoencoder
 from common.errors import UserError
 from common.files import lock_folder
-from common.log import MetricsWriter, close_logger, get_logger
+from common.log import close_logger, get_logger
 from common.processes import Distributed
 from dataset.order.epochs import EpochSampler
 from ddpm.diffusion import GaussianDiffusion
@@ -21,6 +21,7 @@ from train.diffusion import run_folder
 from train.diffusion.batches import GlobalBatchSampler
 from train.diffusion.draws import _mix, draw
 from train.diffusion.preview import write_preview
+from train.loop.metrics_file import MetricsWriter
 
 CPU = torch.device("cpu")
 

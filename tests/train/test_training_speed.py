@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train.train_BiFlowNet_SingleRes as script
 from common.errors import UserError
-from common.log import MetricsWriter
 from ddpm import diffusion
 from ddpm.BiFlowNet import BiFlowNet
 from train.diffusion import agreement, preview, run_folder, saving
 from train.diffusion.saving import Saving
 from train.diffusion.state import TrainingState
 from train.loop.background import BackgroundWork
+from train.loop.metrics_file import MetricsWriter
 from train.loop.step_flags import StepFlags
 from train.train_BiFlowNet_SingleRes import train
 

@@ -13,9 +13,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from AutoEncoder.codes import codebook_usage, perplexity
-from common.log import JsonLines
 from train.loop.early_warnings import CodebookCollapse, DataBound, DiscriminatorWins
 from train.loop.meter import LoopMeter
+from train.loop.metrics_file import JsonLines
 
 
 class TrainingMonitor(Callback):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from AutoEncoder.checkpoint import load_autoencoder_weights
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import load_autoencoder_weights, load_checkpoint, newest_checkpoint
+from common.checkpoint_files import load_checkpoint, newest_checkpoint
 from common.errors import UserError
 from config.schema import AutoencoderConfig
 

@@ -23,8 +23,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from AutoEncoder.checkpoint import build_autoencoder
 from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
-from common.checkpoint_files import build_autoencoder
 from common.compilation import compiling
 from common.errors import UserError
 from common.files import lock_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torch import nn
 
-from common.checkpoint_files import latent_fingerprint, load_autoencoder
+from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common.errors import UserError
 from common.processes import Distributed
 from config.loading import require

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.checkpoint_files import load_biflownet_weights, load_checkpoint
+from common.checkpoint_files import load_checkpoint
+from ddpm.checkpoint import load_biflownet_weights
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import IRRELEVANT_KEYS, step_of
 

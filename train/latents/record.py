@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from AutoEncoder.checkpoint import latent_fingerprint
 from AutoEncoder.latents import codebook_range
-from common.checkpoint_files import latent_fingerprint
 from common.errors import UserError
+from common.files import write_atomically
 from dataset.Singleres_dataset import RECORD_NAME, read_latent_record
 from dataset.volumes.index import VOLUME_SUFFIX
-from dataset.volumes.volume_io import write_atomically
 
 AGAIN = "or move the folder away and encode again"
 

@@ -1,0 +1,99 @@
+"""BiFlowNets from configs and from checkpoint files, ours and official ones."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from common.checkpoint_files import load_checkpoint, load_weights
+from common.errors import UserError
+from ddpm.BiFlowNet import BiFlowNet
+
+SHAPE_FLAGS = ("volume_channels", "model_dim", "dim_mults", "use_attn", "patch_size", "num_dit", "num_classes")
+
+logger = logging.getLogger(__name__)
+
+
+def build_biflownet(cfg: DictConfig, null_label: bool | None = None) -> BiFlowNet:
+    """A new BiFlowNet from a training or generation config; what the model refuses becomes a UserError.
+
+    null_label: whether the class table has a row for "no label"; None = where `label_dropout` > 0.
+    """
+    if null_label is None:
+        null_label = cfg.get("label_dropout", 0.0) > 0
+    try:
+        return BiFlowNet(
+            dim=cfg.model_dim,
+            dim_mults=tuple(cfg.dim_mults),
+            use_sparse_linear_attn=tuple(cfg.use_attn),
+            channels=cfg.volume_channels,
+            cond_classes=cfg.num_classes,
+            patch_size=cfg.patch_size,
+            num_mid_DiT=cfg.num_dit,
+            vq_size=cfg.vq_size,
+            resnet_groups=cfg.resnet_groups,
+            DiT_num_heads=cfg.dit_num_heads,
+            attn_heads=cfg.attn_heads,
+            null_label=null_label,
+        )
+    except ValueError as error:
+        raise UserError(f"BiFlowNet config: {error}") from error
+
+
+def load_biflownet(cfg: DictConfig, path: str | Path, device: str | torch.device = "cpu") -> BiFlowNet:
+    """Builds the model of a generation config with a checkpoint's EMA weights, frozen and in eval mode.
+
+    Whether the model has the null label (which guidance needs) is read off the file.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path)
+    weights = _biflownet_weights(path, checkpoint, use_ema=True)
+    model = build_biflownet(cfg, null_label=_has_null_label(checkpoint, weights, cfg.num_classes))
+    _load_biflownet_state(model, checkpoint, path, use_ema=True)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_biflownet_weights(model: BiFlowNet, path: str | Path, use_ema: bool = True) -> None:
+    """Loads a checkpoint's averaged (or plain) weights into a model of the same shape.
+
+    A model with a null label takes a file without one: its null row then stays as initialised, with a warning. The
+    null row of a file is left aside by a model without one.
+
+    Raises:
+        UserError: unreadable file, an autoencoder checkpoint, or other shapes.
+    """
+    path = Path(path)
+    _load_biflownet_state(model, load_checkpoint(path), path, use_ema)
+
+
+def _biflownet_weights(path: Path, checkpoint: Mapping[str, Any], use_ema: bool) -> dict[str, torch.Tensor]:
+    entry = "ema" if use_ema else "model"
+    weights = checkpoint.get(entry)
+    if not isinstance(weights, Mapping) or "cond_emb.weight" not in weights:
+        if "state_dict" in checkpoint:
+            raise UserError(f"{path}: an autoencoder checkpoint, expected a BiFlowNet one; give it as --AE-ckpt")
+        raise UserError(f"{path}: no BiFlowNet checkpoint: expected a dict whose entry {entry!r} holds its weights")
+    return dict(weights)
+
+
+def _has_null_label(checkpoint: Mapping[str, Any], weights: Mapping[str, torch.Tensor], num_classes: int) -> bool:
+    """Whether the class table has a row more than `num_classes`, and not because it was trained with more classes."""
+    trained_with = getattr(checkpoint.get("args"), "num_classes", num_classes)
+    return len(weights["cond_emb.weight"]) == num_classes + 1 and trained_with == num_classes
+
+
+def _load_biflownet_state(model: BiFlowNet, checkpoint: Mapping[str, Any], path: Path, use_ema: bool) -> None:
+    weights = _biflownet_weights(path, checkpoint, use_ema)
+    own, table = model.cond_emb.weight.detach(), weights["cond_emb.weight"]
+    if model.null_label is None and _has_null_label(checkpoint, weights, len(own)):
+        weights["cond_emb.weight"] = table[:-1]
+    elif model.null_label is not None and len(table) == len(own) - 1:
+        logger.warning("%s has no null label: the model's own null row stays as initialised", path)
+        weights["cond_emb.weight"] = torch.cat([table.to(own), own[-1:]])
+    args = checkpoint.get("args")
+    flags = [f"{name}={getattr(args, name)}" for name in SHAPE_FLAGS if hasattr(args, name)]
+    trained = f"; the file was trained with {', '.join(flags)}" if flags else ""
+    load_weights(model, weights, path, f"this BiFlowNet config{trained}")
