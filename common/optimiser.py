@@ -1,5 +1,6 @@
-"""Adam, fused where it may be; the trainings of both networks use it."""
+"""Adam, fused where it may be, and the learning-rate schedule; the trainings of both networks use them."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -33,3 +34,17 @@ def _match_layouts(optimizer: torch.optim.Adam) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             if state[name].stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def learning_rate_factor(schedule: str, step: int, warm_up_steps: int, num_steps: float) -> float:
+    """Share of the full learning rate at optimiser step `step`, counted from 1: linear warm-up, then the schedule.
+
+    Args:
+        schedule: "constant", or "cosine" down to 0 at the end.
+        warm_up_steps: over which the share rises linearly from 0.
+        num_steps: of the whole training, for the cosine.
+    """
+    warm_up = min(1.0, step / warm_up_steps) if warm_up_steps else 1.0
+    if schedule == "constant":
+        return warm_up
+    return warm_up * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - 1) / num_steps)))

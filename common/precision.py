@@ -1,13 +1,9 @@
-"""What makes generation faster without changing what is computed, mixed precision and compilation, and its clock."""
+"""Mixed precision, exact float32 on a GPU, and a clock that waits for the device."""
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
-
-from common.compilation import compiling
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -28,29 +24,3 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class CompiledDenoiser:
-    """A BiFlowNet compiled at its first call with each shape; its attributes are those of the network.
-
-    On a GPU a step is replayed as one CUDA graph, as launching the many kernels of small latents one by one takes
-    longer than they run.
-
-    Raises UserError at the first call on machines on which torch can't compile.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self._replays_graphs = next(network.parameters()).device.type == "cuda"
-        mode = "reduce-overhead" if self._replays_graphs else None
-        self._compiled: Callable[..., Tensor] = torch.compile(network, dynamic=False, mode=mode)
-
-    def __getattr__(self, name: str):
-        return getattr(self.network, name)
-
-    def __call__(self, *args: Tensor, **conditions: Tensor) -> Tensor:
-        with compiling():
-            if not self._replays_graphs:
-                return self._compiled(*args, **conditions)
-            torch.compiler.cudagraph_mark_step_begin()
-            return self._compiled(*args, **conditions).clone()  # the next replay overwrites it, and solvers keep it

@@ -14,8 +14,8 @@ from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from common.convolution import Conv3d, ConvTranspose3d
 from ddpm.attention import PatchAttention
-from ddpm.convolution import Conv3d, ConvTranspose3d
 
 MAX_PERIOD = 10000.0  # of the sinusoids, as in the original transformer
 HEAD_DIM = 32  # channels per head of the U-Net's attention

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 import torch.distributed as torch_distributed
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
@@ -14,6 +13,7 @@ from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import write_volume
 from train.loop.background import BackgroundWork
+from train.loop.rng import random_state, restore_random_state
 
 
 class VolumeLogger(Callback):
@@ -84,7 +84,7 @@ class RandomState(Callback):
         self._loaded: dict | None = None
 
     def state_dict(self) -> dict:
-        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        own = random_state()
         if not (torch_distributed.is_available() and torch_distributed.is_initialized()):
             return own
         ranks = [own] * torch_distributed.get_world_size()
@@ -99,9 +99,7 @@ class RandomState(Callback):
         if self._loaded is not None:
             ranks = self._loaded.get("ranks", [])
             own = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else self._loaded
-            torch.set_rng_state(own["cpu"])
-            if len(own["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(own["cuda"])
+            restore_random_state(own)
             self._loaded = None
 
 

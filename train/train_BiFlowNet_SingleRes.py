@@ -30,7 +30,7 @@ from common.compilation import compiling  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.files import lock_folder  # noqa: E402
 from common.log import close_logger, get_logger  # noqa: E402
-from common.optimiser import build_adam  # noqa: E402
+from common.optimiser import build_adam, learning_rate_factor  # noqa: E402
 from common.processes import Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
@@ -171,7 +171,7 @@ def train(cfg: DictConfig) -> dict:
             # Learning rate; a checkpoint that could not be written ends the run
             background.check()
             step, epoch = state.step + 1, state.epoch
-            learning_rate = scheduled_learning_rate(cfg, step, steps_to_do)
+            learning_rate = cfg.lr * learning_rate_factor(cfg.lr_schedule, step, cfg.lr_warmup, steps_to_do)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
@@ -276,14 +276,6 @@ def wrapped(model: nn.Module, distributed: Distributed) -> Iterator[nn.Module]:
         # Whoever lets go of the process group last ends its threads. The reducer would do so without letting others
         # into the interpreter, for which gloo's thread may be waiting to free the last barrier's tensors: for ever.
         del parallel.reducer, parallel.logger
-
-
-def scheduled_learning_rate(cfg: DictConfig, step: int, steps_to_do: int) -> float:
-    """Learning rate of optimiser step `step`, counted from 1: linear warm-up, then constant or a cosine to 0."""
-    warm_up = min(1.0, step / cfg.lr_warmup) if cfg.lr_warmup else 1.0
-    if cfg.lr_schedule == "constant":
-        return cfg.lr * warm_up
-    return cfg.lr * warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps_to_do))
 
 
 def clip_gradients(model: nn.Module, largest_norm: float) -> Tensor:

@@ -1,6 +1,5 @@
 """How the autoencoder is trained: generator and discriminator by turns (Wang et al., IEEE TMI 2025, section III-A)."""
 
-import math
 from collections.abc import Callable
 from itertools import chain
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, feature_matching_loss, generator_loss
 from AutoEncoder.model.modes import requires_grad
-from common.optimiser import build_adam
+from common.optimiser import build_adam, learning_rate_factor
 
 
 class AdversarialTraining(pl.LightningModule):
@@ -125,8 +124,10 @@ class AdversarialTraining(pl.LightningModule):
         return recon_loss, self.cfg.model.perceptual_weight * self._perceptual[0].to(x.device)(x_hat, x)
 
     def _optimise(self, name: str, optimizer, loss: Tensor) -> None:
+        weights = self.cfg.model
+        factor = learning_rate_factor(weights.lr_schedule, self.global_step + 1, weights.lr_warmup, weights.max_steps)
         for group in optimizer.param_groups:
-            group["lr"] = self.cfg.model.lr * self._lr_factor()
+            group["lr"] = weights.lr * factor
         optimizer.zero_grad()
         self.manual_backward(loss)
         self.watched = {"loss": loss.detach()}
@@ -149,14 +150,6 @@ class AdversarialTraining(pl.LightningModule):
         if not self._is_fp16:
             self.watched["gradient"] = norm
             optimizer.found_inf = 1 - torch.isfinite(norm + self.watched["loss"]).float()
-
-    def _lr_factor(self) -> float:
-        """Share of the learning rate at this step: linear warm-up, then 1 or half a cosine down to 0 at `max_steps`."""
-        weights = self.cfg.model
-        warm_up = min(1.0, (self.global_step + 1) / weights.lr_warmup) if weights.lr_warmup else 1.0
-        if weights.lr_schedule == "constant":
-            return warm_up
-        return warm_up * 0.5 * (1 + math.cos(math.pi * min(1.0, self.global_step / weights.max_steps)))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Reconstruction of whole volumes; the three best checkpoints are chosen by val/recon_loss."""

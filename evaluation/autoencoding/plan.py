@@ -9,13 +9,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from AutoEncoder.checkpoint import load_autoencoder
-from AutoEncoder.decoding import free_memory
 from AutoEncoder.exact_decoding import plan_blocks
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.lpips_weights import HEADS_FILE, VGG_FILE, VGG_HASH, first_existing, package_folder
 from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.files import file_sha256
+from common.memory import free_memory
 from common.processes import Distributed
 from dataset.volumes.intensity import check_intensity_range, is_empty
 from evaluation.comparison.networks import weight_folders

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common.precision import CompiledDenoiser, autocast
+from common.compilation import CompiledDenoiser
+from common.precision import autocast
 from common.processes import choose_device
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion

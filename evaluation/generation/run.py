@@ -24,9 +24,10 @@ from tqdm import tqdm
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.decoding import check_memory, decode
 from common.checkpoint_files import load_checkpoint
+from common.compilation import CompiledDenoiser
 from common.errors import UserError
 from common.log import get_logger
-from common.precision import CompiledDenoiser, autocast, clock
+from common.precision import autocast, clock
 from common.processes import PATIENCE, Distributed, cleanup, setup
 from config.cli import GENERATION_FLAGS, parse_command_line
 from config.loading import require, save_config
@@ -78,7 +79,11 @@ def generate(cfg: DictConfig) -> list[Path]:
         if todo:
             place.on_main(lambda: _check_disk(cfg, todo))
             autoencoder, model = load_models(cfg, place.device)
-            check_memory(autoencoder, todo, place.device, _max_bytes(cfg), cfg.precision)
+            for request in {request.grid: request for request in todo}.values():
+                where = f"{request.path}: "
+                check_memory(
+                    autoencoder, request.grid, request.tile, place.device, _max_bytes(cfg), cfg.precision, where
+                )
             place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
             batches = batches_of_one_grid(todo, cfg.batch_size)[place.rank :: place.world_size]
             _generate_batches(cfg, model, autoencoder, batches, settings, place)

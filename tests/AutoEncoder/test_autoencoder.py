@@ -248,13 +248,13 @@ def test_a_step_that_is_not_finite_is_left_out(monkeypatch, poison, bad):
     assert [name for name, value in model.watched.items() if not torch.isfinite(value)] == [bad]
 
 
-def test_cosine_schedule_and_clipping(monkeypatch):
-    model = patchvolumeAE(tiny_autoencoder(lr=1.0, lr_schedule="cosine", max_steps=100))
-    factors = []
-    for step in (0, 50, 100, 150):
-        monkeypatch.setattr(type(model), "global_step", step)
-        factors.append(model._lr_factor())
-    assert factors == pytest.approx([1.0, 0.5, 0.0, 0.0])
+def test_steps_take_the_scheduled_learning_rate(monkeypatch):
+    model = patchvolumeAE(tiny_autoencoder(lr=0.5, lr_schedule="cosine", lr_warmup=2, max_steps=4))
+    found = []
+    for step in range(2):
+        drive(model, monkeypatch, [step], torch.zeros(1, 1, 16, 16, 16))
+        found.append([group["lr"] for group in model.optimizers()[0].param_groups])
+    assert found == [[0.5 * 0.5], [pytest.approx(0.5 * 0.8535533905932737)]]
 
 
 def test_official_perceptual_weights_are_passed_over(model):

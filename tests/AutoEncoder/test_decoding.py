@@ -10,12 +10,14 @@ from generation_models import CUBE, WIDE, config, row, save_models, voxels
 
 from AutoEncoder import decoding, exact_decoding
 from AutoEncoder.checkpoint import load_autoencoder
-from AutoEncoder.decoding import decode, free_memory
+from AutoEncoder.decoding import decode
 from AutoEncoder.latents import denormalise_latents
 from AutoEncoder.model.codebook import Codebook
 from AutoEncoder.model.PatchVolume import patchvolumeAE
+from common import memory
+from common.compilation import CompiledDenoiser
 from common.errors import UserError
-from common.precision import CompiledDenoiser
+from common.memory import free_memory
 from ddpm.BiFlowNet import BiFlowNet
 from evaluation.generation import run as generation
 from evaluation.generation.run import generate
@@ -142,7 +144,7 @@ def test_free_memory_is_shared_and_heeds_the_container(tmp_path, monkeypatch):
     alone = free_memory(cpu)
     assert 10**8 < alone < 10**13
     places = [(tmp_path, "memory.max", "memory.current"), (tmp_path / "missing", "memory.max", "memory.current")]
-    monkeypatch.setattr(decoding, "_control_groups", lambda: iter(places))
+    monkeypatch.setattr(memory, "_control_groups", lambda: iter(places))
     (tmp_path / "memory.stat").write_text("anon 10\ninactive_file 300\nactive_file 200\n")
     (tmp_path / "memory.current").write_text("510\n")  # 500 of it cached files
     (tmp_path / "memory.max").write_text("max\n")

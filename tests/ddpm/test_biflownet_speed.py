@@ -9,8 +9,8 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
+from common.compilation import CompiledDenoiser
 from common.optimiser import build_adam
-from common.precision import CompiledDenoiser
 from ddpm.attention import PatchAttention
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.blocks import ConvBlock, downsample, upsample

@@ -117,22 +117,6 @@ def test_compiled_networks_are_run_uncompiled_on_whole_volumes(monkeypatch):
     assert len(calls) == 2  # encoder, decoder
 
 
-@pytest.mark.parametrize(
-    ("options", "factors"),
-    [
-        ({"lr_warmup": 4}, [0.25, 0.5, 0.75, 1.0, 1.0]),
-        ({"lr_warmup": 2, "lr_schedule": "cosine", "max_steps": 4}, [0.5, 0.853553, 0.5, 0.146447, 0.0]),
-    ],
-)
-def test_warm_up(monkeypatch, options, factors):
-    model = build(**options)
-    found = []
-    for step in range(5):
-        monkeypatch.setattr(type(model), "global_step", step)
-        found.append(model._lr_factor())
-    assert found == pytest.approx(factors, abs=1e-6)
-
-
 @pytest.mark.parametrize(("kernel", "padding", "depth"), [(3, 1, 2), (4, 2, 3)])
 def test_bf16_gradients_of_a_convolution_deeper_than_its_input(kernel, padding, depth):
     """On some processors oneDNN's read what lies in memory, so the heap is filled with what would show."""

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from AutoEncoder.codes import codebook_usage, perplexity
 from AutoEncoder.model.codebook import Codebook
+from common.memory import resident_memory_gb
 from config.loading import load_config
 from config.schema import AutoencoderConfig
 from dataset.volumes.volume_io import write_volume
@@ -26,7 +27,7 @@ from train import train_BiFlowNet_SingleRes as biflownet
 from train.autoencoder import training as autoencoder_training
 from train.loop import meter as meter_module
 from train.loop.early_warnings import CodebookCollapse, DataBound, DiscriminatorWins, Onset
-from train.loop.meter import LoopMeter, resident_memory_gb
+from train.loop.meter import LoopMeter
 from train.loop.metrics_file import JsonLines, MetricsWriter
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from common.errors import UserError
 from dataset.checking import before_training as sample_check
 from dataset.volumes.volume_io import write_latent
 from train.diffusion import run_folder
-from train.train_BiFlowNet_SingleRes import scheduled_learning_rate, train
+from train.train_BiFlowNet_SingleRes import train
 
 
 @pytest.fixture(scope="module")
@@ -114,23 +114,6 @@ def test_gradient_overflow_at_every_scale_stops(data, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SMALLEST_LOSS_SCALE", 2.0**17)
     with pytest.raises(UserError, match="step 1: gradients overflow fp16 whatever the loss scale"):
         train(runs.config(data, tmp_path, enable_amp=True, amp_dtype="fp16"))
-
-
-@pytest.mark.parametrize(
-    ("options", "step", "factor"),
-    [
-        ({}, 1, 1.0),
-        ({"lr_warmup": 4}, 1, 0.25),
-        ({"lr_warmup": 4}, 4, 1.0),
-        ({"lr_warmup": 4}, 9, 1.0),
-        ({"lr_schedule": "cosine"}, 1, 1.0),
-        ({"lr_schedule": "cosine"}, 6, 0.5),
-        ({"lr_schedule": "cosine", "lr_warmup": 12}, 6, 0.25),
-    ],
-)
-def test_learning_rate(data, tmp_path, options, step, factor):
-    cfg = runs.config(data, tmp_path, lr=0.2, **options)
-    assert scheduled_learning_rate(cfg, step, steps_to_do=10) == pytest.approx(0.2 * factor, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -14,6 +14,7 @@ from common.checkpoint_files import load_checkpoint
 from ddpm.checkpoint import load_biflownet_weights
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import IRRELEVANT_KEYS, step_of
+from train.loop.rng import random_state, restore_random_state
 
 # Keys that a user changes on purpose to train a checkpoint further.
 EXTENDING_KEYS = frozenset({"ckpt", "epochs", "max_steps", "data_path", "AE_ckpt", "device", "model"})
@@ -122,18 +123,6 @@ class TrainingState:
         state = self.optimizer.state_dict()
         state["state"] = {i: averages[name] for i, name in enumerate(own) if name in averages}
         self.optimizer.load_state_dict(state)
-
-
-def random_state() -> dict:
-    """The global generators' states. Training draws from its own (train/diffusion/draws.py); this is for the rest."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def restore_random_state(state: dict) -> None:
-    """Set the global generators to a state of `random_state`; GPUs only if there are as many as then."""
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _warn_of_other_values(args: argparse.Namespace | None, config: dict, path: Path, logger: logging.Logger) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from common.memory import resident_memory_gb
 
 
 class LoopMeter:
@@ -107,12 +107,3 @@ def work_given_to_gpu() -> torch.cuda.Event | None:
     event = torch.cuda.Event()
     event.record()
     return event
-
-
-def resident_memory_gb() -> float | None:
-    """Memory of this process that lies in RAM, in 10⁹ bytes; None where there is no /proc."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
