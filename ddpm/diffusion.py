@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import limits, samplers
+from ddpm import samplers
+from ddpm import schedule as schedules
 from ddpm.schedule import NoiseSchedule, cosine_betas, noise_schedule
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.compilation import CompiledDenoiser
 from common.optimiser import build_adam
-from ddpm.attention import PatchAttention
+from ddpm.blocks import PatchAttention
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.blocks import ConvBlock, downsample, upsample
 from train.diffusion.ema import EMA
