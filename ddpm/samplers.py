@@ -28,6 +28,7 @@ from ddpm.schedule import (
 )
 from ddpm.solvers import dpm_solver, unipc
 
+
 def noise_like(x: Tensor, generator: Generator) -> Tensor:
     """Standard normal noise like x; drawn on the generator's device, so that a seed gives one result on any device.
 

@@ -49,9 +49,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def each_timestep(
-    timesteps: Sequence[int], x: Tensor, progress: Progress | None
-) -> Iterator[tuple[int, Tensor]]:
+def each_timestep(timesteps: Sequence[int], x: Tensor, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
     """Each timestep as a number and as (B,) for the samples of x (B, ...).
 
     progress: called as progress(steps done, steps in all) when the caller comes back from a step.
