@@ -83,8 +83,9 @@ def test_a_bad_step_is_named_one_step_late_and_nothing_is_saved_of_it(
     assert all(str(files[index]) in str(refused.value) for index in batches[2].tolist())
     run = tmp_path / "000-BiFlowNet"
     assert [run_folder.step_of(path) for path in run_folder.list_checkpoints(run)] == [2]
+    saved = checkpoint(run, 2)["model"]
     for name, value in models[0].state_dict().items():
-        assert torch.equal(value, checkpoint(run, 2)["model"][name]), name
+        assert torch.equal(value, saved[name]), name
     assert "NaN" not in (run / "metrics.jsonl").read_text()
 
 
