@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from AutoEncoder.codes import codebook_usage, perplexity
+from AutoEncoder.model.codebook import codebook_usage, perplexity
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from AutoEncoder.patches import crop_to

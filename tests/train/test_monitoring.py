@@ -16,8 +16,7 @@ import torch
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from AutoEncoder.codes import codebook_usage, perplexity
-from AutoEncoder.model.codebook import Codebook
+from AutoEncoder.model.codebook import Codebook, codebook_usage, perplexity
 from common.memory import resident_memory_gb
 from config.loading import load_config
 from config.schema import AutoencoderConfig

@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from AutoEncoder.codes import codebook_usage, perplexity
+from AutoEncoder.model.codebook import codebook_usage, perplexity
 from train.loop.early_warnings import CodebookCollapse, DataBound, DiscriminatorWins
 from train.loop.meter import LoopMeter
 from train.loop.metrics_file import JsonLines
