@@ -17,7 +17,7 @@ from torch import Tensor
 
 from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.latents import denormalise_latents
-from AutoEncoder.model.PatchVolume import patchvolumeAE
+from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
 from common.files import write_atomically
 from dataset.volumes.index import read_class_json
@@ -99,13 +99,13 @@ def load_generated(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return volumes, torch.tensor([class_id for _, class_id in pairs])
 
 
-def reconstruct(autoencoder: patchvolumeAE, volumes: Tensor) -> Tensor:
+def reconstruct(autoencoder: Autoencoder, volumes: Tensor) -> Tensor:
     """Whole-volume reconstructions in [-1, 1], one at a time, (N, 1, D, H, W)."""
     return torch.cat([autoencoder.reconstruct(volume[None]).clamp(*MODEL_RANGE) for volume in volumes])
 
 
 @torch.no_grad()
-def decoded_noise(autoencoder: patchvolumeAE, like: Tensor) -> Tensor:
+def decoded_noise(autoencoder: Autoencoder, like: Tensor) -> Tensor:
     """As many volumes as `like` that the decoder makes of standard normal noise: what an untrained model would give."""
     grid = [extent // autoencoder.downsample_factor for extent in like.shape[-3:]]
     generator = torch.Generator().manual_seed(0)

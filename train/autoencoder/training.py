@@ -23,8 +23,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from AutoEncoder.checkpoint import build_autoencoder
-from AutoEncoder.model.PatchVolume import AE_finetuning, patchvolumeAE
+from AutoEncoder.model.PatchVolume import AE_finetuning
 from common.compilation import compiling
 from common.errors import UserError
 from common.files import lock_folder
@@ -38,6 +37,7 @@ from dataset.volumes.index import read_dataset_json
 from dataset.vqgan import VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x
 from train.autoencoder.checkpoint_io import BackgroundCheckpointIO
+from train.autoencoder.model import build_autoencoder, prepare_for_training
 from train.autoencoder.monitoring import JsonLinesLogger, TrainingMonitor
 from train.autoencoder.resume import global_step, load_weights
 from train.autoencoder.step_watch import NotFinite, StepWatch, TrainingStopped
@@ -93,7 +93,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         model = build_autoencoder(cfg)
         resume = load_weights(cfg, model, root, logger)
         start_step = 0 if resume is None else global_step(resume)
-        _build_perceptual(model)
+        prepare_for_training(model)
 
         # Trainer
         with quiet_lightning():
@@ -217,13 +217,6 @@ def _keep_split(cfg: DictConfig, root: Path, is_resumed: bool) -> None:
     keys = ("val_fraction", "split_seed", "subject_pattern")
     split = split_dataset(cfg.dataset.root_dir, *(cfg.dataset[key] for key in keys))
     keep_split(root, cfg.dataset.root_dir, split, {key: cfg.dataset[key] for key in keys}, is_resumed)
-
-
-def _build_perceptual(model: patchvolumeAE) -> None:
-    try:
-        model.setup("fit")
-    except (ValueError, OSError) as error:
-        raise UserError(f"{error}; or set model.perceptual_weight=0 to train without it") from error
 
 
 def _rank() -> int:
