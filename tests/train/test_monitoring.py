@@ -194,7 +194,7 @@ def autoencoder_config(volumes: Path, folder: Path, *overrides: str) -> DictConf
 
 
 def train_autoencoder(monkeypatch, cfg: DictConfig, callback: pl.Callback | None = None) -> dict:
-    original = autoencoder_training._trainer
+    original = autoencoder_training.build_trainer
 
     def with_callback(*args):
         trainer = original(*args)
@@ -203,7 +203,7 @@ def train_autoencoder(monkeypatch, cfg: DictConfig, callback: pl.Callback | None
 
     with monkeypatch.context() as patch:
         if callback is not None:
-            patch.setattr(autoencoder_training, "_trainer", with_callback)
+            patch.setattr(autoencoder_training, "build_trainer", with_callback)
         return autoencoder_training.train(cfg, stage=1)
 
 
