@@ -52,15 +52,19 @@ def load_autoencoder(
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_autoencoder_weights(model: Autoencoder, path: str | Path) -> None:
+def load_autoencoder_weights(model: Autoencoder, path: str | Path) -> dict[str, Any]:
     """Loads a checkpoint's weights into a `patchvolumeAE` of the same architecture, for training to start from them.
+
+    Returns the whole checkpoint.
 
     Raises:
         UserError: unreadable file, another kind of checkpoint, or weights that do not fit.
     """
     path = Path(path)
-    state = _autoencoder_state(path, load_checkpoint(path), without=(PERCEPTUAL,))
+    checkpoint = load_checkpoint(path)
+    state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL,))
     load_weights(model, state, path, f"the configured autoencoder ({_times(list(model.cfg.model.downsample))})")
+    return checkpoint
 
 
 def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, torch.Tensor]:

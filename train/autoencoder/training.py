@@ -30,7 +30,7 @@ from dataset.volumes.volume_io import Header
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.model import build_autoencoder, prepare_for_training
 from train.autoencoder.monitoring import TrainingMonitor
-from train.autoencoder.resume import global_step, load_weights
+from train.autoencoder.resume import load_weights
 from train.autoencoder.step_watch import NotFinite, TrainingStopped
 from train.autoencoder.trainer import build_trainer, process_rank, processes_per_node, quiet_lightning
 from train.diffusion.batches import close_loader
@@ -65,8 +65,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Model; the seed makes all ranks start from the same weights
         pl.seed_everything(cfg.model.seed, verbose=False)
         model = build_autoencoder(cfg)
-        resume = load_weights(cfg, model, root, logger)
-        start_step = 0 if resume is None else global_step(resume)
+        resume, start_step = load_weights(cfg, model, root, logger)
         prepare_for_training(model)
 
         # Trainer, and the run's folder
