@@ -136,6 +136,8 @@ def test_official_autoencoder_file(tmp_path, autoencoder, form):
     assert not model.training
     assert not any(weight.requires_grad for weight in model.parameters())
     assert (model.downsample_factor, model.embedding_dim) == (4, 4)
+    x = torch.randn(1, 1, 16, 20, 32)
+    assert torch.equal(model.reconstruct(x), autoencoder.reconstruct(x))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
