@@ -10,29 +10,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from AutoEncoder.model.PatchVolume import patchvolumeAE
+from AutoEncoder.model.autoencoder import Autoencoder
 from common.checkpoint_files import load_checkpoint, load_weights
 from common.errors import UserError
 
-# Losses' networks that official autoencoder checkpoints may carry along.
-IGNORED_WEIGHTS = ("perceptual_loss.",)
-
-
-def build_autoencoder(cfg: DictConfig) -> patchvolumeAE:
-    """A new autoencoder; what the model refuses in its config becomes a UserError."""
-    try:
-        return patchvolumeAE(cfg)
-    except ValueError as error:
-        raise UserError(f"autoencoder config: {error}") from error
+PERCEPTUAL, DISCRIMINATOR = "perceptual_loss.", "volume_discriminator."  # weights for training alone
 
 
 def load_autoencoder(
     path: str | Path, device: str | torch.device = "cpu", downsample: int | None = None
-) -> patchvolumeAE:
+) -> Autoencoder:
     """Builds the autoencoder that a checkpoint describes, with its weights, frozen and in eval mode.
 
     Args:
-        path: Lightning checkpoint, ours or official; weights of its perceptual network are left aside.
+        path: Lightning checkpoint, ours or official; weights of discriminator and perceptual network are left aside.
         device: where the model goes.
         downsample: compression that is needed (8 or 4); None accepts any.
 
@@ -41,7 +32,7 @@ def load_autoencoder(
     """
     path = Path(path)
     checkpoint = load_checkpoint(path)
-    state = _autoencoder_state(path, checkpoint)
+    state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL, DISCRIMINATOR))
     cfg = _autoencoder_config(path, checkpoint)
     found = list(cfg.model.downsample)
     if downsample is not None and found != [downsample] * 3:
@@ -50,7 +41,9 @@ def load_autoencoder(
             f"use a {downsample}x checkpoint or the config and script for {_times(found)}"
         )
     try:
-        model = build_autoencoder(cfg)
+        model = Autoencoder(cfg)
+    except ValueError as error:
+        raise UserError(f"autoencoder config: {error}") from error
     except (TypeError, AttributeError) as error:  # a value of another type, a missing key
         raise _damaged(path, error) from error
     load_weights(model, state, path, f"an autoencoder of its config ({_times(found)})")
@@ -59,18 +52,22 @@ def load_autoencoder(
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_autoencoder_weights(model: patchvolumeAE, path: str | Path) -> None:
-    """Loads a checkpoint's weights into an autoencoder of the same architecture, for training to start from them.
+def load_autoencoder_weights(model: Autoencoder, path: str | Path) -> dict[str, Any]:
+    """Loads a checkpoint's weights into a `patchvolumeAE` of the same architecture, for training to start from them.
+
+    Returns the whole checkpoint.
 
     Raises:
         UserError: unreadable file, another kind of checkpoint, or weights that do not fit.
     """
     path = Path(path)
-    state = _autoencoder_state(path, load_checkpoint(path))
+    checkpoint = load_checkpoint(path)
+    state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL,))
     load_weights(model, state, path, f"the configured autoencoder ({_times(list(model.cfg.model.downsample))})")
+    return checkpoint
 
 
-def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, torch.Tensor]:
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping) or "codebook.embeddings" not in state:
         if {"model", "ema"} & set(checkpoint):
@@ -80,7 +77,7 @@ def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, t
         raise UserError(
             f"{path}: no autoencoder checkpoint: expected a Lightning file with the autoencoder's state_dict"
         )
-    return {name: value for name, value in state.items() if not name.startswith(IGNORED_WEIGHTS)}
+    return {name: value for name, value in state.items() if not name.startswith(without)}
 
 
 def _autoencoder_config(path: Path, checkpoint: Mapping[str, Any]) -> DictConfig:

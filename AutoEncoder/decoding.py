@@ -18,7 +18,7 @@ from torch import Tensor
 
 from AutoEncoder.exact_decoding import activation_bytes, plan_blocks
 from AutoEncoder.latents import denormalise_latents
-from AutoEncoder.model.PatchVolume import patchvolumeAE
+from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
 from common.memory import free_memory
 from common.precision import autocast
@@ -28,7 +28,7 @@ OVERLAP = 0.25  # of neighbouring blended tiles, as a share of their edge
 
 @torch.inference_mode()
 def decode(
-    autoencoder: patchvolumeAE,
+    autoencoder: Autoencoder,
     latent: Tensor,
     decoding: str = "exact",
     tile: int | None = None,
@@ -69,7 +69,7 @@ def decode(
 
 
 def check_memory(
-    autoencoder: patchvolumeAE,
+    autoencoder: Autoencoder,
     grid: Sequence[int],
     tile: int | None,
     device: torch.device,

@@ -13,7 +13,7 @@ from common.errors import UserError
 from dataset.cache.crops import CroppedVolume
 from dataset.cache.volumes import VolumeCache
 from dataset.order.epochs import EpochDataset, augment, centre_crop_start, random_crop
-from dataset.order.split import split_dataset
+from dataset.order.split import Split, split_dataset
 from dataset.volumes.geometry import crop_affine
 from dataset.volumes.index import read_dataset_folders
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
@@ -51,6 +51,7 @@ class VQGANDataset(EpochDataset):
         split_seed: seed of that choice.
         subject_pattern: regular expression that finds a file's subject in its path, so that no subject is on both
             sides (see `dataset/order/split.py`); None: every file is a subject.
+        sides: the split that `val_fraction`, `split_seed` and `subject_pattern` give, where it is known already.
         seed: seed of crops and augmentation.
         background_keep: probability of keeping a stage-1 patch with less than 10 % foreground; 1 keeps all but patches
             of nothing but background, which are never given.
@@ -84,6 +85,7 @@ class VQGANDataset(EpochDataset):
         val_fraction: float = 0.1,
         split_seed: int = 0,
         subject_pattern: str | None = None,
+        sides: Split | None = None,
         seed: int = 0,
         background_keep: float = 1.0,
         cache: VolumeCache | None = None,
@@ -99,7 +101,8 @@ class VQGANDataset(EpochDataset):
         self.cache = cache
         if cache is not None and cache.intensity_range != self.intensity_range:
             raise ValueError(f"intensity_range {self.intensity_range}, but the cache has {cache.intensity_range}")
-        self.files = select_files(root_dir, split, val_fraction, split_seed, subject_pattern)
+        sides = sides or split_dataset(root_dir, val_fraction, split_seed, subject_pattern)
+        self.files = select_files(root_dir, split, val_fraction, sides)
         folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
         self.class_folders = {path: next(folder for folder in folders if folder in path.parents) for path in self.files}
         self.headers = [read_header(path) for path in self.files]
@@ -143,11 +146,8 @@ class VQGANDataset(EpochDataset):
             )
 
 
-def select_files(
-    root_dir: str | Path, split: str, val_fraction: float, split_seed: int, subject_pattern: str | None = None
-) -> list[Path]:
+def select_files(root_dir: str | Path, split: str, val_fraction: float, sides: Split) -> list[Path]:
     """The files of one side of the split, over all names of a dataset JSON."""
-    sides = split_dataset(root_dir, val_fraction, split_seed, subject_pattern)
     training = [path for files in sides.training.values() for path in files]
     validation = [path for files in sides.validation.values() for path in files]
     if split == "train":

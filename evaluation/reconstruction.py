@@ -26,8 +26,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from AutoEncoder.checkpoint import load_autoencoder  # noqa: E402
+from AutoEncoder.model.autoencoder import Autoencoder  # noqa: E402
 from AutoEncoder.model.lpips import MIN_EXTENT, TriplanarLPIPS  # noqa: E402
-from AutoEncoder.model.PatchVolume import patchvolumeAE  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.precision import exact_float32  # noqa: E402
@@ -102,9 +102,9 @@ class Networks:
     def __init__(self, cfg: DictConfig, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self._path: str | None = None
-        self._autoencoder: patchvolumeAE | None = None
+        self._autoencoder: Autoencoder | None = None
 
-    def autoencoder(self, path: str) -> patchvolumeAE:
+    def autoencoder(self, path: str) -> Autoencoder:
         if self._path != path:
             self._autoencoder = None  # before the next one takes its memory
             self._autoencoder, self._path = load_autoencoder(path, self.device), path

@@ -10,7 +10,7 @@ import torch
 from configs import tiny_autoencoder
 from omegaconf import DictConfig
 
-from AutoEncoder.checkpoint import build_autoencoder
+from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.cli import BIFLOWNET_FLAGS, parse_command_line
 from config.schema import BiFlowNetConfig
@@ -65,7 +65,7 @@ def save_autoencoder(path: Path) -> Path:
     """A tiny 4x autoencoder, random, in a checkpoint file as Lightning writes it."""
     torch.manual_seed(0)
     cfg = tiny_autoencoder()
-    autoencoder = build_autoencoder(cfg)
+    autoencoder = patchvolumeAE(cfg)
     autoencoder.codebook.N.fill_(1)  # as if started from data
     autoencoder.codebook.embeddings.normal_()
     save_checkpoint({"state_dict": autoencoder.state_dict(), "hyper_parameters": cfg}, path)

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from AutoEncoder.model.lpips import normalise_channels
+from AutoEncoder.model.lpips import EvalModule, normalise_channels
 
 HUB_FOLDER = Path(__file__).resolve().parents[2] / "warvito_MedicalNet-models_main"
 MIN_STD = 1e-6  # of a volume in [-1, 1]; only a constant one is below, and must not give NaN
 
 
-class MedicalNetPerceptual(nn.Module):
+class MedicalNetPerceptual(EvalModule):
     """Squared distance of channel-normalised MedicalNet features, summed over channels, averaged over space.
 
     Frozen and always in eval mode; gradients flow to the inputs only.
@@ -37,10 +37,6 @@ class MedicalNetPerceptual(nn.Module):
         )
         self.requires_grad_(False)
         self.eval()
-
-    def train(self, mode: bool = True) -> "MedicalNetPerceptual":
-        """Stays in eval mode, whatever a parent module is switched to."""
-        return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Volumes (B, 1, D, H, W) -> scalar.

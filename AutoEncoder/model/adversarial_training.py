@@ -1,6 +1,7 @@
 """How the autoencoder is trained: generator and discriminator by turns (Wang et al., IEEE TMI 2025, section III-A)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import pytorch_lightning as pl
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, feature_matching_loss, generator_loss
-from AutoEncoder.model.modes import requires_grad
 from common.optimiser import build_adam, learning_rate_factor
 
 
@@ -168,3 +168,15 @@ class AdversarialTraining(pl.LightningModule):
     def _log(self, prefix: str, batch_size: int | None = None, **values: Tensor) -> None:
         scalars = {f"{prefix}/{name}": value.detach() for name, value in values.items()}
         self.log_dict(scalars, batch_size=batch_size, sync_dist=prefix == "val")
+
+
+@contextmanager
+def requires_grad(module: nn.Module, value: bool) -> Iterator[None]:
+    """The module's parameters have `requires_grad == value` inside, and what they had before afterwards."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(value)
+    try:
+        yield
+    finally:
+        for parameter, had in before:
+            parameter.requires_grad_(had)

@@ -4,6 +4,7 @@ Axes: B batch, C channels, (D, H, W) voxels with D = z, H = x, W = y; N slices, 
 """
 
 from pathlib import Path
+from typing import Self
 
 import torch
 from einops import rearrange
@@ -80,7 +81,14 @@ def normalise_channels(features: Tensor, eps: float) -> Tensor:
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + eps)
 
 
-class LPIPS(nn.Module):
+class EvalModule(nn.Module):
+    """A module that stays in eval mode, whatever a parent module is switched to."""
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+
+class LPIPS(EvalModule):
     """Perceptual distance of 2D slices: LPIPS v0.1 with the VGG-16 backbone (Zhang et al., CVPR 2018).
 
     Frozen and always in eval mode; gradients flow to the inputs only.
@@ -105,10 +113,6 @@ class LPIPS(nn.Module):
                 self.load_state_dict(weights, strict=False)
         self.requires_grad_(False)
         self.eval()
-
-    def train(self, mode: bool = True) -> "LPIPS":
-        """Stays in eval mode, whatever a parent module is switched to."""
-        return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Slices (N, 1, h, w) or (N, 3, h, w) in [-1, 1] -> distances (N, 1, 1, 1). One channel is repeated to three.
@@ -140,7 +144,7 @@ def check_slices(x: Tensor, y: Tensor) -> None:
         )
 
 
-class TriplanarLPIPS(nn.Module):
+class TriplanarLPIPS(EvalModule):
     """LPIPS on slices across all three axes of a volume, summed over the axes (paper, section III-A).
 
     Args:
@@ -165,10 +169,6 @@ class TriplanarLPIPS(nn.Module):
         self.fraction = fraction
         self.chunk_pixels = chunk_pixels
         self.eval()
-
-    def train(self, mode: bool = True) -> "TriplanarLPIPS":
-        """Stays in eval mode, whatever a parent module is switched to."""
-        return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Volumes (B, 1 or 3, D, H, W) in [-1, 1] -> scalar: sum over the axes of the mean distance of the slices.

@@ -6,7 +6,6 @@
 | `vgg.pth` (LPIPS v0.1) | `lin0.model.1.weight` … | the user's folder, then the PyPI package `lpips` |
 """
 
-import hashlib
 import importlib.util
 import logging
 import pickle
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from common.files import file_sha256
 
 VGG_FILE = "vgg16-397923af.pth"
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
@@ -118,12 +119,9 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 
 def warn_of_other_hash(path: Path) -> None:
     """A file lying in a folder may be the user's own VGG-16, so another hash is worth a warning, not an error."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    if not digest.hexdigest().startswith(VGG_HASH):
-        logger.warning("%s is not torchvision's file: its SHA-256 is %s, not %s…", path, digest.hexdigest(), VGG_HASH)
+    digest = file_sha256(path)
+    if not digest.startswith(VGG_HASH):
+        logger.warning("%s is not torchvision's file: its SHA-256 is %s, not %s…", path, digest, VGG_HASH)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

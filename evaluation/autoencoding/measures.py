@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from AutoEncoder.codes import codebook_usage, perplexity
+from AutoEncoder.model.autoencoder import Autoencoder
+from AutoEncoder.model.codebook import codebook_usage, perplexity
 from AutoEncoder.model.lpips import TriplanarLPIPS
-from AutoEncoder.model.PatchVolume import patchvolumeAE
 from AutoEncoder.patches import crop_to
 from common.errors import UserError
 from dataset.volumes.intensity import MODEL_RANGE, foreground
@@ -85,7 +85,7 @@ METRICS = VOLUME_METRICS | GROUP_METRICS
 
 
 @torch.inference_mode()
-def reconstruct(autoencoder: patchvolumeAE, volume: Tensor, max_bytes: int) -> tuple[Tensor, Tensor]:
+def reconstruct(autoencoder: Autoencoder, volume: Tensor, max_bytes: int) -> tuple[Tensor, Tensor]:
     """`autoencoder.reconstruct` in bounded memory: volume (1, D, H, W) -> reconstruction (1, D, H, W), codes (d, h, w).
 
     The codes are those of cells that hold voxels of the volume, not of padding alone.

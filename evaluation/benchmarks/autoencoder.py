@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from AutoEncoder.model.adversarial_training import requires_grad
 from AutoEncoder.model.discriminator import feature_matching_loss, generator_loss, hinge_d_loss
 from AutoEncoder.model.lpips import TriplanarLPIPS
-from AutoEncoder.model.modes import requires_grad
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.optimiser import build_adam
 from common.precision import autocast

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.decoding import decode
-from AutoEncoder.model.PatchVolume import patchvolumeAE
+from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
 from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(title, "volumes", "plain", [Row(name, seconds[name], 1, *rows[name]) for name in ways], notes)
 
 
-def _ways(autoencoder: patchvolumeAE, latent: Tensor, tile: int, little: int) -> dict[str, tuple[partial, float]]:
+def _ways(autoencoder: Autoencoder, latent: Tensor, tile: int, little: int) -> dict[str, tuple[partial, float]]:
     """Each way by name, and how far its volume may be from that of the first."""
     whole = partial(decode, autoencoder, latent, "exact", None)
     other_layout = partial(decode, copy.deepcopy(autoencoder).to(memory_format=torch.channels_last_3d), latent)
@@ -110,10 +110,10 @@ def _ways(autoencoder: patchvolumeAE, latent: Tensor, tile: int, little: int) ->
     }
 
 
-def _random(scale: Scale, grid: tuple[int, int, int], device: torch.device) -> tuple[patchvolumeAE, Tensor]:
+def _random(scale: Scale, grid: tuple[int, int, int], device: torch.device) -> tuple[Autoencoder, Tensor]:
     torch.manual_seed(0)
     cfg = load_config(AutoencoderConfig, CONFIG_FOLDER / scale.config, ["model.perceptual_weight=0", *scale.overrides])
-    autoencoder = patchvolumeAE(OmegaConf.create(OmegaConf.to_container(cfg))).eval().requires_grad_(False)
+    autoencoder = Autoencoder(OmegaConf.create(OmegaConf.to_container(cfg))).eval().requires_grad_(False)
     autoencoder.codebook.embeddings.normal_()
     return autoencoder.to(device), torch.rand(autoencoder.embedding_dim, *grid, device=device) * 2 - 1
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from AutoEncoder.checkpoint import load_autoencoder
-from AutoEncoder.latents import denormalise_latents
-from AutoEncoder.model.PatchVolume import patchvolumeAE
+from AutoEncoder.decoding import decode
+from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
 from common.files import write_atomically
 from dataset.volumes.index import read_class_json
@@ -99,19 +99,17 @@ def load_generated(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return volumes, torch.tensor([class_id for _, class_id in pairs])
 
 
-def reconstruct(autoencoder: patchvolumeAE, volumes: Tensor) -> Tensor:
+def reconstruct(autoencoder: Autoencoder, volumes: Tensor) -> Tensor:
     """Whole-volume reconstructions in [-1, 1], one at a time, (N, 1, D, H, W)."""
     return torch.cat([autoencoder.reconstruct(volume[None]).clamp(*MODEL_RANGE) for volume in volumes])
 
 
-@torch.no_grad()
-def decoded_noise(autoencoder: patchvolumeAE, like: Tensor) -> Tensor:
+def decoded_noise(autoencoder: Autoencoder, like: Tensor) -> Tensor:
     """As many volumes as `like` that the decoder makes of standard normal noise: what an untrained model would give."""
     grid = [extent // autoencoder.downsample_factor for extent in like.shape[-3:]]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(like), 1, autoencoder.embedding_dim, *grid, generator=generator)
-    vectors = autoencoder.codebook.embeddings
-    return torch.cat([autoencoder.decode(denormalise_latents(z, vectors)).clamp(*MODEL_RANGE) for z in noise])
+    noise = torch.randn(len(like), autoencoder.embedding_dim, *grid, generator=generator)
+    return torch.stack([decode(autoencoder, z) for z in noise])
 
 
 def features(volumes: Tensor) -> Tensor:

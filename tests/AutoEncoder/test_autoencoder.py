@@ -9,7 +9,7 @@ from torch import nn
 
 from AutoEncoder.latents import denormalise_latents, normalise_latents
 from AutoEncoder.model import PatchVolume
-from AutoEncoder.model.modes import evaluation_mode
+from AutoEncoder.model.autoencoder import evaluation_mode
 from AutoEncoder.model.networks import AttentionBlock, normalize
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 

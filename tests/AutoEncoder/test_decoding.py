@@ -8,12 +8,12 @@ import torch
 import torch._inductor.config
 from generation_models import CUBE, WIDE, config, row, save_models, voxels
 
-from AutoEncoder import decoding, exact_decoding
+from AutoEncoder import exact_decoding
 from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.decoding import decode
 from AutoEncoder.latents import denormalise_latents
+from AutoEncoder.model.autoencoder import Autoencoder
 from AutoEncoder.model.codebook import Codebook
-from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common import memory
 from common.compilation import CompiledDenoiser
 from common.errors import UserError
@@ -33,7 +33,7 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def autoencoder(models) -> patchvolumeAE:
+def autoencoder(models) -> Autoencoder:
     return load_autoencoder(models / "ae.ckpt")
 
 
@@ -164,9 +164,9 @@ def test_free_memory_is_shared_and_heeds_the_container(tmp_path, monkeypatch):
     ],
 )
 def test_control_groups(tmp_path, monkeypatch, line, folders, name):
-    monkeypatch.setattr(decoding, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(Path, "read_text", lambda path: line + "\n")
-    assert [group[:2] for group in decoding._control_groups()] == [(tmp_path / folder, name) for folder in folders]
+    assert [group[:2] for group in memory._control_groups()] == [(tmp_path / folder, name) for folder in folders]
 
 
 # Speed --------------------------------------------------------------------------------------------------------------

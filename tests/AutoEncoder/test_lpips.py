@@ -13,7 +13,7 @@ from golden import GOLDEN_SEED, fill_module, golden_normal, load_golden
 
 from AutoEncoder.model import lpips_weights
 from AutoEncoder.model.lpips import LPIPS, TriplanarLPIPS, normalise_channels
-from AutoEncoder.model.perceptual import build_perceptual
+from AutoEncoder.model.PatchVolume import build_perceptual
 
 VGG_CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's numbers of VGG-16's convolutions
 

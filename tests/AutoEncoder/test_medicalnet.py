@@ -15,7 +15,7 @@ import torch
 from golden import GOLDEN_SEED, fill_module, golden_normal, load_golden, load_keys
 
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER, MedicalNetPerceptual, z_score
-from AutoEncoder.model.perceptual import build_perceptual
+from AutoEncoder.model.PatchVolume import build_perceptual
 
 FILE = "resnet_10_23dataset.pth"
 

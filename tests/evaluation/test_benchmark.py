@@ -10,7 +10,7 @@ import pytest
 import torch
 from generation_models import save_models
 
-from AutoEncoder.model import PatchVolume
+from AutoEncoder.model import autoencoder
 from common.errors import UserError
 from common.script import run_script
 from dataset.cache.latents import LatentCache
@@ -208,9 +208,9 @@ def test_mistakes_of_the_generation_parts(words, message):
 @pytest.mark.parametrize(("part", "name"), [(decode, "decode_exactly"), (sample, "CompiledDenoiser")])
 def test_nothing_is_timed_where_a_way_is_wrong(monkeypatch, part, name):
     if part is decode:
-        original = PatchVolume.decode_exactly
+        original = autoencoder.decode_exactly
         wrong = lambda decoder, z, limit: original(decoder, z, limit) * (1 if limit > 10**9 else 1.1)  # noqa: E731
-        monkeypatch.setattr(PatchVolume, name, wrong)
+        monkeypatch.setattr(autoencoder, name, wrong)
     else:
         monkeypatch.setattr(sample, name, lambda network: copy.deepcopy(network).requires_grad_(False).apply(_shift))
     monkeypatch.setattr(part, "in_turn", None)

@@ -12,7 +12,7 @@ from generation_models import CUBE, TIMESTEPS, WIDE, config, row, save_models, v
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.latents import denormalise_latents
-from AutoEncoder.model.PatchVolume import patchvolumeAE
+from AutoEncoder.model.autoencoder import Autoencoder
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from config.loading import load_config
@@ -73,7 +73,7 @@ def test_files_axes_spacing_and_range(models, tmp_path):
 
 def test_values_beyond_the_range_are_clamped(models, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        patchvolumeAE, "decode", lambda self, latent, quantize, max_bytes: 5 * torch.ones(1, 1, 32, 32, 32)
+        Autoencoder, "decode", lambda self, latent, quantize, max_bytes: 5 * torch.ones(1, 1, 32, 32, 32)
     )
     (path,) = generate(config(models, tmp_path, [row(0, "Chest", CUBE)]))
     assert torch.equal(voxels(path), torch.ones(1, 32, 32, 32))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from AutoEncoder.codes import codebook_usage, perplexity
+from AutoEncoder.model.codebook import codebook_usage, perplexity
 from common.errors import UserError
 from dataset.volumes.pictures import central_slices, save_slice_grid
 from evaluation.metrics.reconstruction import l1, psnr

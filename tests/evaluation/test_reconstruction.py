@@ -26,7 +26,7 @@ from reconstruction_runs import (
 )
 
 from AutoEncoder.checkpoint import load_autoencoder
-from AutoEncoder.codes import codebook_usage, perplexity
+from AutoEncoder.model.codebook import codebook_usage, perplexity
 from dataset.volumes.intensity import foreground
 from dataset.volumes.volume_io import read_volume
 from evaluation import reconstruction

@@ -24,7 +24,8 @@ from reconstruction_runs import (
     write,
 )
 
-from AutoEncoder.checkpoint import build_autoencoder, load_autoencoder
+from AutoEncoder.checkpoint import load_autoencoder
+from AutoEncoder.model.autoencoder import Autoencoder
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
@@ -252,7 +253,7 @@ def test_wrong_checkpoints(data, checkpoints, tmp_path, calls):
     content = load_checkpoint(checkpoints[0])
     cfg = content["hyper_parameters"]["cfg"]
     cfg.dataset.image_channels = 3
-    state = build_autoencoder(cfg).state_dict()
+    state = Autoencoder(cfg).state_dict()
     state["codebook.N"].fill_(1)
     save_checkpoint({**content, "state_dict": state}, tmp_path / "colour.ckpt")
     with pytest.raises(UserError, match="its volumes have 3 channels, only autoencoders of one"):

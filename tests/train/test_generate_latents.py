@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.latents import normalise_latents
+from AutoEncoder.model.autoencoder import Autoencoder
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import save_checkpoint
 from common.errors import UserError
@@ -136,9 +137,9 @@ def test_sliding_window_bounds_the_patches_encoded_together(tmp_path, checkpoint
     save_volume(tmp_path / "CT" / "b.nii.gz", (16, 32, 32), seed=1)
     data = save_json(tmp_path, {"0": "CT"})
     together = []
-    encode = patchvolumeAE.encode
+    encode = Autoencoder.encode
     monkeypatch.setattr(
-        patchvolumeAE,
+        Autoencoder,
         "encode",
         lambda self, x, *args, **kwargs: together.append(len(x)) or encode(self, x, *args, **kwargs),
     )
@@ -191,7 +192,7 @@ def test_whole_latents_are_kept_and_all_others_replaced(dataset, checkpoint):
 
 def test_nothing_is_encoded_twice(dataset, checkpoint, monkeypatch):
     generate_latents(config(dataset, checkpoint))
-    monkeypatch.setattr(patchvolumeAE, "encode", lambda *args, **kwargs: pytest.fail("encoded again"))
+    monkeypatch.setattr(Autoencoder, "encode", lambda *args, **kwargs: pytest.fail("encoded again"))
     generate_latents(config(dataset, checkpoint))
 
 

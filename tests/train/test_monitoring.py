@@ -16,8 +16,7 @@ import torch
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from AutoEncoder.codes import codebook_usage, perplexity
-from AutoEncoder.model.codebook import Codebook
+from AutoEncoder.model.codebook import Codebook, codebook_usage, perplexity
 from common.memory import resident_memory_gb
 from config.loading import load_config
 from config.schema import AutoencoderConfig
@@ -195,7 +194,7 @@ def autoencoder_config(volumes: Path, folder: Path, *overrides: str) -> DictConf
 
 
 def train_autoencoder(monkeypatch, cfg: DictConfig, callback: pl.Callback | None = None) -> dict:
-    original = autoencoder_training._trainer
+    original = autoencoder_training.build_trainer
 
     def with_callback(*args):
         trainer = original(*args)
@@ -204,7 +203,7 @@ def train_autoencoder(monkeypatch, cfg: DictConfig, callback: pl.Callback | None
 
     with monkeypatch.context() as patch:
         if callback is not None:
-            patch.setattr(autoencoder_training, "_trainer", with_callback)
+            patch.setattr(autoencoder_training, "build_trainer", with_callback)
         return autoencoder_training.train(cfg, stage=1)
 
 

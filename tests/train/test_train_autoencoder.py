@@ -26,7 +26,8 @@ from dataset.checking import before_training as sample_check
 from dataset.order.epochs import EpochSampler
 from dataset.volumes.volume_io import read_volume, write_volume
 from train.autoencoder import training
-from train.autoencoder.training import EpochBatches, train
+from train.autoencoder.batches import EpochBatches, build_datasets, split_files
+from train.autoencoder.training import train
 from train.callbacks import VolumeLogger
 
 
@@ -100,7 +101,7 @@ def test_a_bad_file_is_found_before_training(data, tmp_path):
     shutil.copytree(data.parent / "box", tmp_path / "box")
     (tmp_path / "data.json").write_text(json.dumps({"box": "box"}))
     cfg = config(tmp_path / "data.json", tmp_path / "run", "model.max_steps=4")
-    (path,) = training._datasets(cfg, training.get_logger())[1].files
+    (path,) = build_datasets(cfg, split_files(cfg), training.get_logger())[1].files
     write_volume(path, torch.full((1, 16, 16, 16), 3.0), np.eye(4))
     with pytest.raises(UserError, match=rf"{path.name}: intensities from 3 to 3 lie outside the declared range"):
         train(cfg, stage=1)
@@ -189,8 +190,8 @@ class Poison(pl.Callback):
 
 
 def test_a_loss_that_is_not_finite_names_step_rank_and_files(data, tmp_path, monkeypatch):
-    original = training._trainer
-    monkeypatch.setattr(training, "_trainer", lambda *args: with_callback(original(*args), Poison()))
+    original = training.build_trainer
+    monkeypatch.setattr(training, "build_trainer", lambda *args: with_callback(original(*args), Poison()))
     with pytest.raises(UserError, match=r"the loss is inf at step 2 on rank 0, batch .*\d\.nii\.gz.*lower model\.lr"):
         train(config(data, tmp_path / "run", "model.max_steps=5"), stage=1)
     saved = [load_checkpoint(path) for path in (tmp_path / "run" / "checkpoints").iterdir()]
@@ -301,7 +302,7 @@ def test_subjects_are_not_parted(data, tmp_path):
     cfg = config(tmp_path / "data.json", tmp_path / "run", "model.max_steps=1", "dataset.val_fraction=0.4", pattern)
     train(cfg, stage=1)
     sides = json.loads((tmp_path / "run" / "split.json").read_text())["files"]["box"]
-    train_data, val_data = training._datasets(cfg, logging.getLogger())
+    train_data, val_data = build_datasets(cfg, split_files(cfg), logging.getLogger())
     for data, names in ((train_data, sides["training"]), (val_data, sides["validation"])):
         assert [path.relative_to(tmp_path / "box").as_posix() for path in data.files] == names
     train_subjects, val_subjects = ({path.parent.name for path in data.files} for data in (train_data, val_data))
@@ -452,8 +453,8 @@ def test_a_gradient_that_is_not_finite_saves_nothing(data, tmp_path, monkeypatch
             if trainer.global_step == 1:
                 pl_module.decoder.conv_first.weight.grad.fill_(torch.nan)
 
-    original = training._trainer
-    monkeypatch.setattr(training, "_trainer", lambda *args: with_callback(original(*args), PoisonGradient()))
+    original = training.build_trainer
+    monkeypatch.setattr(training, "build_trainer", lambda *args: with_callback(original(*args), PoisonGradient()))
     with pytest.raises(UserError, match="the gradient is nan at step 1 on rank 0, batch"):
         train(config(data, tmp_path / "run", "model.max_steps=5"), stage=1)
     assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
@@ -466,8 +467,8 @@ def test_gradient_clipping_bounds_the_step(data, tmp_path, monkeypatch):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             norms.append(torch.stack([p.grad.norm() for p in pl_module.decoder.parameters()]).norm().item())
 
-    original = training._trainer
-    monkeypatch.setattr(training, "_trainer", lambda *args: with_callback(original(*args), Measure()))
+    original = training.build_trainer
+    monkeypatch.setattr(training, "build_trainer", lambda *args: with_callback(original(*args), Measure()))
     train(config(data, tmp_path / "run", "model.max_steps=2", "model.gradient_clip=0.001"), stage=1)
     train(config(data, tmp_path / "free", "model.max_steps=2"), stage=1)
     clipped, free = norms[: len(norms) // 2], norms[len(norms) // 2 :]

@@ -16,10 +16,10 @@ from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from train import callbacks
 from train.autoencoder import checkpoint_io, step_watch, training
-from train.autoencoder.checkpoint_io import BackgroundCheckpointIO
+from train.autoencoder.batches import build_datasets, build_loaders, split_files
+from train.autoencoder.checkpoint_io import BackgroundCheckpointIO, RandomState
 from train.autoencoder.step_watch import _news
 from train.autoencoder.training import train
-from train.callbacks import RandomState
 from train.loop.background import BackgroundWork
 from train.loop.step_flags import StepFlags
 
@@ -36,8 +36,8 @@ def late(monkeypatch):
 
 
 def add(monkeypatch, callback: pl.Callback) -> None:
-    original = training._trainer
-    monkeypatch.setattr(training, "_trainer", lambda *args: with_callback(original(*args), callback))
+    original = training.build_trainer
+    monkeypatch.setattr(training, "build_trainer", lambda *args: with_callback(original(*args), callback))
 
 
 class Act(pl.Callback):
@@ -63,7 +63,9 @@ def test_a_bad_step_whose_news_come_late(data, tmp_path, monkeypatch, late, step
     cfg = config(data, tmp_path / "run", "model.max_steps=9")
     with pytest.raises(UserError, match=rf"the loss is (inf|nan) at step {step} on rank 0, batch /") as caught:
         train(cfg, stage=1)
-    batches = training._loaders(cfg, pl.Trainer(logger=False), *training._datasets(cfg, None))[0].batch_sampler
+    batches = build_loaders(cfg, pl.Trainer(logger=False), *build_datasets(cfg, split_files(cfg), None))[
+        0
+    ].batch_sampler
     assert all(str(path) in str(caught.value) for path in batches.files_of(step))
     for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
         state = load_checkpoint(path)

@@ -18,7 +18,7 @@ from common.log import close_logger, get_logger
 from common.processes import Distributed
 from dataset.order.epochs import EpochSampler
 from ddpm.diffusion import GaussianDiffusion
-from train.diffusion import run_folder
+from train.diffusion import preview, run_folder
 from train.diffusion.batches import GlobalBatchSampler
 from train.diffusion.draws import _mix, draw_dropped, draw_noise, sample_generators
 from train.diffusion.preview import write_preview
@@ -190,6 +190,16 @@ def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, ti
         assert path is None
         assert list(tmp_path.glob("*.nii.gz")) == []
         assert "given up after -1 s; lower preview_steps" in caplog.text
+
+
+def test_a_preview_without_memory_is_left_out(tmp_path, caplog, monkeypatch):
+    """Where not even the smallest blocks fit into what training leaves."""
+    autoencoder = load_autoencoder(runs.save_autoencoder(tmp_path / "ae.ckpt"))
+    model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
+    decode = preview.decode
+    monkeypatch.setattr(preview, "decode", lambda *latent, max_bytes: decode(*latent, max_bytes=1000))
+    assert write_preview(tmp_path, 12, 1, (8, 8, 8), 3, model, diffusion, autoencoder, logger, CPU) is None
+    assert "preview of step 12: not enough GPU memory; say preview=false" in caplog.text
 
 
 def test_a_preview_is_given_up_when_training_stops(tmp_path, caplog):

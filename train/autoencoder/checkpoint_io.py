@@ -1,4 +1,4 @@
-"""How Lightning reads and writes the autoencoder's checkpoints."""
+"""How Lightning reads and writes the autoencoder's checkpoints, and the random state in them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+import torch.distributed as torch_distributed
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from train.loop.background import BackgroundWork, snapshot
+from train.loop.rng import random_state, restore_random_state
 
 
 class BackgroundCheckpointIO(CheckpointIO):
@@ -47,3 +51,32 @@ class BackgroundCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removed once a checkpoint is written that takes its place: before that it may be the last good one."""
         self._outdated.append(Path(path))
+
+
+class RandomState(Callback):
+    """Keeps torch's global generators in the checkpoint: codebook restarts and random slices draw from them.
+
+    Those of all ranks: volumes of several sizes have several numbers of slices, and the ranks' generators drift apart.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict | None = None
+
+    def state_dict(self) -> dict:
+        own = random_state()
+        if not (torch_distributed.is_available() and torch_distributed.is_initialized()):
+            return own
+        ranks = [own] * torch_distributed.get_world_size()
+        torch_distributed.all_gather_object(ranks, own)  # a checkpoint is made by all ranks at once
+        return {**ranks[0], "ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
+        # as late as possible, since setting up the training draws numbers too
+        if self._loaded is not None:
+            ranks = self._loaded.get("ranks", [])
+            own = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else self._loaded
+            restore_random_state(own)
+            self._loaded = None

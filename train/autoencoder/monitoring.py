@@ -11,8 +11,9 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
+from tqdm import tqdm
 
-from AutoEncoder.codes import codebook_usage, perplexity
+from AutoEncoder.model.codebook import codebook_usage, perplexity
 from train.loop.early_warnings import CodebookCollapse, DataBound, DiscriminatorWins
 from train.loop.meter import LoopMeter
 from train.loop.metrics_file import JsonLines
@@ -78,6 +79,36 @@ def _take_counts(model: pl.LightningModule) -> Tensor:
     counts = recent.to("cpu", copy=True)
     recent.zero_()
     return counts
+
+
+class StepProgress(Callback):
+    """One progress bar over all optimiser steps, with the last losses; nothing where there is no terminal."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
+        total = trainer.max_steps if trainer.max_steps >= 0 else None
+        self._bar = tqdm(
+            desc=self.label,
+            total=total,
+            initial=trainer.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if trainer.is_global_zero else True,
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        self._bar.update(1)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            shown = ("train/recon_loss", "train/discloss", "train/perplexity", "val/recon_loss")
+            metrics = trainer.callback_metrics
+            self._bar.set_postfix({name: f"{metrics[name].item():.3f}" for name in shown if name in metrics})
+
+    def teardown(self, trainer: pl.Trainer, pl_module, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 class JsonLinesLogger(Logger):

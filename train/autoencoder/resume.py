@@ -1,13 +1,15 @@
 """Where a run of the autoencoder goes on from: its own newest checkpoint, or the one that the configuration names."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from AutoEncoder.checkpoint import load_autoencoder_weights
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import load_checkpoint, newest_checkpoint
+from common.checkpoint_files import newest_checkpoint
 from common.errors import UserError
 from config.schema import AutoencoderConfig
 
@@ -19,25 +21,26 @@ CHANGEABLE = (
 ).split()
 
 
-def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logging.Logger) -> Path | None:
-    """Load the weights that training starts from, and return the checkpoint that it resumes from, if any.
+def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logging.Logger) -> tuple[Path | None, int]:
+    """Load the weights that training starts from; the checkpoint that it resumes from, if any, and its optimiser step.
 
     That is the run's own newest checkpoint, or in stage 1 `resume_from_checkpoint`. Stage 2 begins with its weights.
     """
     own = _own_checkpoint(root / "checkpoints")
     if own is not None:
         _check_same_run(cfg, root, logger)
-        load_autoencoder_weights(model, own)
-        return own
+        return own, _global_step(own, load_autoencoder_weights(model, own))
     if cfg.model.resume_from_checkpoint is None:
-        return None
+        return None, 0
     source = Path(cfg.model.resume_from_checkpoint)
-    load_autoencoder_weights(model, source)
+    checkpoint = load_autoencoder_weights(model, source)
     if cfg.model.stage == 1:
-        return source if _can_resume(model, source, logger) else None
+        return (
+            (source, _global_step(source, checkpoint)) if _can_resume(model, source, checkpoint, logger) else (None, 0)
+        )
     if not model.codebook.initialised:
         raise UserError(f"{source}: its codebook was never started from data: train stage 1 for longer")
-    return None
+    return None, 0
 
 
 def _own_checkpoint(checkpoints: Path) -> Path | None:
@@ -54,9 +57,8 @@ def _own_checkpoint(checkpoints: Path) -> Path | None:
     return newest
 
 
-def _can_resume(model: patchvolumeAE, path: Path, logger: logging.Logger) -> bool:
+def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any], logger: logging.Logger) -> bool:
     """Whether a stage-1 checkpoint's optimisers fit ours; if not, training starts from its weights, with a warning."""
-    checkpoint = load_checkpoint(path, mmap=True)
     problem = None
     if not {"pytorch-lightning_version", "global_step", "loops", "optimizer_states"} <= checkpoint.keys():
         problem = "it holds weights only"
@@ -105,9 +107,9 @@ def _check_same_run(cfg: DictConfig, root: Path, logger: logging.Logger) -> None
         logger.warning("%s: model.max_steps was %s: the cosine has another length", root, before["model"]["max_steps"])
 
 
-def global_step(path: Path) -> int:
+def _global_step(path: Path, checkpoint: Mapping[str, Any]) -> int:
     """The optimiser step that a checkpoint was saved at."""
-    step = load_checkpoint(path, mmap=True).get("global_step")
+    step = checkpoint.get("global_step")
     if not isinstance(step, int):
         raise UserError(f"{path}: no Lightning checkpoint of a training run (it has no global_step)")
     return step

@@ -17,16 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from AutoEncoder.latents import denormalise_latents
+from AutoEncoder.decoding import decode
 from common.errors import UserError
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.pictures import central_slices, save_slice_grid
 from dataset.volumes.volume_io import write_volume
 
 TIME_LIMIT_S = 120.0  # for sampling; decoding one volume comes on top
-SINGLE_PASS_EDGE = 256  # edge in voxels of a volume that is decoded in one pass; larger ones go tile by tile
-
-
 FREE_SHARE = 0.5  # of a GPU's memory that training hasn't taken: it may take more while a volume is decoded
 
 
@@ -186,18 +183,10 @@ def _moved(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _decode(autoencoder: nn.Module, latent: Tensor) -> Tensor:
     """Normalised latent (1, C, d, h, w) -> volume (1, D, H, W) on the CPU."""
-    factor = autoencoder.downsample_factor
-    raw = denormalise_latents(latent, autoencoder.codebook.embeddings)
     max_bytes = None
     if latent.device.type == "cuda":
         max_bytes = int(FREE_SHARE * torch.cuda.mem_get_info(latent.device)[0])
     try:
-        if max(latent.shape[2:]) * factor <= SINGLE_PASS_EDGE:
-            volume = autoencoder.decode(raw, quantize=True, max_bytes=max_bytes)  # (1, 1, D, H, W)
-        else:
-            volume = autoencoder.decode_sliding(
-                raw, quantize=True, patch_size=SINGLE_PASS_EDGE, compress_ratio=factor, max_bytes=max_bytes
-            )
-    except ValueError as error:  # the smallest blocks don't fit
+        return decode(autoencoder, latent[0], max_bytes=max_bytes)
+    except UserError as error:  # the smallest blocks don't fit
         raise NotEnoughMemory from error
-    return volume[0].float().clamp(-1, 1).cpu()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from AutoEncoder.codes import codebook_usage, perplexity
+from AutoEncoder.model.codebook import codebook_usage, perplexity
 from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES
 
 # The loop waits for its next batch in more than this share of the time. With a third of the time lost, more loading

@@ -1,0 +1,114 @@
+"""The Lightning trainer of the autoencoder: processes, precision, callbacks and what is logged where."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from AutoEncoder.model.PatchVolume import AE_finetuning
+from train.autoencoder.checkpoint_io import BackgroundCheckpointIO, RandomState
+from train.autoencoder.monitoring import JsonLinesLogger, StepProgress, TrainingMonitor
+from train.autoencoder.step_watch import StepWatch
+from train.autoencoder.strategy import TwoPassDDPStrategy
+from train.callbacks import VolumeLogger
+from train.loop.background import BackgroundWork
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+EXPECTED_WARNINGS = (
+    "Using ModelCheckpoint with manual optimization",  # checkpoints hold the state after the step
+    ".*module\\(s\\) in eval mode at the start of training",  # stage 2's frozen parts
+    ".*does not have many workers",
+    ".*The number of training batches .* is smaller than the logging interval",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    "Checkpoint directory .* exists and is not empty",
+    "Grad strides do not match bucket view strides",  # of 1³ kernels, whose memory is the same in both layouts
+    "You.re resuming from a checkpoint that ended before the epoch ended",  # EpochBatches knows the place
+)
+
+
+def build_trainer(
+    cfg: DictConfig, root: Path, start_step: int, monitor: TrainingMonitor, work: BackgroundWork
+) -> pl.Trainer:
+    """The trainer of a run.
+
+    Args:
+        root: the run's folder.
+        start_step: optimiser step that it goes on from.
+        monitor: among the callbacks.
+        work: writes checkpoints and previews.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
+    per_node = processes_per_node(cfg)
+    with quiet_lightning():
+        return pl.Trainer(
+            accelerator=cfg.model.accelerator,
+            devices=per_node,
+            num_nodes=world_size // per_node,
+            strategy=TwoPassDDPStrategy() if world_size > 1 else "auto",
+            precision=PRECISIONS[str(cfg.model.precision)],
+            max_epochs=-1,  # training counts in steps alone
+            val_check_interval=cfg.model.val_every,
+            check_val_every_n_epoch=1 if cfg.model.val_every is None else None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=cfg.model.log_every,
+            logger=[
+                TensorBoardLogger(root, name="", version="logs", purge_step=start_step or None),
+                JsonLinesLogger(root / "metrics.jsonl", start_step),
+            ],
+            callbacks=_callbacks(cfg, root, monitor, work),
+            plugins=[BackgroundCheckpointIO(work)],
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=root,
+        )
+
+
+def _callbacks(cfg: DictConfig, root: Path, monitor: TrainingMonitor, work: BackgroundWork) -> list[Callback]:
+    checkpoints = root / "checkpoints"
+    best = dict(filename="best-{step:07d}-{val/recon_loss:.4f}", monitor="val/recon_loss", save_top_k=3)
+    regular = dict(filename="step-{step:07d}", every_n_train_steps=cfg.model.checkpoint_every, save_top_k=-1)
+    callbacks = [
+        *(ModelCheckpoint(checkpoints, auto_insert_metric_name=False, **options) for options in (best, regular)),
+        StepWatch(checkpoints / "last.ckpt", work),
+        RandomState(),
+        StepProgress(f"stage {cfg.model.stage}"),
+        monitor,
+    ]
+    if cfg.model.log_volume_every > 0:
+        callbacks.append(VolumeLogger(root / "volumes", cfg.model.log_volume_every, work))
+    if cfg.model.stage == 2:
+        callbacks.append(AE_finetuning())
+    return callbacks
+
+
+def process_rank() -> int:
+    """This process's place among all, before the trainer knows it."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+
+
+def processes_per_node(cfg: DictConfig) -> int:
+    """Under torchrun the number of processes is its own; otherwise Lightning starts `gpus` of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", cfg.model.gpus))
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Lightning without its tips and without warnings about what is done on purpose here."""
+    lightning = logging.getLogger("pytorch_lightning")
+    level = lightning.level
+    lightning.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        lightning.setLevel(level)
