@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from common.checkpoint_files import newest_checkpoint  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.script import run_script  # noqa: E402
-from evaluation.results.demo_figures import write_report  # noqa: E402
+from evaluation.demonstration.figures import write_report  # noqa: E402
 
 PHANTOMS = {False: (40, 16), True: (6, 6)}  # short? -> training and held-out phantoms per class
 # What --short changes; everything else is as in the demo proper.

@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 from common.files import write_atomically  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.script import run_script  # noqa: E402
-from evaluation.results.content import read_parts  # noqa: E402
-from evaluation.results.page import page  # noqa: E402
+from evaluation.report_page.content import read_parts  # noqa: E402
+from evaluation.report_page.page import page  # noqa: E402
 
 REPORT_NAME = "report.html"
 TITLE = "3D MedDiffusion: evaluation"
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write_report(folder: Path, output: Path, title: str = TITLE) -> None:
     """The page of a folder of results. UserError: there are none, they or their pictures are damaged."""
     parts = read_parts(folder)
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    style = (ROOT / "evaluation" / "report_page" / "report.css").read_text(encoding="utf-8")
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     text = page(parts, title=title, made=made, style=style)
     write_atomically(output, text.encode(errors="replace"))  # JSON and command lines can hold halves of characters

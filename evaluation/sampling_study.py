@@ -41,9 +41,9 @@ from config.schema import GenerationConfig  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from ddpm.samplers import SAMPLERS  # noqa: E402
 from evaluation.demo import DemoPaths  # noqa: E402
+from evaluation.demonstration.figures import distance_to_real, features, load_classes  # noqa: E402
 from evaluation.generation.requests import Request, batches_of_one_grid, list_requests  # noqa: E402
 from evaluation.generation.run import load_models, sample_latents  # noqa: E402
-from evaluation.results.demo_figures import distance_to_real, features, load_classes  # noqa: E402
 
 ALL_TIMESTEPS = "ddpm"  # takes every timestep, whatever --steps says: the reference
 BATCH_SIZE = 16  # latents sampled together; results do not depend on it

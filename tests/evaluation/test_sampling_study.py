@@ -13,8 +13,8 @@ from common.errors import UserError
 from config.loading import save_config
 from dataset import phantoms
 from evaluation import sampling_study
+from evaluation.demonstration.figures import distance_to_real, features, load_generated
 from evaluation.generation.run import generate
-from evaluation.results.demo_figures import distance_to_real, features, load_generated
 from evaluation.sampling_study import Run, main, planned_runs, table
 
 

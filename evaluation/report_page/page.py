@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from evaluation.results.content import Part, Png
-from evaluation.results.curves import plot
-from evaluation.results.tables import figure_table, scrolled, text_table
+from evaluation.report_page.content import Part, Png
+from evaluation.report_page.curves import plot
+from evaluation.report_page.tables import figure_table, scrolled, text_table
 
 NO_GROUP = "All volumes"
 
