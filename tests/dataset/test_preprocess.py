@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import write_series
-from test_sources import write_nifti
+from nifti_files import write_nifti
 
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config

@@ -126,7 +126,7 @@ cleanup()
 def test_processes_share_the_work_and_the_first_has_all_results(tmp_path):
     script = tmp_path / "script.py"
     root = Path(__file__).parents[2]
-    script.write_text(SCRIPT.format(root=str(root), tests=str(root / "tests"), folder=str(tmp_path / "cache")))
+    script.write_text(SCRIPT.format(root=str(root), tests=str(Path(__file__).parent), folder=str(tmp_path / "cache")))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "refuse"],
         capture_output=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_generation import CUBE, TIMESTEPS, config, row, save_models
+from generation_models import CUBE, TIMESTEPS, config, row, save_models
 
 from common.errors import UserError
 from config.loading import save_config
@@ -65,7 +65,7 @@ def test_the_distance_is_that_of_the_demos_report(demo, study, tmp_path):
     generate(config(demo, tmp_path, classes, ddim_steps=2, seed=1, num_samples=2, batch_size=4))
     made, asked = load_generated(tmp_path / "seed_1", ["CTChest", "MRBrain"])
     real, labels = sampling_study.load_classes(demo / "phantoms" / "held_out")
-    # Latents on the border between two codes may round to either, see tests/test_generation.py.
+    # Latents on the border between two codes may round to either, see tests/evaluation/test_generation.py.
     assert entry["mmd"] == pytest.approx(distance_to_real(features(real), features(made)), abs=1e-3)
     squares = [
         (features(made)[asked == i].mean(0) - features(real)[labels == i].mean(0)).square().mean() for i in (0, 1)
