@@ -102,16 +102,8 @@ def _missing(requests: Sequence[Request], settings: dict[str, Any], place: Distr
     """The volumes that are not done, on every rank; each rank reads its share of what is there."""
     mine = range(place.rank, len(requests), place.world_size)
     bar = tqdm(mine, desc="reading what is there", unit="volume", delay=3, leave=False, disable=not place.is_main)
-    missing, message = [], None
-    try:
-        missing = [i for i in bar if not is_done(requests[i], settings)]
-    except UserError as error:
-        message = str(error)
-    gathered = place.gather((missing, message))
-    for _, message in gathered:
-        if message is not None:
-            raise UserError(message)
-    return [requests[i] for i in sorted(i for part, _ in gathered for i in part)]
+    missing = place.on_all(lambda: [i for i in bar if not is_done(requests[i], settings)])
+    return [requests[i] for i in sorted(i for part in missing for i in part)]
 
 
 def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
