@@ -78,14 +78,7 @@ def preprocess(cfg: DictConfig) -> bool:
     target = resolve_target(cfg)
     source_folder, output_dir = Path(cfg.input).resolve(), Path(cfg.output_dir)
     folder = output_dir / target.name
-    if folder.resolve() == source_folder or source_folder in folder.resolve().parents:
-        raise UserError(
-            f"output_dir: {folder} lies in the input folder {cfg.input}: its volumes would be found as sources; "
-            "choose a folder outside"
-        )
-    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"output_dir: {parent} can't be written to: choose another folder")
+    _check_output(cfg, folder, source_folder)
     class_id = choose_class_id(output_dir, target.name, target.class_id)
 
     selected, outcomes = _find(cfg, target.modality)
@@ -112,6 +105,18 @@ def preprocess(cfg: DictConfig) -> bool:
         add_classes(output_dir, {class_id: target.name})
     _report(console, folder, outcomes, len(selected) - len(todo), prepared)
     return not any(outcome.status == "failed" for outcome in outcomes)
+
+
+def _check_output(cfg: DictConfig, folder: Path, source_folder: Path) -> None:
+    """UserError: the class folder lies among the sources, or can't be written."""
+    if folder.resolve() == source_folder or source_folder in folder.resolve().parents:
+        raise UserError(
+            f"output_dir: {folder} lies in the input folder {cfg.input}: its volumes would be found as sources; "
+            "choose a folder outside"
+        )
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"output_dir: {parent} can't be written to: choose another folder")
 
 
 def _find(cfg: DictConfig, modality: str) -> tuple[list[Source], list[Outcome]]:

@@ -13,7 +13,7 @@ evaluation/report.py makes a page of the results; docs/evaluation.md says what e
 """
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -66,7 +66,6 @@ from evaluation.results.results import (  # noqa: E402
     Figure,
     Results,
     TextTable,
-    cache_folder,
     file_names,
     list_excluded,
     make_folders,
@@ -77,6 +76,7 @@ from evaluation.results.results import (  # noqa: E402
 KIND = "generation"
 MEMORISATION_FILE = "memorisation.csv"
 CLOSEST = 8  # pairs of generated and training volumes in the picture and table
+Sets = dict[str, SetFeatures | None]  # by role; None on ranks other than 0
 MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "distance", "median_held_out_distance")
 
 
@@ -108,20 +108,16 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     if cfg.training and not any(network.takes_volumes for network in networks):
         raise UserError("training: the memorisation check needs a network of whole volumes: add one to networks")
     place.on_main(lambda: make_folders(cfg, KIND), share=False)
-    settings = {**settings_of(cfg), **describe_networks(networks, place.device)}
-    results = Results(KIND, settings, DEFINITIONS, warnings=warnings)
-
-    found: dict[str, dict[str, dict[str, SetFeatures]]] = {}  # network -> group -> role
-    for network in networks:
-        found[network.name] = {}
-        for group in groups:
-            of_group = extract_group(cfg, network, group, place)
-            found[network.name][group.name] = {role: features for role, (features, _) in of_group.items()}
-            excluded |= {path: reason for _, reasons in of_group.values() for path, reason in reasons.items()}
+    found = {
+        network.name: {group.name: extract_group(cfg, network, group, excluded, place) for group in groups}
+        for network in networks
+    }
     pairs = {group.name: pairs_of(cfg, group, excluded, place) for group in groups}
     if not place.is_main:
         return None
 
+    settings = {**settings_of(cfg), **describe_networks(networks, place.device)}
+    results = Results(KIND, settings, DEFINITIONS, warnings=warnings)
     results.warnings += [
         f"{net.name} is an untrained network: its distances can't be compared with published ones"
         for net in networks
@@ -136,16 +132,15 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
         results.warnings += diversity_warning(name, figures[-1])
     if excluded:
         results.warnings.append(f"{len(excluded)} volumes were left out (excluded): the figures are those of the rest")
-    for name, sets in found[networks[0].name].items():
-        of_role = {role: features.planes[networks[0].planes[0]].flatten(1) for role, features in sets.items()}
-        ranges = {role: features.ranges for role, features in sets.items()}
-        results.warnings += content_warnings(name, of_role["real"], of_role["generated"], ranges)
+    of_first = found[networks[0].name]
+    for name, sets in of_first.items():
+        results.warnings += content_warnings(name, networks[0].planes[0], sets["real"], sets["generated"])
     if cfg.training:
         add_memorisation(cfg, results, networks, found)
     else:
         (Path(cfg.output_dir) / MEMORISATION_FILE).unlink(missing_ok=True)  # of an earlier run
     if cfg.num_pictures:
-        for (name, sets), stem in _with_file_names(found[networks[0].name]):
+        for (name, sets), stem in zip(of_first.items(), file_names(list(of_first)), strict=True):
             results.pictures.append(side_by_side(cfg, name, stem, sets["real"].volumes, sets["generated"].volumes))
     return results
 
@@ -170,24 +165,14 @@ def _shape(group: Group, grids: dict) -> tuple[int, ...]:
 
 
 def extract_group(
-    cfg: DictConfig, network: FeatureNetwork, group: Group, place: Distributed
-) -> dict[str, tuple[SetFeatures | None, dict[Path, str]]]:
+    cfg: DictConfig, network: FeatureNetwork, group: Group, excluded: dict[Path, str], place: Distributed
+) -> Sets:
     """The features of each set of a group that the network is needed for; memorisation goes by whole volumes alone."""
-    found = {}
-    for role, volumes in group.sets.items():
-        if role == "training" and not network.takes_volumes:
-            continue
-        found[role] = extract(
-            network,
-            volumes,
-            f"{role} volumes of {group.name}",
-            cache_folder(cfg),
-            place,
-            batch_size=cfg.batch_size,
-            num_workers=cfg.num_workers,
-            exclude=cfg.exclude_unreadable,
-        )
-    return found
+    return {
+        role: extract(cfg, network, volumes, f"{role} volumes of {group.name}", excluded, place)
+        for role, volumes in group.sets.items()
+        if role != "training" or network.takes_volumes
+    }
 
 
 def pairs_of(
@@ -202,9 +187,7 @@ def pairs_of(
 # ----------------------------------------------------------------------------------------------------------- distances
 
 
-def add_distances(
-    cfg: DictConfig, results: Results, network: FeatureNetwork, found: dict[str, dict[str, SetFeatures]]
-) -> None:
+def add_distances(cfg: DictConfig, results: Results, network: FeatureNetwork, found: dict[str, Sets]) -> None:
     """FID and, on features of volumes, MMD, precision, recall, density and coverage; of each class and of all."""
     sampling = Sampling.of(cfg)
     sets = {name: [of] for name, of in found.items()}
@@ -236,12 +219,12 @@ def _without_intervals(figures: Sequence[Figure], name: str) -> list[str]:
     return [f"{name}: {', '.join(missing)} without interval: there are too few volumes to resample"] if missing else []
 
 
-def _joined(classes: Sequence[dict[str, SetFeatures]], role: str) -> dict[str, Tensor]:
+def _joined(classes: Sequence[Sets], role: str) -> dict[str, Tensor]:
     """The features of a role, class after class."""
     return {plane: torch.cat([of[role].planes[plane] for of in classes]) for plane in classes[0][role].planes}
 
 
-def _all_classes(results: Results, found: dict[str, dict[str, SetFeatures]]) -> dict[str, list[dict[str, SetFeatures]]]:
+def _all_classes(results: Results, found: dict[str, Sets]) -> dict[str, list[Sets]]:
     """The sets of all classes, to be put together; none where their slices don't fit."""
     classes = list(found.values())
     if len({tuple(features.shape[1] for features in of["real"].planes.values()) for of in classes}) > 1:
@@ -255,13 +238,6 @@ def _all_classes(results: Results, found: dict[str, dict[str, SetFeatures]]) -> 
     return {ALL: classes}
 
 
-def _with_file_names(
-    found: dict[str, dict[str, SetFeatures]],
-) -> Iterator[tuple[tuple[str, dict[str, SetFeatures]], str]]:
-    """Each class, its sets, and a name for its files."""
-    return zip(found.items(), file_names(list(found)), strict=True)
-
-
 # -------------------------------------------------------------------------------------------------------- memorisation
 
 
@@ -269,14 +245,15 @@ def add_memorisation(
     cfg: DictConfig,
     results: Results,
     networks: Sequence[FeatureNetwork],
-    found: dict[str, dict[str, dict[str, SetFeatures]]],
+    found: dict[str, dict[str, Sets]],
 ) -> None:
     """Figures, memorisation.csv, and the closest pairs as table and picture."""
     rows = []
     for network in networks:
         if not network.takes_volumes:
             continue
-        for (name, sets), stem in _with_file_names(found[network.name]):
+        of_network = found[network.name]
+        for (name, sets), stem in zip(of_network.items(), file_names(list(of_network)), strict=True):
             real, generated, training = (sets[role].planes[VOLUME][:, 0] for role in ("real", "generated", "training"))
             memory = memorisation_of(real, generated, training)
             figures = memorisation_figures(name, network.name, memory, len(training), Sampling.of(cfg))
@@ -290,7 +267,7 @@ def add_memorisation(
     results.tables.append(TextTable(f"Closest pairs (all: {MEMORISATION_FILE})", MEMORISATION_COLUMNS, closest))
 
 
-def _nearest_rows(name: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation) -> list[list]:
+def _nearest_rows(name: str, network: str, sets: Sets, memory: Memorisation) -> list[list]:
     usual = median(memory.held_out)
     return [
         [name, network, str(volume.path), str(sets["training"].volumes[index].path), distance, usual]

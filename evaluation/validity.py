@@ -55,7 +55,6 @@ from evaluation.results.results import (  # noqa: E402
     Results,
     Series,
     TextTable,
-    cache_folder,
     list_excluded,
     make_folders,
     settings_of,
@@ -121,8 +120,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
     checks = []
     for group in groups:
         for network in networks:
-            sets, reasons = degraded_sets(cfg, network, reconstruction, group, others.get(group.name), place)
-            excluded |= reasons
+            sets = degraded_sets(cfg, network, reconstruction, group, others.get(group.name), excluded, place)
             if place.is_main:
                 checks += add_distances(cfg, results, group.name, network, sets)
                 if network.takes_volumes:
@@ -155,8 +153,7 @@ def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume
         other = Group(
             "other", {"real": tuple(SetVolume(p, real_range) for f in list_set(cfg.other, "other").values() for p in f)}
         )
-    everything = [*groups, *([other] if other else [])]
-    everything, grids, problems = read_groups(everything, cfg.exclude_unreadable)
+    everything, grids, problems = read_groups([*groups, *([other] if other else [])], cfg.exclude_unreadable)
     groups, other = everything[: len(groups)], everything[-1] if other else None
     groups = on_one_grid(groups, grids, resample=False, ignore_spacing=True)
     for group in groups:
@@ -181,41 +178,29 @@ def degraded_sets(
     reconstruction: tuple[nn.Module, str] | None,
     group: Group,
     other: Sequence[SetVolume] | None,
+    excluded: dict[Path, str],
     place: Distributed,
-) -> tuple[dict[str, SetFeatures], dict[Path, str]]:
-    """Features of the real volumes as they are ("real") and degraded ("noise 0.1", ...), on rank 0; what was left out.
+) -> dict[str, SetFeatures | None]:
+    """Features of the real volumes as they are ("real") and degraded ("noise 0.1", ...), on rank 0.
 
-    reconstruction: autoencoder and SHA-256 of its file; None: no reconstructions.
+    reconstruction: autoencoder and SHA-256 of its file; None: no reconstructions. excluded: gets what is left out.
     """
-    excluded: dict[Path, str] = {}
 
-    def features(net: FeatureNetwork, volumes: Sequence, name: str) -> SetFeatures:
-        found, reasons = extract(
-            net,
-            volumes,
-            f"{group.name}, {name}",
-            cache_folder(cfg),
-            place,
-            batch_size=cfg.batch_size,
-            num_workers=cfg.num_workers,
-            exclude=cfg.exclude_unreadable,
-        )
-        excluded.update(reasons)
-        return found
+    def features(net: FeatureNetwork, volumes: Sequence, name: str) -> SetFeatures | None:
+        return extract(cfg, net, volumes, f"{group.name}, {name}", excluded, place)
 
     sets = {"real": features(network, group.sets["real"], "real")}
     real = [volume for volume in group.sets["real"] if volume.path not in excluded]
     _check_number(group.name, real)
     if reconstruction is not None:
-        reconstructed = ReconstructedFeatures(network, *reconstruction)
-        sets["reconstructed"] = features(reconstructed, real, "reconstructed")
+        sets["reconstructed"] = features(ReconstructedFeatures(network, *reconstruction), real, "reconstructed")
     if other is not None:
         sets["other"] = features(network, other, "other")
     for kind, levels, _ in DEGRADATIONS:
         for level in levels:
             worse = [Degraded(volume, kind, level) for volume in real]
             sets[f"{kind} {level:g}"] = features(network, worse, f"{kind} {level:g}")
-    return sets, excluded
+    return sets
 
 
 def add_distances(
@@ -224,46 +209,61 @@ def add_distances(
     """Figures, curves and checks of one class on one network."""
     real, count = sets["real"].planes, len(sets["real"])
     half = min(count // 2, len(sets.get("other", sets["real"])))  # of every set, so that their distances compare
-
-    def add(metric: str, value: float, interval: tuple[float, float] | None, num: dict[str, int]) -> float:
-        results.figures.append(Figure(name, metric, value, interval, num, "lower", network=network.name))
-        return value
-
     halves = {
-        what: add(
-            f"FID of a half: {what}", halves_distance(cfg, real, sets[what].planes, half), None, {"of each": half}
-        )
+        what: halves_distance(cfg, real, sets[what].planes, half)
         for what in ("other", "reconstructed", "real")
         if what in sets
     }
+    for what, value in halves.items():
+        figure = Figure(name, f"FID of a half: {what}", value, None, {"of each": half}, "lower", network=network.name)
+        results.figures.append(figure)
     checks = []
     if len(halves) > 1:
         passed = all(a > b for a, b in pairwise(halves.values()))
         shown = ", ".join(f"{what} {value:.4g}" for what, value in halves.items())
         checks.append(Check(name, network.name, " is farther than ".join(halves), shown, passed))
-
     for kind, levels, unit in DEGRADATIONS:
-        values, low, high = [0.0], [0.0], [0.0]  # of the set as it is
-        for level in levels:
-            what = f"{kind} {level:g}"
-            to_itself = partial(paired_distance, real, sets[what].planes)
-            interval = subsampling_interval(to_itself, [count], num_resamples=cfg.num_resamples, seed=cfg.seed)
-            values.append(add(f"FID to itself: {what}", to_itself(torch.arange(count)), interval, {"real": count}))
-            low.append(max(0.0, interval[0]))
-            high.append(interval[1])
-        passed = all(a < b for a, b in pairwise(values))
-        shown = ", ".join(f"{value:.4g}" for value in values)
-        checks.append(Check(name, network.name, f"more {kind} is farther", shown, passed))
-        series = [Series(f"{kind}", [0, *levels], values, low, high)]
-        series.append(Series("two real halves", [0, levels[-1]], [halves["real"]] * 2))
-        results.curves.append(Curves(f"{name}: {kind} ({network.name})", unit, "Fréchet distance", series))
+        worse = {level: sets[f"{kind} {level:g}"].planes for level in levels}
+        curves, check = compare_levels(cfg, results, name, network.name, kind, real, worse)
+        two_halves = Series("two real halves", [0, levels[-1]], [halves["real"]] * 2)
+        title = f"{name}: {kind} ({network.name})"
+        results.curves.append(Curves(title, unit, "Fréchet distance", [curves, two_halves]))
+        checks.append(check)
 
+    everything = torch.arange(count)
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(cfg.seed))
-    worse = {plane: of_plane[shuffled] for plane, of_plane in sets[what].planes.items()}
-    after = paired_distance(real, worse, torch.arange(count))
-    passed = abs(values[-1] - after) <= SAME * abs(after)
-    shown = f"{values[-1]:.9g}, shuffled {after:.9g}"
+    last = worse[levels[-1]]
+    before = paired_distance(real, last, everything)
+    after = paired_distance(real, {plane: of_plane[shuffled] for plane, of_plane in last.items()}, everything)
+    passed = abs(before - after) <= SAME * abs(after)
+    shown = f"{before:.9g}, shuffled {after:.9g}"
     return [*checks, Check(name, network.name, "order changes nothing", shown, passed)]
+
+
+def compare_levels(
+    cfg: DictConfig,
+    results: Results,
+    name: str,
+    network: str,
+    kind: str,
+    real: dict[str, Tensor],
+    worse: dict[float, dict[str, Tensor]],
+) -> tuple[Series, Check]:
+    """Figures of one degradation: its distances to the volumes as they are, by level, as a curve, and the check."""
+    count = len(next(iter(real.values())))
+    values, low, high = [0.0], [0.0], [0.0]  # of the set as it is
+    for level, planes in worse.items():
+        to_itself = partial(paired_distance, real, planes)
+        interval = subsampling_interval(to_itself, [count], num_resamples=cfg.num_resamples, seed=cfg.seed)
+        values.append(to_itself(torch.arange(count)))
+        metric, num = f"FID to itself: {kind} {level:g}", {"real": count}
+        results.figures.append(Figure(name, metric, values[-1], interval, num, "lower", network=network))
+        low.append(max(0.0, interval[0]))
+        high.append(interval[1])
+    passed = all(a < b for a, b in pairwise(values))
+    shown = ", ".join(f"{value:.4g}" for value in values)
+    curve = Series(kind, [0, *worse], values, low, high)
+    return curve, Check(name, network, f"more {kind} is farther", shown, passed)
 
 
 def paired_distance(real: dict[str, Tensor], worse: dict[str, Tensor], chosen: Tensor) -> float:
