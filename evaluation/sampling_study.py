@@ -38,11 +38,12 @@ from common.processes import choose_device  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.loading import load_config  # noqa: E402
 from config.schema import GenerationConfig  # noqa: E402
+from dataset.order.batches import batches_of_one_shape  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from ddpm.samplers import SAMPLERS  # noqa: E402
 from evaluation.demo import DemoPaths  # noqa: E402
 from evaluation.demonstration.figures import distance_to_real, features, load_classes  # noqa: E402
-from evaluation.generation.requests import Request, batches_of_one_grid, list_requests  # noqa: E402
+from evaluation.generation.requests import Request, list_requests  # noqa: E402
 from evaluation.generation.run import load_models, sample_latents  # noqa: E402
 
 ALL_TIMESTEPS = "ddpm"  # takes every timestep, whatever --steps says: the reference
@@ -145,7 +146,7 @@ class Study:
         begin = time.monotonic()
         found: dict[Request, Tensor] = {}
         start = bar.n
-        for batch in batches_of_one_grid(requests, BATCH_SIZE):
+        for batch in batches_of_one_shape(requests, [request.grid for request in requests], BATCH_SIZE):
             done = len(found)
 
             def show(step: int, num_steps: int, done: int = done, size: int = len(batch)) -> None:

@@ -32,6 +32,7 @@ from config.cli import LATENT_FLAGS, Flag, parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
 from config.schema import LatentConfig  # noqa: E402
 from dataset.checking.before_training import check_volumes  # noqa: E402
+from dataset.order.batches import batches_of_one_shape  # noqa: E402
 from dataset.Singleres_dataset import Singleres_dataset  # noqa: E402
 from dataset.volumes.index import latent_folder  # noqa: E402
 from dataset.volumes.volume_io import read_latent, write_latent  # noqa: E402
@@ -69,7 +70,8 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         distributed.on_main(lambda: [start_folder(folder, record) for folder in folders])
         _log_plan(logger, dataset, folders, autoencoder.patch_size)
 
-        batches = batches_of_one_shape(dataset.shapes, cfg.batch_size)[distributed.rank :: distributed.world_size]
+        batches = batches_of_one_shape(range(len(dataset)), dataset.shapes, cfg.batch_size)
+        batches = batches[distributed.rank :: distributed.world_size]
         _encode_missing(cfg, autoencoder, dataset, batches, distributed)
         distributed.barrier()
         return dataset.latent_paths
@@ -141,17 +143,6 @@ def latent_folders(dataset: Singleres_dataset) -> list[Path]:
 
 def _real(folder: Path) -> Path:
     return Path(os.path.realpath(folder))
-
-
-def batches_of_one_shape(shapes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:
-    """Indices of volumes in batches of at most `batch_size`, each of one shape.
-
-    The batches depend on the data set alone, not on what is already encoded.
-    """
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for index, shape in enumerate(shapes):
-        by_shape.setdefault(shape, []).append(index)
-    return [same[i : i + batch_size] for same in by_shape.values() for i in range(0, len(same), batch_size)]
 
 
 def has_latent(index: int, dataset: Singleres_dataset, autoencoder: nn.Module) -> bool:

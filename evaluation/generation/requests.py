@@ -221,7 +221,7 @@ def _words(numbers: Sequence[float]) -> str:
     return " ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
 
 
-# Names, batches, noise
+# Names, noise
 
 
 def class_intensities(cfg: DictConfig, ids: Collection[int]) -> dict[int, Intensity | None]:
@@ -238,14 +238,6 @@ def class_intensities(cfg: DictConfig, ids: Collection[int]) -> dict[int, Intens
 def seed_folder(cfg: DictConfig, seed: int) -> Path:
     """OUT/seed_S, the folder of all volumes of a seed."""
     return Path(cfg.output_dir) / f"seed_{seed}"
-
-
-def batches_of_one_grid(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
-    """Batches of at most `batch_size` volumes, each of one latent grid; classes and seeds may be mixed."""
-    by_grid: dict[Triple, list[Request]] = {}
-    for request in requests:
-        by_grid.setdefault(request.grid, []).append(request)
-    return [same[i : i + batch_size] for same in by_grid.values() for i in range(0, len(same), batch_size)]
 
 
 def noise_key(request: Request) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from common.processes import PATIENCE, Distributed, cleanup, setup
 from config.cli import GENERATION_FLAGS, parse_command_line
 from config.loading import require, save_config
 from config.schema import GenerationConfig
+from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
@@ -40,7 +41,7 @@ from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Progress
 from evaluation.generation.contact_sheet import update_contact_sheet
 from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
-from evaluation.generation.requests import Request, batches_of_one_grid, list_requests, noise_generator, seed_folder
+from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder
 
 SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
 
@@ -85,8 +86,8 @@ def generate(cfg: DictConfig) -> list[Path]:
                     autoencoder, request.grid, request.tile, place.device, _max_bytes(cfg), cfg.precision, where
                 )
             place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
-            batches = batches_of_one_grid(todo, cfg.batch_size)[place.rank :: place.world_size]
-            _generate_batches(cfg, model, autoencoder, batches, settings, place)
+            batches = batches_of_one_shape(todo, [request.grid for request in todo], cfg.batch_size)
+            _generate_batches(cfg, model, autoencoder, batches[place.rank :: place.world_size], settings, place)
             place.barrier()
 
         # Show what is there.

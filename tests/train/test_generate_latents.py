@@ -22,10 +22,11 @@ from common.errors import UserError
 from config.loading import load_config
 from config.schema import LatentConfig
 from dataset.checking import before_training as sample_check
+from dataset.order.batches import batches_of_one_shape
 from dataset.volumes import volume_io
 from dataset.volumes.volume_io import read_latent, read_volume, write_latent, write_volume
 from train import generate_training_latent
-from train.generate_training_latent import batches_of_one_shape, generate_latents, main
+from train.generate_training_latent import generate_latents, main
 
 ROOT = Path(__file__).resolve().parents[2]
 fork = multiprocessing.get_context("fork")  # children share the loaded modules and, where patched, the patches
@@ -169,7 +170,7 @@ def test_intensity_range_comes_from_the_checkpoint_unless_given(tmp_path, checkp
     ],
 )
 def test_batches_hold_one_shape(shapes, batch_size, expected):
-    assert batches_of_one_shape([(letter,) for letter in shapes], batch_size) == expected
+    assert batches_of_one_shape(range(len(shapes)), [(letter,) for letter in shapes], batch_size) == expected
 
 
 # Interruptions ------------------------------------------------------------------------------------------------------
