@@ -1,6 +1,5 @@
 """Data of the latent diffusion model at one resolution: latents with their class, or the volumes to make them from."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from dataset.cache.latents import LatentCache
 from dataset.order.epochs import SampleKey
 from dataset.volumes.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
+from dataset.volumes.latent_record import read_latent_record
 from dataset.volumes.volume_io import read_header, read_latent, read_latent_header, read_model_volume
 
-RECORD_NAME = "latents.json"  # in each folder of latents: which autoencoder made them
 RESOLUTION_UNIT = 64  # the model is told resolution / 64
 
 
@@ -140,20 +139,6 @@ class Singleres_dataset(Dataset):
             f"{path}: a latent of size {_size(grid)}, but {_size(self.resolution)} is needed: "
             f"give --resolution {' '.join(map(str, grid))}"
         )
-
-
-def read_latent_record(folder: str | Path) -> dict[str, Any] | None:
-    """The parsed `latents.json` of a folder, or None. UserError if it is no JSON object."""
-    path = Path(folder) / RECORD_NAME
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): make the latents again") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: a JSON object is needed, found a {type(record).__name__}: make the latents again")
-    return record
 
 
 def _size(extents: Sequence[int]) -> str:

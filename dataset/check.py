@@ -47,9 +47,9 @@ from dataset.checking.examine import (  # noqa: E402
     volume_set_problems,
 )
 from dataset.order.split import files_below, find_subject  # noqa: E402
-from dataset.Singleres_dataset import RECORD_NAME  # noqa: E402
 from dataset.volumes.index import read_dataset_folders, read_dataset_json  # noqa: E402
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range  # noqa: E402
+from dataset.volumes.latent_record import RECORD_NAME  # noqa: E402
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid  # noqa: E402
 from dataset.volumes.volume_io import read_latent, read_model_volume  # noqa: E402
 

@@ -35,8 +35,9 @@ from dataset.checking.before_training import check_volumes  # noqa: E402
 from dataset.order.batches import batches_of_one_shape  # noqa: E402
 from dataset.Singleres_dataset import Singleres_dataset  # noqa: E402
 from dataset.volumes.index import latent_folder  # noqa: E402
+from dataset.volumes.latent_record import start_folder  # noqa: E402
 from dataset.volumes.volume_io import read_latent, write_latent  # noqa: E402
-from train.latents.record import make_record, start_folder  # noqa: E402
+from train.latents.record import make_record  # noqa: E402
 
 FLAGS = (*LATENT_FLAGS, Flag("--sliding-window"), Flag("--intensity-range"))
 

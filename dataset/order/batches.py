@@ -9,7 +9,7 @@ T = TypeVar("T")
 def batches_of_one_shape(items: Sequence[T], shapes: Sequence[Hashable], batch_size: int) -> list[list[T]]:
     """The items in batches of at most `batch_size`, each of one shape; in their order as far as that allows.
 
-    shapes: that of each item. The batches depend on these alone, so all items given, they are the same after an interruption.
+    shapes: of each item. The batches depend on these alone: given all items, an interrupted run has the same again.
     """
     by_shape: dict[Hashable, list[T]] = {}
     for item, shape in zip(items, shapes, strict=True):

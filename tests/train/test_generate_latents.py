@@ -215,7 +215,7 @@ def test_sigkill_and_again_gives_the_same_as_one_go(dataset, checkpoint, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(volume_io, "write_atomically", dying_write)
-        patch.setattr("train.latents.record.write_atomically", dying_write)
+        patch.setattr("dataset.volumes.latent_record.write_atomically", dying_write)
         child = fork.Process(target=generate_latents, args=(config(dataset, checkpoint),))
         child.start()
         child.join()
