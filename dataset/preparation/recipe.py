@@ -19,7 +19,6 @@ from dataset.preparation.manifest import Intensity
 from dataset.preparation.sources import Scan
 from dataset.volumes.geometry import SHEAR, orientation_of, shear_of, spacing_of
 from dataset.volumes.intensity import MODEL_RANGE
-from dataset.volumes.volume_io import nifti_to_tensor
 
 VERSION = 1  # rises when the same recipe gives other volumes
 MIN_VOXELS = 4  # per axis: what smoothing before resampling needs
@@ -55,9 +54,9 @@ class Recipe:
 
 @dataclass
 class Prepared:
-    """data: (1, D, H, W) float32 in [-1, 1]; affine: (4, 4); the others as in the manifest."""
+    """data: (X, Y, Z) float32 in [-1, 1]; affine: (4, 4); the others as in the manifest."""
 
-    data: torch.Tensor
+    data: np.ndarray
     affine: np.ndarray
     intensity: Intensity
     steps: list[str] = field(default_factory=list)
@@ -81,8 +80,8 @@ def prepare(scan: Scan, recipe: Recipe) -> Prepared:
         image = step(image, recipe, steps)
     image, lost = _crop_or_pad(image, recipe, steps)
     low, high = MODEL_RANGE
-    data = image.data.clamp(0, 1) * (high - low) + low  # (1, X, Y, Z)
-    return Prepared(nifti_to_tensor(data).contiguous(), image.affine, intensity, steps, lost)
+    data = image.data[0].clamp(0, 1) * (high - low) + low  # (X, Y, Z)
+    return Prepared(data.numpy(), image.affine, intensity, steps, lost)
 
 
 def describe(data: np.ndarray, affine: np.ndarray) -> dict[str, Any]:

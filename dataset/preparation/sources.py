@@ -29,8 +29,7 @@ from dataset.volumes.volume_io import (
     NIFTI_SUFFIXES,
     Header,
     read_header,
-    read_volume,
-    tensor_to_nifti,
+    read_nifti,
 )
 
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
@@ -154,11 +153,12 @@ def read_source(source: Source, orientation: str | None = None) -> Scan:
 
     orientation: axes of NIfTI files that don't say theirs, e.g. "LPS" (towards which x, y and z rise); None refuses
         such files.
-    NotAVolume, UserError: as `dicom.check_series`, `dicom.read_stack` and `volume_io.read_volume`; NIfTI files without
+    NotAVolume, UserError: as `dicom.check_series`, `dicom.read_stack` and `volume_io.read_nifti`; NIfTI files without
     orientation, with a spacing that is zero or no plausible size in mm.
     """
     if source.series is None:
-        return _read_nifti(source.files[0], orientation)
+        data, header = read_nifti(source.files[0])
+        return Scan(data, *_nifti_affine(header, orientation))
     stack = check_series(source.series)
     data = read_stack(stack)
     if not np.isfinite(data).all():
@@ -172,13 +172,6 @@ def check_source(source: Source, orientation: str | None = None) -> None:
         _nifti_affine(read_header(source.files[0]), orientation)
     else:
         _plausible(check_series(source.series).affine, source.label)
-
-
-def _read_nifti(path: Path, orientation: str | None) -> Scan:
-    volume = read_volume(path)
-    affine, notes = _nifti_affine(volume.header, orientation)
-    data = tensor_to_nifti(volume.data[0]).numpy()  # (X, Y, Z)
-    return Scan(data, affine, notes)
 
 
 def _nifti_affine(header: Header, orientation: str | None) -> tuple[np.ndarray, tuple[str, ...]]:

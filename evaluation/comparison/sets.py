@@ -24,7 +24,7 @@ from dataset.preparation.recipe import Recipe, prepare
 from dataset.preparation.sources import Scan
 from dataset.volumes.index import list_volumes, read_dataset_json
 from dataset.volumes.intensity import MODEL_RANGE, RANGE_TOLERANCE, check_intensity_range, to_model_range
-from dataset.volumes.volume_io import Header, read_header, read_volume, tensor_to_nifti
+from dataset.volumes.volume_io import Header, nifti_to_tensor, read_header, read_volume, tensor_to_nifti
 from evaluation.generation.record import read_record
 
 ALL = "all classes"  # the name of all groups together
@@ -100,9 +100,10 @@ class SetVolume:
         # The way that training data are brought to a spacing and size, so that both sets get the same.
         recipe = Recipe(window=MODEL_RANGE, spacing_mm=self.resample.spacing_mm, size=self.resample.shape)
         try:
-            return prepare(Scan(tensor_to_nifti(data[0]).numpy(), volume.affine), recipe).data
+            prepared = prepare(Scan(tensor_to_nifti(data[0]).numpy(), volume.affine), recipe).data  # (X, Y, Z)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
+        return nifti_to_tensor(torch.from_numpy(prepared))[None].contiguous()
 
 
 @dataclass(frozen=True)
