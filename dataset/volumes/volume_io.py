@@ -199,6 +199,13 @@ def int16_scale(value_range: Sequence[float], is_whole_units: bool = False) -> t
     return float(np.float32((high - low) / (2 * LARGEST_CODE))), float(np.float32((low + high) / 2))
 
 
+def int16_read_back(array: np.ndarray, value_range: Sequence[float], is_whole_units: bool = False) -> np.ndarray:
+    """What readers get of values (any shape) that `write_nifti` writes as int16, float32."""
+    slope, intercept = int16_scale(value_range, is_whole_units)
+    codes = _int16_codes(array, value_range, slope, intercept)
+    return (codes * slope + intercept).astype(np.float32)
+
+
 def _to_int16(
     path: str | Path, array: np.ndarray, value_range: Sequence[float], slope: float, intercept: float
 ) -> np.ndarray:
@@ -206,16 +213,17 @@ def _to_int16(
     tolerance = RANGE_TOLERANCE * (high - low)
     if not (low - tolerance <= array.min() and array.max() <= high + tolerance):  # also NaN
         raise ValueError(f"{path}: values {array.min():g} to {array.max():g} outside the range [{low:g}, {high:g}]")
+    return _by_slice(array, np.int16, lambda voxels: _int16_codes(voxels, value_range, slope, intercept))
+
+
+def _int16_codes(voxels: np.ndarray, value_range: Sequence[float], slope: float, intercept: float) -> np.ndarray:
+    """The nearest codes, still as float64."""
     limits = np.iinfo(np.int16)
-
-    def codes(voxels: np.ndarray) -> np.ndarray:
-        exact = voxels.astype(np.float64)
-        np.clip(exact, low, high, out=exact)
-        exact -= intercept
-        exact /= slope
-        return np.clip(np.rint(exact, out=exact), limits.min, limits.max, out=exact)
-
-    return _by_slice(array, np.int16, codes)
+    exact = voxels.astype(np.float64)
+    np.clip(exact, *value_range, out=exact)
+    exact -= intercept
+    exact /= slope
+    return np.clip(np.rint(exact, out=exact), limits.min, limits.max, out=exact)
 
 
 def _by_slice(array: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -39,7 +39,7 @@ from dataset.volumes.volume_io import write_volume
 from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import Progress
-from evaluation.generation.contact_sheet import update_contact_sheet
+from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
 from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
 from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder
 
@@ -77,6 +77,7 @@ def generate(cfg: DictConfig) -> list[Path]:
         )
 
         # Sample and decode.
+        made: Slices = {}
         if todo:
             place.on_main(lambda: _check_disk(cfg, todo))
             autoencoder, model = load_models(cfg, place.device)
@@ -87,13 +88,13 @@ def generate(cfg: DictConfig) -> list[Path]:
                 )
             place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
             batches = batches_of_one_shape(todo, [request.grid for request in todo], cfg.batch_size)
-            _generate_batches(cfg, model, autoencoder, batches[place.rank :: place.world_size], settings, place)
+            _generate_batches(cfg, model, autoencoder, batches[place.rank :: place.world_size], settings, made, place)
             place.barrier()
 
         # Show what is there.
         if place.is_main:
             for folder in folders:
-                update_contact_sheet(folder)
+                update_contact_sheet(folder, made)
         return [request.path for request in requests]
     finally:
         cleanup()
@@ -130,9 +131,10 @@ def _generate_batches(
     autoencoder: nn.Module,
     batches: list[list[Request]],
     settings: dict[str, Any],
+    made: Slices,
     place: Distributed,
 ) -> None:
-    """Samples, decodes and writes this process's volumes."""
+    """Samples, decodes and writes this process's volumes; their slices go to `made`."""
     diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(place.device)
     # The bar counts volumes, and moves with every sampling step of a batch.
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} volumes [{elapsed}<{remaining}{postfix}]"
@@ -161,15 +163,16 @@ def _generate_batches(
                     )
                 # The record first: a volume is only taken for done beside the record of how it was made.
                 write_record(request, settings, describe_run(cfg, place, sampling_s, decoding_s))
-                _write(cfg, request, volume)
+                keep_slices(made, request, _write(cfg, request, volume), cfg.output_dtype)
             done += len(batch)
 
 
-def _write(cfg: DictConfig, request: Request, volume: Tensor) -> None:
-    """Writes a volume (1, D, H, W) of [-1, 1] in the units and the type of the request."""
-    volume = from_model_range(volume, request.intensity_range)
+def _write(cfg: DictConfig, request: Request, volume: Tensor) -> Tensor:
+    """Writes a volume (1, D, H, W) of [-1, 1] in the units of the request, and returns it in these."""
+    values = from_model_range(volume, request.intensity_range)
     affine = affine_from_spacing(request.spacing_mm)
-    write_volume(request.path, volume, affine, cfg.output_dtype, request.intensity_range, request.is_hounsfield)
+    write_volume(request.path, values, affine, cfg.output_dtype, request.intensity_range, request.is_hounsfield)
+    return values
 
 
 def _max_bytes(cfg: DictConfig) -> int | None:
