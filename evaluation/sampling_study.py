@@ -41,8 +41,8 @@ from config.schema import GenerationConfig  # noqa: E402
 from dataset.order.batches import batches_of_one_shape  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from ddpm.samplers import SAMPLERS  # noqa: E402
-from evaluation.demo import DemoPaths  # noqa: E402
 from evaluation.demonstration.figures import distance_to_real, features, load_classes  # noqa: E402
+from evaluation.demonstration.stages import DemoPaths  # noqa: E402
 from evaluation.generation.requests import Request, list_requests  # noqa: E402
 from evaluation.generation.run import load_models, sample_latents  # noqa: E402
 
