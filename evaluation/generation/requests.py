@@ -67,9 +67,10 @@ def list_requests(cfg: DictConfig) -> list[Request]:
     requests: list[Request] = []
     asked_by: dict[object, Entry] = {}  # path, or what the noise depends on
     for entry, row in entries:
-        for request in _requests_of(cfg, entry, row, intensities[row.id]):
-            if len(requests) == MOST_VOLUMES:
-                raise UserError(f"{entry.where}more than {MOST_VOLUMES:,} volumes are asked for: do it in several runs")
+        sizes = _sizes(cfg, entry, row)
+        if len(requests) + len(sizes) * len(entry.seeds) * entry.num_samples > MOST_VOLUMES:
+            raise UserError(f"{entry.where}more than {MOST_VOLUMES:,} volumes are asked for: do it in several runs")
+        for request in _requests_of(cfg, entry, row, sizes, intensities[row.id]):
             for key in (request.path, noise_key(request)):
                 if key in asked_by:
                     raise UserError(
@@ -124,8 +125,10 @@ def _class_row(cfg: DictConfig, entry: Entry) -> DictConfig:
     raise UserError(f"{entry.where or 'classes: '}no class {entry.class_key!r}{hint} the config knows {known}")
 
 
-def _requests_of(cfg: DictConfig, entry: Entry, row: DictConfig, intensity: Intensity | None) -> Iterator[Request]:
-    for grid, spacing_mm in _sizes(cfg, entry, row):
+def _requests_of(
+    cfg: DictConfig, entry: Entry, row: DictConfig, sizes: Sequence[tuple[Triple, Spacing]], intensity: Intensity | None
+) -> Iterator[Request]:
+    for grid, spacing_mm in sizes:
         d, h, w = (side * cfg.downsample for side in grid)
         is_whole = math.prod(grid) <= cfg.max_single_pass**3 or max(h, w, d) <= cfg.tile
         decoding, tile = ("exact", None) if is_whole or cfg.decoding == "exact" else (cfg.decoding, cfg.tile)

@@ -421,7 +421,7 @@ def test_two_runs_at_once_into_one_folder(raw):
     folder = raw.parent / "data" / "Thorax"
     folder.mkdir(parents=True)
     code = (
-        "import pathlib, sys, time; sys.path.insert(0, sys.argv[2]); from dataset.locks import lock_folder\n"
+        "import pathlib, sys, time; sys.path.insert(0, sys.argv[2]); from common.files import lock_folder\n"
         "lock = lock_folder(pathlib.Path(sys.argv[1]), 'preparing volumes'); print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(folder), str(ROOT)], stdout=subprocess.PIPE)

@@ -170,21 +170,21 @@ def test_generation_parts(tmp_path, part, words, ways):
 
 def test_seams_of_a_trained_autoencoder(tmp_path):
     save_models(tmp_path)
-    write_latent(tmp_path / "latents" / "a.nii.gz", torch.rand(4, 8, 16, 16) * 2 - 1)
+    write_latent(tmp_path / "latents" / "a.nii.gz", torch.rand(4, 8, 8, 8) * 2 - 1)
     files = [
         "--AE-ckpt",
         f"{tmp_path / 'ae.ckpt'}",
         "--latents",
         f"{tmp_path / 'latents'}",
         "--tile",
-        "32",
+        "16",
         "--max-memory",
-        "0.012",
+        "0.008",
     ]
     main(["decode", "--size", "tiny", "--repetitions", "1", *files, "--json", f"{tmp_path / 'r.json'}"])
     seams = json.loads((tmp_path / "r.json").read_text())["seam_index_times_one_pass"]
     assert seams["plain"] == 1
-    assert seams["exact in 0.012 GB"] == pytest.approx(1, abs=1e-3)
+    assert seams["exact in 0.008 GB"] == pytest.approx(1, abs=1e-3)
     assert abs(seams["tiles"] - 1) > 0.01
 
 

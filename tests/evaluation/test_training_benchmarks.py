@@ -109,7 +109,18 @@ def test_no_write_is_timed_where_voxels_differ(monkeypatch):
     ("loop", "script"), [("biflownet", train_BiFlowNet_SingleRes), ("autoencoder", train_PatchVolume)]
 )
 def test_scaling(tmp_path, monkeypatch, loop, script):
-    """The commands are those of the training scripts: run here, by one process, as starting more takes long."""
+    """The commands are those of the training scripts: run here, by one process, as starting more takes long.
+
+    The demo's configs with smaller grids and batches.
+    """
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "BiFlowNet.yaml").write_text(
+        "defaults: [/demo/BiFlowNet@_global_, _self_]\nresolution: [8, 8, 8]\nbatch_size: 1\n"
+    )
+    (tmp_path / "demo" / "PatchVolume.yaml").write_text(
+        "defaults: [/demo/PatchVolume@_global_, _self_]\nmodel: {batch_size: 1, num_workers: 0, n_codes: 32}\n"
+    )
+    monkeypatch.setattr(scaling, "CONFIG_FOLDER", tmp_path)
     asked, turn = [], threading.Lock()
 
     def run_here(command, **options):
