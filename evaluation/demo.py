@@ -21,13 +21,7 @@ from common.checkpoint_files import newest_checkpoint  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.script import run_script  # noqa: E402
 from evaluation.demonstration.figures import write_report  # noqa: E402
-from evaluation.demonstration.stages import (  # noqa: E402
-    DemoPaths,
-    Stage,
-    autoencoder_stages,
-    evaluation_stages,
-    generation_stage,
-)
+from evaluation.demonstration.stages import DemoPaths, evaluation_stages, training_stages  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,15 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.monotonic()
 
     paths = DemoPaths(output)
-    stages = autoencoder_stages(paths, options.short)
-    for number, stage in enumerate(stages, start=1):
-        run_stage(stage, number)
+    stages = training_stages(paths, options.short)
+    for number, (title, command) in enumerate(stages.items(), start=1):
+        run_stage(number, title, command)
     model_ckpt = newest_checkpoint(paths.biflownet / "checkpoints")
     if model_ckpt is None:
         raise UserError(f"{paths.biflownet}: BiFlowNet's training left no checkpoint")
-    last = [generation_stage(paths, model_ckpt, options.short), *evaluation_stages(paths, options.short)]
-    for number, stage in enumerate(last, start=len(stages) + 1):
-        run_stage(stage, number)
+    last = evaluation_stages(paths, model_ckpt, options.short)
+    for number, (title, command) in enumerate(last.items(), start=len(stages) + 1):
+        run_stage(number, title, command)
 
     announce(f"[{len(stages) + len(last) + 1}] figures on phantoms that were not trained on")
     passed = write_report(
@@ -64,18 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"the demo missed a target, see the table above and {output / 'demo.json'}")
 
 
-def run_stage(stage: Stage, number: int) -> None:
+def run_stage(number: int, title: str, command: Sequence[str]) -> None:
     """Run one command in the project's folder; its failure ends the demo with the command to repeat."""
-    announce(f"[{number}] {stage.title}")
-    processes = 2 if "torch.distributed.run" in stage.command else 1
+    announce(f"[{number}] {title}")
+    processes = 2 if "torch.distributed.run" in command else 1
     threads = max(1, (os.cpu_count() or 1) // processes)
     begin = time.monotonic()
     done = subprocess.run(
-        [sys.executable, *stage.command], cwd=ROOT, check=False, env={**os.environ, "OMP_NUM_THREADS": f"{threads}"}
+        [sys.executable, *command], cwd=ROOT, check=False, env={**os.environ, "OMP_NUM_THREADS": f"{threads}"}
     )
     if done.returncode:
         raise UserError(
-            f"stage {number} ({stage.title}) ended with exit status {done.returncode}; what it said stands above. "
+            f"stage {number} ({title}) ended with exit status {done.returncode}; what it said stands above. "
             "`make demo` again goes on with this stage"
         )
     announce(f"[{number}] {time.monotonic() - begin:.0f} s")
