@@ -90,7 +90,11 @@ class Singleres_dataset(Dataset):
         index = key[1] if isinstance(key, tuple) else key  # the epoch changes nothing here
         if self.generate_latents:
             return read_model_volume(self.files[index], self.intensity_range).data, str(self.files[index])
-        return self._latent(index), torch.tensor(self.labels[index]), self.resolution_condition
+        if self.cache is None:
+            latent = read_latent(self.files[index])
+        else:
+            latent = self.cache.read_into(self.files[index], torch.empty(self.shapes[index]))
+        return latent, torch.tensor(self.labels[index]), self.resolution_condition
 
     @property
     def resolution_condition(self) -> torch.Tensor:
@@ -106,11 +110,6 @@ class Singleres_dataset(Dataset):
     def latent_records(self) -> dict[Path, dict[str, Any] | None]:
         """For each folder the record of the autoencoder that made its latents, None where there is none."""
         return {folder: read_latent_record(folder) for folders in self.folders.values() for folder in folders}
-
-    def _latent(self, index: int) -> torch.Tensor:
-        if self.cache is None:
-            return read_latent(self.files[index])
-        return self.cache.read_into(self.files[index], torch.empty(self.shapes[index]))
 
     def _check_shapes(self) -> None:
         first, channels = self.files[0], self.shapes[0][0]
