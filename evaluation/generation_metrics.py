@@ -46,15 +46,8 @@ from evaluation.comparison.figures import (  # noqa: E402
 from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks  # noqa: E402
 from evaluation.comparison.pairs import PairScores, pair_scores  # noqa: E402
 from evaluation.comparison.pictures import nearest_picture, side_by_side  # noqa: E402
-from evaluation.comparison.sets import (  # noqa: E402
-    ALL,
-    Group,
-    check_ranges,
-    group_volumes,
-    on_one_grid,
-    read_groups,
-    sample_ranges,
-)
+from evaluation.comparison.ranges import check_ranges, sample_ranges  # noqa: E402
+from evaluation.comparison.sets import ALL, Group, group_volumes, on_one_grid, read_groups  # noqa: E402
 from evaluation.comparison.warnings import (  # noqa: E402
     content_warnings,
     distance_warnings,

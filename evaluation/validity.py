@@ -45,7 +45,7 @@ from evaluation.comparison.figures import (  # noqa: E402
 )
 from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks  # noqa: E402
 from evaluation.comparison.pairs import pair_scores  # noqa: E402
-from evaluation.comparison.sets import Group, SetVolume, list_set, on_one_grid, read_groups  # noqa: E402
+from evaluation.comparison.sets import Group, SetVolume, groups_of_one_set, on_one_grid, read_groups  # noqa: E402
 from evaluation.comparison.warnings import diversity_warning, memorisation_warnings  # noqa: E402
 from evaluation.metrics.distances import frechet_distance  # noqa: E402
 from evaluation.metrics.intervals import random_halves, subsampling_interval  # noqa: E402
@@ -142,17 +142,11 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
 
 def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume, ...]], dict[Path, str]]:
     """Real volumes by class, the other volumes that each class is compared with, and what is left out."""
-    real_range = tuple(cfg.real_range)
-    real = list_set(cfg.real, "real")
-    groups = [
-        Group(name or Path(cfg.real).name, {"real": tuple(SetVolume(path, real_range) for path in files)})
-        for name, files in real.items()
-    ]
+    groups = groups_of_one_set(cfg.real, "real", "real", cfg.real_range, Path(cfg.real).name)
     other = None
     if cfg.other is not None:
-        other = Group(
-            "other", {"real": tuple(SetVolume(p, real_range) for f in list_set(cfg.other, "other").values() for p in f)}
-        )
+        classes = groups_of_one_set(cfg.other, "other", "real", cfg.real_range, "other")
+        other = Group("other", {"real": tuple(volume for group in classes for volume in group.sets["real"])})
     everything, grids, problems = read_groups([*groups, *([other] if other else [])], cfg.exclude_unreadable)
     groups, other = everything[: len(groups)], everything[-1] if other else None
     groups = on_one_grid(groups, grids, resample=False, ignore_spacing=True)
