@@ -20,7 +20,7 @@ PLANES = ("axial", "coronal", "sagittal")
 
 
 def central_slices(volume: Tensor, spacing_mm: Sequence[float] | None = None) -> dict[str, np.ndarray]:
-    """The three slices through a volume's middle, as pictures: `{"axial", "coronal", "sagittal"}`.
+    """The three slices through a volume's middle, as pictures: `{"axial", "coronal", "sagittal"}` in this order.
 
     volume: (D, H, W) or (1, D, H, W). Each picture is a float32 array (rows, columns), first row at the top:
     axial (W, H), y upwards and x to the right; coronal (D, H), z upwards and x to the right;

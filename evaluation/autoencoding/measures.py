@@ -201,13 +201,7 @@ def _difference(of: Statistic, to: Statistic, chosen: Tensor) -> float:
 
 
 def _figure(
-    group: str,
-    name: str,
-    model: str,
-    statistic: Statistic,
-    volumes: Tensor | int,
-    num_resamples: int,
-    seed: int,
+    group: str, name: str, model: str, statistic: Statistic, volumes: Tensor | int, num_resamples: int, seed: int
 ) -> Figure:
     """volumes: values of each (N,), for the standard deviation, or their number.
 

@@ -48,9 +48,9 @@ def measure(options: argparse.Namespace) -> Report:
     z = torch.randn(batch, scale.embedding_dim, *grid, device=device)  # (B, E, d, h, w)
     started = Codebook(scale.n_codes, scale.embedding_dim, no_random_restart=True).to(device)
     started(z)
-    ways = {"plain": partial(_plain_step, _copy(started), z), "ours": partial(_step, _copy(started), z)}
+    ways = {"plain": partial(_plain_step, copy.deepcopy(started), z), "ours": partial(_step, copy.deepcopy(started), z)}
     if device.type == "cuda":
-        ways["ours compiled"] = partial(_step, torch.compile(_copy(started)), z)
+        ways["ours compiled"] = partial(_step, torch.compile(copy.deepcopy(started)), z)
     results = {name: (way, TOLERANCE) for name, way in ways.items()}
     rows = {name: figures for name, _, *figures in compared(results, device)}  # peak memory, difference
     seconds = in_turn({name: partial(timed, way, device) for name, way in ways.items()}, options.repetitions)
@@ -61,10 +61,6 @@ def measure(options: argparse.Namespace) -> Report:
     if plain and ours is not None:
         notes["memory, plain over ours"] = round(plain / max(ours, 1e-9), 1)
     return Report(title, "tokens", "plain", [Row(name, seconds[name], num_tokens, *rows[name]) for name in ways], notes)
-
-
-def _copy(codebook: Codebook) -> Codebook:
-    return copy.deepcopy(codebook)
 
 
 def _step(codebook: Callable[[Tensor], dict], z: Tensor) -> Tensor:
