@@ -86,7 +86,7 @@ def evaluate(cfg: DictConfig) -> Results | None:
                 work = Measurement(cfg, plan, checkpoint, group, networks).work()
                 arrays, refused = do_work(work, group.sets[ROLE], place, cfg.num_workers)
                 if refused:
-                    reasons = {gone.item.path: gone.reason for gone in refused}
+                    reasons = {volume.path: reason for volume, reason in refused.items()}
                     raise UserError(list_refused(reasons, "volumes changed meanwhile and"))
                 measured[group.name][checkpoint.name] = arrays
 

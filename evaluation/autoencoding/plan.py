@@ -175,7 +175,7 @@ def read_all(cfg: DictConfig, plan: Plan, place: Distributed) -> tuple[list[Grou
     cache = ResultCache(cache_folder(cfg), "volumes", {"version": READING_VERSION})
     work = Work("reading volumes", SetVolume.key, read_range, _kept_ranges, cache)
     _, found = do_work(work, volumes, place, cfg.num_workers)
-    refused = {**plan.refused, **{item.item.path: item.reason for item in found}}
+    refused = plan.refused | {volume.path: reason for volume, reason in found.items()}
     if not refused:
         return plan.groups, {}
     listed = list_refused(refused, "volumes")

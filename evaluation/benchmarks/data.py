@@ -135,26 +135,6 @@ def _measure_latents(options: argparse.Namespace, folder: Path, cache_dir: Path)
     return Report(title, "latents", "plain", rows, notes)
 
 
-class PlainPatches(Dataset):
-    """The straightforward way, without the checks of `VQGANDataset`: read the file, cut a patch, flip it."""
-
-    def __init__(self, files: list[Path], patch_size: int):
-        self.files = files
-        self.patch_size = patch_size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, key: SampleKey) -> dict[str, torch.Tensor]:
-        rng = sample_generator(0, *key)
-        array = nib.load(self.files[key.index]).get_fdata(dtype=np.float32)
-        array = np.moveaxis(array, -1, 0)  # (D, H, W)
-        d, h, w = (rng.integers(extent - self.patch_size + 1) for extent in array.shape)
-        patch = array[d : d + self.patch_size, h : h + self.patch_size, w : w + self.patch_size]
-        flips = [axis for axis in (1, 2) if rng.random() < 0.5]
-        return {"data": torch.from_numpy(np.flip(patch, flips).copy())[None]}
-
-
 class PlainLatents(Dataset):
     """The straightforward way, without the checks of `Singleres_dataset`."""
 
@@ -165,8 +145,27 @@ class PlainLatents(Dataset):
         return len(self.files)
 
     def __getitem__(self, key: SampleKey) -> torch.Tensor:
-        array = nib.load(self.files[key.index]).get_fdata(dtype=np.float32)  # (d, h, w, C)
-        return torch.from_numpy(np.moveaxis(array, -1, 0).copy())
+        return torch.from_numpy(self._read(key).copy())
+
+    def _read(self, key: SampleKey) -> np.ndarray:
+        array = nib.load(self.files[key.index]).get_fdata(dtype=np.float32)
+        return np.moveaxis(array, -1, 0)  # (C, d, h, w), or (D, H, W) of a volume
+
+
+class PlainPatches(PlainLatents):
+    """The straightforward way, without the checks of `VQGANDataset`: read the file, cut a patch, flip it."""
+
+    def __init__(self, files: list[Path], patch_size: int):
+        super().__init__(files)
+        self.patch_size = patch_size
+
+    def __getitem__(self, key: SampleKey) -> dict[str, torch.Tensor]:
+        rng = sample_generator(0, *key)
+        array = self._read(key)
+        d, h, w = (rng.integers(extent - self.patch_size + 1) for extent in array.shape)
+        patch = array[d : d + self.patch_size, h : h + self.patch_size, w : w + self.patch_size]
+        flips = [axis for axis in (1, 2) if rng.random() < 0.5]
+        return {"data": torch.from_numpy(np.flip(patch, flips).copy())[None]}
 
 
 def _write_latents(folder: Path, scale: LatentScale) -> Path:

@@ -63,7 +63,7 @@ def extract(
         batch_size=cfg.batch_size,
     )
     results, refused = do_work(work, volumes, place, cfg.num_workers)
-    reasons = {item.item.path: item.reason for item in refused}
+    reasons = {volume.path: reason for volume, reason in refused.items()}
     check_refused(reasons, len(volumes), label, cfg.exclude_unreadable)
     excluded.update(reasons)
     if not place.is_main:

@@ -80,18 +80,10 @@ class Work:
     batch_size: int = 1
 
 
-@dataclass(frozen=True)
-class Refused:
-    """An item that could not be read, and why."""
-
-    item: Any
-    reason: str
-
-
 def do_work(
     work: Work, items: Sequence[Any], place: Distributed, num_workers: int
-) -> tuple[list[Arrays | None], list[Refused]]:
-    """The results of all items, those that are there from the cache, and the items that can't be read.
+) -> tuple[list[Arrays | None], dict[Any, str]]:
+    """The results of all items, those that are there from the cache, and why the others can't be read, by item.
 
     To be called on every rank; each does its share, and rank 0 gets the results (the others a list of None). Results
     are kept as soon as they are there, so a killed run goes on.
@@ -103,7 +95,7 @@ def do_work(
     results = [work.cache.get(keys[i]) if place.is_main and i in keys else None for i in range(len(items))]
     if place.is_main and (lost := [i for i in keys if results[i] is None]):
         raise UserError(f"{work.cache.folder}: the results of {len(lost)} volumes are gone: start again")
-    return results, [Refused(items[i], refused[i]) for i in sorted(refused)]
+    return results, {items[i]: refused[i] for i in sorted(refused)}
 
 
 def _do_share(
