@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from common.errors import UserError
 from dataset.cache.latents import LatentCache
 from dataset.order.epochs import SampleKey
+from dataset.volumes.geometry import size_text
 from dataset.volumes.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
 from dataset.volumes.latent_record import read_latent_record
@@ -125,20 +126,16 @@ class Singleres_dataset(Dataset):
     def _size_message(self, path: Path, channels: int, grid: Sequence[int]) -> str:
         if channels == 1:
             return (
-                f"{path}: a volume of size {_size(grid)}, not a latent: name the folder that "
+                f"{path}: a volume of size {size_text(grid)}, not a latent: name the folder that "
                 f"train/generate_training_latent.py wrote, {path.parent.name}{LATENT_SUFFIX}, in {self.root_dir}"
             )
         sizes = sorted({shape[1:] for shape in self.shapes})
         if len(sizes) > 1:
             return (
-                f"{path}: a latent of size {_size(grid)}, but one size is needed, {_size(self.resolution)}: "
-                f"{self.root_dir} has latents of {', '.join(map(_size, sizes))}: train on classes of one size"
+                f"{path}: a latent of size {size_text(grid)}, but one size is needed, {size_text(self.resolution)}: "
+                f"{self.root_dir} has latents of {', '.join(map(size_text, sizes))}: train on classes of one size"
             )
         return (
-            f"{path}: a latent of size {_size(grid)}, but {_size(self.resolution)} is needed: "
+            f"{path}: a latent of size {size_text(grid)}, but {size_text(self.resolution)} is needed: "
             f"give --resolution {' '.join(map(str, grid))}"
         )
-
-
-def _size(extents: Sequence[int]) -> str:
-    return "x".join(map(str, extents))

@@ -15,7 +15,7 @@ import torch
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.volumes.geometry import orientation_of, spacing_of
+from dataset.volumes.geometry import orientation_of, size_text, spacing_of
 from dataset.volumes.gzip_files import compress, read_bytes
 from dataset.volumes.intensity import RANGE_TOLERANCE, is_empty, to_model_range
 
@@ -286,7 +286,7 @@ def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if not shape or min(shape) < 1:
-        raise UserError(f"{path}: the image is empty (size {_size(shape)}): replace or remove the file")
+        raise UserError(f"{path}: the image is empty (size {size_text(shape) or 0}): replace or remove the file")
     if header.get_data_dtype().kind not in "iuf":
         raise UserError(
             f"{path}: voxels of type {header.get_data_dtype()} (colour or complex): one number a voxel is needed"
@@ -304,11 +304,11 @@ def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
 def _check_volume(found: Header, image: nib.Nifti1Image) -> None:
     shape = found.shape
     if len(shape) < 3 or min(shape[:3]) == 1:
-        raise UserError(f"{found.path}: a 2D image (size {_size(shape)}): a three-dimensional volume is needed")
+        raise UserError(f"{found.path}: a 2D image (size {size_text(shape)}): a three-dimensional volume is needed")
     if len(shape) > 3:
         several = "several channels" if len(shape) > 4 or image.header["intent_code"] != 0 else "a 4D series"
         raise UserError(
-            f"{found.path}: {several} (size {_size(shape)}): a volume with one channel is needed, "
+            f"{found.path}: {several} (size {size_text(shape)}): a volume with one channel is needed, "
             "split the file into one file for each channel or time point"
         )
 
@@ -317,13 +317,9 @@ def _check_latent(found: Header) -> None:
     shape = found.shape
     if len(shape) < 3 or len(shape) > 5 or (len(shape) == 5 and shape[3] != 1):
         raise UserError(
-            f"{found.path}: size {_size(shape)} is not that of a latent (d, h, w, channels): "
+            f"{found.path}: size {size_text(shape)} is not that of a latent (d, h, w, channels): "
             "make latents with train/generate_training_latent.py"
         )
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape) or "0"
 
 
 # Bytes
