@@ -11,7 +11,7 @@ first F of which keep that width and take part in both flows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from einops import rearrange
@@ -198,13 +198,11 @@ class BiFlowNet(nn.Module):
             self.pos_embed.copy_(sincos_position_embedding(self.pos_embed.shape[-1], grid)[None])
 
         # adaLN-Zero: with gates of zero each transformer block starts as the identity, from where depth trains best.
+        # The intra-patch flow adds nothing to the U-Net at first, and comes in as far as it helps.
         for module in self.modules():
             if isinstance(module, DiTBlock | FinalLayer):
                 nn.init.zeros_(module.adaLN_modulation[-1].weight)
                 nn.init.zeros_(module.adaLN_modulation[-1].bias)
-
-        # The intra-patch flow adds nothing to the U-Net at first, and comes in as far as it helps.
-        for module in self.modules():
             if isinstance(module, FinalLayer):
                 nn.init.zeros_(module.linear.weight)
                 nn.init.zeros_(module.linear.bias)
@@ -215,7 +213,7 @@ class BiFlowNet(nn.Module):
         Args:
             x: noisy normalised latents (B, C, d, h, w).
             time: timesteps (B,).
-            y: class ids (B,), exactly when the model has classes; ``check_class_ids`` checks their values.
+            y: class ids (B,), exactly when the model has classes; ``check_conditions`` checks their values.
             res: latent grid size divided by vq_size, (3,) or (B, 3), exactly when the model has res_condition.
 
         Raises:
@@ -298,14 +296,20 @@ class BiFlowNet(nn.Module):
             return function(*arguments)
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # no block draws
 
-    def check_class_ids(self, y: Tensor) -> None:
+    def drop_conditions(self, conditions: Mapping[str, Tensor], is_dropped: Tensor) -> dict[str, Tensor]:
+        """The conditions of a batch, without labels where is_dropped (B,) is true. All stay without a null label."""
+        if self.null_label is None or "y" not in conditions:
+            return dict(conditions)
+        return {**conditions, "y": conditions["y"].masked_fill(is_dropped, self.null_label)}
+
+    def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:
         """Raise ValueError for class ids that the model does not have.
 
-        Not part of ``forward``: it reads values, which makes a GPU wait and breaks a compiled graph. Samplers call it
-        once; a training loop calls it while the ids are still on the CPU.
+        Not part of ``forward``: it reads values, which makes a GPU wait and breaks a compiled graph. Sampling calls it
+        once, the loss on a CPU alone.
         """
-        num_ids = 0 if self.cond_classes is None else self.cond_emb.num_embeddings
-        if y.numel() and num_ids and not 0 <= int(y.min()) <= int(y.max()) < num_ids:
+        y, num_ids = conditions.get("y"), 0 if self.cond_classes is None else self.cond_emb.num_embeddings
+        if y is not None and y.numel() and num_ids and not 0 <= int(y.min()) <= int(y.max()) < num_ids:
             null = "" if self.null_label is None else f" ({self.null_label}: no class)"
             raise ValueError(f"class ids {sorted(set(y.tolist()))}: this model knows 0 to {num_ids - 1}{null}.")
 

@@ -1,25 +1,42 @@
-"""The diffusion process on normalised latents: what is trained (``p_losses``) and how it is sampled (``sample``)."""
+"""The diffusion process on normalised latents.
+
+A process draws its timesteps (``draw_timesteps``), makes the loss (``p_losses``) and samples (``sample``): training and
+generation need these three. Another objective is another class that has them.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import limits, samplers
-from ddpm.schedule import NoiseSchedule, cosine_betas, noise_schedule
+from ddpm import samplers
+from ddpm.schedule import (
+    Denoise,
+    Generator,
+    Limit,
+    NoiseSchedule,
+    Progress,
+    clip_start,
+    cosine_betas,
+    dynamic_threshold,
+    noise_schedule,
+)
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+Conditions = Mapping[str, Tensor]  # what a denoiser is given beside (x, t), by the names of its arguments
 
 
 class GaussianDiffusion(nn.Module):
     """Denoising diffusion with a cosine schedule and noise prediction (Wang et al., IEEE TMI 2025, section III-B).
 
     Holds the schedule as float32 buffers and no parameters. The denoiser is an argument of each method that needs one:
-    ``denoise_fn(x, t, y=..., res=...)``, noise like x; y and res are passed only when they are given.
+    ``denoise_fn(x, t, **conditions)``, noise like x. The conditions of a batch travel as one mapping from names to
+    tensors; y and res are two of them, which can also be given singly.
 
     Args:
         channels: channels of the latents, C.
@@ -28,7 +45,8 @@ class GaussianDiffusion(nn.Module):
         use_dynamic_thres: keep predicted x_0 in range by each sample's own percentile rather than by clipping.
         dynamic_thres_percentile: that percentile, as a fraction in (0, 1].
 
-    Shapes: x, noise (B, C, d, h, w); t (B,) int64 in [0, T); y (B,) class ids; res (3,) or (B, 3).
+    Shapes: x, noise (B, C, d, h, w); t (B,) int64 in [0, T); y (B,) class ids; res (3,) or (B, 3); other conditions
+    (B, ...).
     """
 
     def __init__(self, channels, timesteps=1000, loss_type="l1", use_dynamic_thres=False, dynamic_thres_percentile=0.9):
@@ -69,53 +87,73 @@ class GaussianDiffusion(nn.Module):
     def limit_start(self, x_start: Tensor) -> Tensor:
         """Keep a predicted x_0 within [-1, 1], the range of normalised latents."""
         if self.use_dynamic_thres:
-            return limits.dynamic_threshold(x_start, self.dynamic_thres_percentile)
-        return limits.clip_start(x_start)
+            return dynamic_threshold(x_start, self.dynamic_thres_percentile)
+        return clip_start(x_start)
 
-    def _limit(self, clip_denoised: bool) -> limits.Limit:
+    def _limit(self, clip_denoised: bool) -> Limit:
         return self.limit_start if clip_denoised else (lambda x_start: x_start)
 
     # -------------------------------------------------------------------------------------------------------- training
 
-    def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None) -> Tensor:
+    def draw_timesteps(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """A timestep to train each sample at, (B,), by the sample's own generator and on its device."""
+        timesteps = torch.empty(len(generators), dtype=torch.int64, device=generators[0].device)
+        for place, generator in enumerate(generators):  # in place: a small kernel less for each, and no copies
+            timesteps[place].random_(self.num_timesteps, generator=generator)
+        return timesteps
+
+    def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None, conditions: Conditions | None = None):
         """Mean error (``loss_type``) of the noise predicted from x_t, a scalar; noise None: drawn."""
         self._check_latent(x_start, "x_start")
-        if y is not None and y.device.type == "cpu":  # on a GPU the check would wait for the device at every step
-            check_class_ids(denoise_fn, y)
+        conditions = all_conditions(conditions, y, res)
+        if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
+            check_conditions(denoise_fn, conditions)
         noise = torch.randn_like(x_start) if noise is None else noise
         x_noisy = self.q_sample(x_start, t, noise)
-        prediction = predict_noise(denoise_fn, x_noisy, t, y, res)
+        prediction = predict_noise(denoise_fn, x_noisy, t, conditions)
         return LOSSES[self.loss_type](prediction, noise)
 
     # -------------------------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
-    def p_mean_variance(self, denoise_fn, x, t, y=None, res=None, cond_scale=1.0, clip_denoised=True):
+    def p_mean_variance(
+        self, denoise_fn, x, t, y=None, res=None, cond_scale=1.0, clip_denoised=True, conditions=None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of the model's x_{t-1} given x_t."""
-        noise = conditioned(denoise_fn, x, y, res, cond_scale)(x, t)
+        noise = conditioned(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
         x_start = self._limit(clip_denoised)(self.predict_start_from_noise(x, t, noise))
         return self.q_posterior(x_start, x, t)
 
     @torch.no_grad()
     def p_sample(
-        self, denoise_fn, x, t, y=None, res=None, cond_scale=1.0, clip_denoised=True, generator=None
+        self, denoise_fn, x, t, y=None, res=None, cond_scale=1.0, clip_denoised=True, generator=None, conditions=None
     ) -> Tensor:
         """One ancestral step, from timesteps t (B,) to t - 1."""
-        noise = conditioned(denoise_fn, x, y, res, cond_scale)(x, t)
+        noise = conditioned(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
         return samplers.ancestral_step(x, t, noise, self.schedule, self._limit(clip_denoised), generator)
 
     @torch.no_grad()
     def p_sample_ddim(
-        self, denoise_fn, x, t, t_next, y=None, res=None, cond_scale=1.0, eta=0.0, clip_denoised=True, generator=None
+        self,
+        denoise_fn,
+        x,
+        t,
+        t_next,
+        y=None,
+        res=None,
+        cond_scale=1.0,
+        eta=0.0,
+        clip_denoised=True,
+        generator=None,
+        conditions=None,
     ) -> Tensor:
         """One DDIM step, from timesteps t (B,) to t_next (B,); t_next = -1 is clean data."""
-        noise = conditioned(denoise_fn, x, y, res, cond_scale)(x, t)
+        noise = conditioned(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
         return samplers.ddim_step(x, t, t_next, noise, self.schedule, self._limit(clip_denoised), eta, generator)
 
-    @torch.no_grad()
-    def p_sample_loop(self, denoise_fn, z, y=None, res=None, cond_scale=1.0, generator=None, progress=None) -> Tensor:
-        """All T ancestral steps from noise z; the same as ``sample`` with strategy 'ddpm'."""
-        return self.sample(denoise_fn, z, y, res, cond_scale, "ddpm", generator=generator, progress=progress)
+    def p_sample_loop(self, denoise_fn, z, y=None, res=None, cond_scale=1.0, **options) -> Tensor:
+        """All T ancestral steps from noise z: ``sample`` with strategy 'ddpm' and further options of it."""
+        return self.sample(denoise_fn, z, y, res, cond_scale, "ddpm", **options)
 
     @torch.no_grad()
     def sample(
@@ -128,9 +166,10 @@ class GaussianDiffusion(nn.Module):
         strategy: str = "ddpm",
         eta: float = 0.0,
         ddim_steps: int = 100,
-        generator: samplers.Generator = None,
-        progress: samplers.Progress | None = None,
+        generator: Generator = None,
+        progress: Progress | None = None,
         clip_denoised: bool = True,
+        conditions: Conditions | None = None,
     ) -> Tensor:
         """Normalised latents like z (B, C, d, h, w) from standard normal noise z.
 
@@ -145,6 +184,7 @@ class GaussianDiffusion(nn.Module):
                 or None for the global one.
             progress: called as progress(steps done, steps in all) after each step.
             clip_denoised: keep predicted x_0 in range (``limit_start``); False is for data without a range.
+            conditions: what the denoiser is given, y and res among it or apart.
 
         Raises:
             ValueError: unknown strategy, ddim_steps or eta out of range, wrong shape of z, class ids that the denoiser
@@ -157,12 +197,23 @@ class GaussianDiffusion(nn.Module):
         given = {"ddim_steps": ddim_steps, "eta": eta}
         options = {argument: given[option] for option, argument in sampler.options.items()}
         options["limit"] = self._limit(clip_denoised)
-        denoise = conditioned(denoise_fn, z, y, res, cond_scale)
+        denoise = conditioned(denoise_fn, z, all_conditions(conditions, y, res), cond_scale)
         return sampler.run(denoise, z, self.schedule, generator=generator, progress=progress, **options)
 
     @torch.no_grad()
     def interpolate(
-        self, denoise_fn, x1, x2, y=None, res=None, t=None, lam=0.5, cond_scale=1.0, generator=None, progress=None
+        self,
+        denoise_fn,
+        x1,
+        x2,
+        y=None,
+        res=None,
+        t=None,
+        lam=0.5,
+        cond_scale=1.0,
+        generator=None,
+        progress=None,
+        conditions=None,
     ) -> Tensor:
         """Latents between x1 and x2 (B, C, d, h, w), lam in [0, 1] of the way (Ho et al. 2020, section 4.4).
 
@@ -178,7 +229,7 @@ class GaussianDiffusion(nn.Module):
         times = torch.full((len(x1),), start, device=x1.device, dtype=torch.long)
         # Two independent noises would partly cancel in the mix, and leave less noise than timestep t has.
         mixed = self.q_sample(torch.lerp(x1, x2, lam), times, samplers.noise_like(x1, generator))
-        denoise = conditioned(denoise_fn, x1, y, res, cond_scale)
+        denoise = conditioned(denoise_fn, x1, all_conditions(conditions, y, res), cond_scale)
         return samplers.ancestral(denoise, mixed, self.schedule, self.limit_start, generator, progress, start=start)
 
     def _check_latent(self, x: Tensor, name: str) -> None:
@@ -189,9 +240,14 @@ class GaussianDiffusion(nn.Module):
 # -------------------------------------------------------------------------------------------------------- the denoiser
 
 
-def predict_noise(denoise_fn, x: Tensor, t: Tensor, y: Tensor | None, res: Tensor | None) -> Tensor:
-    """Call a denoiser with those conditions that are given, so that plain functions of (x, t) are denoisers too."""
-    conditions = {name: value for name, value in (("y", y), ("res", res)) if value is not None}
+def all_conditions(conditions: Conditions | None, y: Tensor | None, res: Tensor | None) -> dict[str, Tensor]:
+    """One mapping of the conditions that are given, together or singly."""
+    singly = {name: value for name, value in (("y", y), ("res", res)) if value is not None}
+    return {**(conditions or {}), **singly}
+
+
+def predict_noise(denoise_fn, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+    """Call a denoiser with the conditions that there are, so that plain functions of (x, t) are denoisers too."""
     noise = denoise_fn(x, t, **conditions)
     if noise.shape != x.shape:
         raise ValueError(
@@ -201,40 +257,44 @@ def predict_noise(denoise_fn, x: Tensor, t: Tensor, y: Tensor | None, res: Tenso
     return noise.to(x.dtype)  # half precision under autocast; steps and losses are computed in full
 
 
-def conditioned(denoise_fn, x: Tensor, y: Tensor | None, res: Tensor | None, cond_scale: float) -> samplers.Denoise:
+def conditioned(denoise_fn, x: Tensor, conditions: Conditions, cond_scale: float) -> Denoise:
     """The denoiser as a function of (x, t), with the conditions of the batch x and the guidance inside."""
-    if y is not None:
-        check_class_ids(denoise_fn, y)
+    check_conditions(denoise_fn, conditions)
     if cond_scale == 1:
-        return partial(predict_noise, denoise_fn, y=y, res=res)
-    null_label = _attribute(denoise_fn, "null_label")
-    if y is None or null_label is None:
-        reason = "no class ids y were given" if y is None else "the denoiser was trained without a null label"
+        return partial(predict_noise, denoise_fn, conditions=conditions)
+    has_null_label = _attribute(denoise_fn, "null_label") is not None
+    if "y" not in conditions or not has_null_label:
+        reason = "the denoiser was trained without a null label" if "y" in conditions else "no class ids y were given"
         raise ValueError(
             f"cond_scale is {cond_scale}, but {reason}: guidance needs both. Use cond_scale=1, or a model trained with "
             "label dropout (BiFlowNet(..., null_label=True))."
         )
-    return _guided(denoise_fn, y, res if res is None else res.expand(len(x), 3), cond_scale, null_label)
+    if "res" in conditions:
+        conditions = {**conditions, "res": conditions["res"].expand(len(x), 3)}
+    is_dropped = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return _guided(
+        denoise_fn, conditions, _attribute(denoise_fn, "drop_conditions")(conditions, is_dropped), cond_scale
+    )
 
 
-def _guided(denoise_fn, y: Tensor, res: Tensor | None, cond_scale: float, null_label: int) -> samplers.Denoise:
-    y_both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
-    res_both = None if res is None else torch.cat([res, res])  # (2B, 3)
+def _guided(denoise_fn, conditions: Conditions, without: Conditions, cond_scale: float) -> Denoise:
+    """without: the same conditions (B, ...), but those that guidance strengthens replaced by what stands for none."""
+    both = {name: torch.cat([value, without[name]]) for name, value in conditions.items()}  # (2B, ...)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         # One pass over both halves instead of two passes: the same work with fewer launches.
-        noise = predict_noise(denoise_fn, torch.cat([x, x]), torch.cat([t, t]), y_both, res_both)  # (2B, C, d, h, w)
-        noise_class, noise_null = noise.chunk(2)  # (B, C, d, h, w) each
-        return torch.lerp(noise_null, noise_class, cond_scale)
+        noise = predict_noise(denoise_fn, torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, C, d, h, w)
+        noise_with, noise_without = noise.chunk(2)  # (B, C, d, h, w) each
+        return torch.lerp(noise_without, noise_with, cond_scale)
 
     return denoise
 
 
-def check_class_ids(denoise_fn, y: Tensor) -> None:
-    """Let the denoiser check class ids where it can (``BiFlowNet.check_class_ids``): a wrong id is opaque on a GPU."""
-    check = _attribute(denoise_fn, "check_class_ids")
+def check_conditions(denoise_fn, conditions: Conditions) -> None:
+    """Let the denoiser check values where it can (``BiFlowNet.check_conditions``): a wrong id is opaque on a GPU."""
+    check = _attribute(denoise_fn, "check_conditions")
     if check is not None:
-        check(y)
+        check(conditions)
 
 
 def _attribute(denoise_fn, name: str):

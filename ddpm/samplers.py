@@ -9,19 +9,24 @@ sampler is a new function and one entry in ``SAMPLERS``. Ancestral sampling and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ddpm.limits import Limit, clip_start
-from ddpm.schedule import NoiseSchedule, each_timestep, per_sample, trailing_timesteps
+from ddpm.schedule import (
+    Denoise,
+    Generator,
+    Limit,
+    NoiseSchedule,
+    Progress,
+    clip_start,
+    each_timestep,
+    per_sample,
+    trailing_timesteps,
+)
 from ddpm.solvers import dpm_solver, unipc
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
-Generator = torch.Generator | Sequence[torch.Generator] | None  # one for all, one per sample, or the global one
-Progress = Callable[[int, int], None]  # called after each step with (steps done, steps in all)
 
 
 def noise_like(x: Tensor, generator: Generator) -> Tensor:

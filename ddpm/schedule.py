@@ -1,4 +1,5 @@
-"""The noise schedule: how much of the data is left at each timestep, and the Gaussian formulas that follow from it.
+"""The noise schedule: how much of the data is left at each timestep, the Gaussian formulas that follow from it, and the
+limits that keep a predicted x_0 in the range of normalised latents, [-1, 1].
 
 Letters: a_t = 1 - beta_t; abar_t = a_0 * ... * a_t (``alphas_cumprod``). Timestep 0 is the least noisy, T - 1 the most.
 Equation numbers are those of Ho et al., "Denoising Diffusion Probabilistic Models", NeurIPS 2020.
@@ -12,6 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Limit = Callable[[Tensor], Tensor]  # keeps a predicted x_0 in range; every sampler takes one
+Denoise = Callable[[Tensor, Tensor], Tensor]  # noise in x (B, ...) at timesteps t (B,), conditions and guidance inside
+Generator = torch.Generator | Sequence[torch.Generator] | None  # one for all, one per sample, or the global one
+Progress = Callable[[int, int], None]  # called after each step with (steps done, steps in all)
 
 COSINE_OFFSET = 0.008  # Nichol & Dhariwal 2021, eq. 17: keeps beta_0 from vanishing
 MAX_BETA = 0.9999  # same source: the cosine would put beta_{T-1} at 1, a singular step
@@ -43,9 +49,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def each_timestep(
-    timesteps: Sequence[int], x: Tensor, progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[int, Tensor]]:
+def each_timestep(timesteps: Sequence[int], x: Tensor, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
     """Each timestep as a number and as (B,) for the samples of x (B, ...).
 
     progress: called as progress(steps done, steps in all) when the caller comes back from a step.
@@ -133,3 +137,21 @@ def noise_schedule(betas: Tensor) -> NoiseSchedule:
         posterior_mean_coef2=(1 - previous) * alphas.sqrt() / (1 - cumprod),
     )
     return NoiseSchedule(*(table.float() for table in tables))
+
+
+# ------------------------------------------------------------------------------------------------------------- limits
+
+
+def clip_start(x_start: Tensor) -> Tensor:
+    """Clip a predicted x_0 to the range of normalised latents, [-1, 1]."""
+    return x_start.clamp(-1, 1)
+
+
+def dynamic_threshold(x_start: Tensor, percentile: float) -> Tensor:
+    """Clip each sample to the percentile of its own |x_0|, at least 1, and scale it back to [-1, 1].
+
+    Saharia et al., "Imagen", NeurIPS 2022, section 2.3: strong guidance otherwise saturates most values at the clip.
+    """
+    bound = torch.quantile(x_start.flatten(1).abs().float(), percentile, dim=1).clamp(min=1)  # (B,)
+    bound = per_sample(bound, x_start)  # (B, 1, ..., 1)
+    return x_start.clamp(-bound, bound) / bound

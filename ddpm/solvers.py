@@ -7,16 +7,19 @@ The package is imported when a solver is called: models and the other samplers d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ddpm.limits import Limit, clip_start
-from ddpm.schedule import NoiseSchedule, each_timestep, trailing_timesteps
-
-if TYPE_CHECKING:
-    from ddpm.samplers import Denoise, Generator, Progress
+from ddpm.schedule import (
+    Denoise,
+    Generator,
+    Limit,
+    NoiseSchedule,
+    Progress,
+    clip_start,
+    each_timestep,
+    trailing_timesteps,
+)
 
 
 def dpm_solver(

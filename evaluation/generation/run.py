@@ -38,7 +38,7 @@ from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
 from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
-from ddpm.samplers import Progress
+from ddpm.schedule import Progress
 from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
 from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
 from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder

@@ -252,7 +252,7 @@ def test_null_label_is_one_more_class():
     model = BiFlowNet(**TINY, null_label=True)
     assert model.null_label == 2
     assert model.cond_emb.weight.shape == (3, 48)
-    model.check_class_ids(torch.tensor([0, 2]))
+    model.check_conditions({"y": torch.tensor([0, 2])})
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -319,7 +319,7 @@ def test_superfluous_conditions_are_refused():
 @pytest.mark.parametrize("y", [[0, 2], [-1, 1]])
 def test_class_ids_out_of_range_are_refused(tiny, y):
     with pytest.raises(ValueError, match="knows 0 to 1"):
-        tiny.check_class_ids(torch.tensor(y))
+        tiny.check_conditions({"y": torch.tensor(y)})
 
 
 def test_patch_embedding_errors():

@@ -11,9 +11,8 @@ from torch import nn
 
 from common.compilation import CompiledDenoiser
 from common.optimiser import build_adam
-from ddpm.attention import PatchAttention
 from ddpm.BiFlowNet import BiFlowNet
-from ddpm.blocks import ConvBlock, downsample, upsample
+from ddpm.blocks import ConvBlock, PatchAttention, downsample, upsample
 from train.diffusion.ema import EMA
 from train.diffusion.state import TrainingState
 

@@ -43,6 +43,9 @@ class ClassDenoiser(nn.Module):
         self.calls.append({"x": x, "t": t, "y": y, "res": res})
         return 0.1 * y.reshape(-1, 1, 1, 1, 1) * torch.ones_like(x)
 
+    def drop_conditions(self, conditions, is_dropped):
+        return {**conditions, "y": conditions["y"].masked_fill(is_dropped, self.null_label)}
+
 
 # -------------------------------------------------------------------------------------------------------------- parity
 
@@ -176,6 +179,44 @@ def test_guidance_runs_through_a_network_with_null_label():
     wrapped = nn.Module()  # as DistributedDataParallel holds it
     wrapped.module, wrapped.forward = model, model.forward
     torch.testing.assert_close(diffusion.sample(wrapped, z, y, res, 2.0, "ddim", ddim_steps=2), samples[1])
+
+
+class HintDenoiser(ClassDenoiser):
+    """Knows a condition that the process has never heard of."""
+
+    def forward(self, x, t, y, hint):
+        self.calls.append({"y": y, "hint": hint})
+        return hint + 0.1 * y.reshape(-1, 1, 1, 1, 1) * torch.ones_like(x)
+
+
+def test_any_condition_reaches_the_denoiser(diffusion, data):
+    z, y, hint = data[1].repeat(2, 1, 1, 1, 1), torch.tensor([1, 2]), torch.rand(2, 1, 8, 8, 8)
+    denoiser, t = HintDenoiser(null_label=7), torch.tensor([3, 5])
+    together, singly = {"conditions": {"y": y, "hint": hint}}, {"y": y, "conditions": {"hint": hint}}
+
+    losses = [diffusion.p_losses(denoiser, z, t, noise=z, **given) for given in (together, singly)]
+    assert losses == [pytest.approx((hint + 0.1 * y.reshape(2, 1, 1, 1, 1) - z).abs().mean().item(), rel=1e-5)] * 2
+    samples = [
+        diffusion.sample(denoiser, z, cond_scale=scale, strategy="ddim", ddim_steps=2, **given)
+        for scale in (1.0, 3.0)
+        for given in (together, singly)
+    ]
+    torch.testing.assert_close(samples[0], samples[1], rtol=0, atol=0)
+    torch.testing.assert_close(samples[2], samples[3], rtol=0, atol=0)
+    assert not torch.equal(samples[0], samples[2])
+    for call in denoiser.calls[-2:]:  # with guidance the hint stays, and the label goes in the second half
+        assert torch.equal(call["hint"], torch.cat([hint, hint]))
+        assert call["y"].tolist() == [1, 2, 7, 7]
+
+
+def test_each_sample_draws_its_timestep_from_its_own_generator():
+    diffusion = GaussianDiffusion(2, timesteps=10)
+    seeds = range(2000)
+    drawn = diffusion.draw_timesteps([torch.Generator().manual_seed(seed) for seed in seeds])
+    assert (drawn.dtype, drawn.min(), drawn.max()) == (torch.int64, 0, 9)
+    assert torch.bincount(drawn).tolist() == pytest.approx([200] * 10, abs=60)  # 4.5 standard deviations
+    alone = diffusion.draw_timesteps([torch.Generator().manual_seed(1234)])
+    assert alone.tolist() == drawn[1234:1235].tolist()
 
 
 def test_no_guidance_is_one_pass_without_null_label(data):

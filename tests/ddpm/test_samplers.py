@@ -6,8 +6,7 @@ from golden import GOLDEN_SEED, golden_normal
 
 from ddpm import samplers
 from ddpm.diffusion import GaussianDiffusion
-from ddpm.limits import clip_start
-from ddpm.schedule import cosine_betas, noise_schedule, trailing_timesteps
+from ddpm.schedule import clip_start, cosine_betas, noise_schedule, trailing_timesteps
 
 SCHEDULE = noise_schedule(cosine_betas(1000))
 SHORT = noise_schedule(cosine_betas(20))

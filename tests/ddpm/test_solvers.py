@@ -211,6 +211,9 @@ class ClassDenoiser(nn.Module):
     def forward(self, x, t, y=None, res=None):
         return 0.9 * x + 0.02 * y.reshape(-1, 1, 1, 1, 1)
 
+    def drop_conditions(self, conditions, is_dropped):
+        return {**conditions, "y": conditions["y"].masked_fill(is_dropped, self.null_label)}
+
 
 @each_solver
 def test_guidance_goes_through(strategy):

@@ -129,7 +129,7 @@ class NoReading(TorchDispatchMode):
 def test_steps_read_no_value(data, tmp_path, monkeypatch, late_flags, options):
     """From the second step's batch to the third's; StepFlags itself may read, as its copy is done by then."""
     monkeypatch.setitem(script.AMP_DTYPES, "fp16", torch.bfloat16)
-    monkeypatch.setattr(diffusion, "check_class_ids", lambda *_: None)  # not on a GPU
+    monkeypatch.setattr(diffusion, "check_conditions", lambda *_: None)  # not on a GPU
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self, read=torch.Tensor.tolist: outside(lambda: read(self)))
     mode, steps = NoReading(), []
 
