@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
-from config.schema import (
+from config.schema.diffusion import (
     AutoencoderConfig,
     BiFlowNetConfig,
     GenerationConfig,

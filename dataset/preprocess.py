@@ -32,7 +32,7 @@ from common.files import (
 from common.script import run_script  # noqa: E402
 from config.cli import PREPROCESS_FLAGS, parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema import PreprocessConfig  # noqa: E402
+from config.schema.diffusion import PreprocessConfig  # noqa: E402
 from dataset.preparation.classes import add_classes, choose_class_id  # noqa: E402
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder  # noqa: E402
 from dataset.preparation.recipe import Recipe  # noqa: E402

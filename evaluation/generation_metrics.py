@@ -29,7 +29,7 @@ from common.processes import PATIENCE, Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import GENERATION_METRICS_FLAGS, parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema import GenerationMetricsConfig  # noqa: E402
+from config.schema.diffusion import GenerationMetricsConfig  # noqa: E402
 from evaluation.comparison.definitions import DEFINITIONS  # noqa: E402
 from evaluation.comparison.features import SetFeatures, extract  # noqa: E402
 from evaluation.comparison.figures import (  # noqa: E402

@@ -35,7 +35,7 @@ from common.processes import PATIENCE, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import RECONSTRUCTION_FLAGS, parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema import ReconstructionConfig  # noqa: E402
+from config.schema.diffusion import ReconstructionConfig  # noqa: E402
 from dataset.volumes.pictures import central_slices  # noqa: E402
 from evaluation.autoencoding.measures import COUNTS, measure, reconstruct  # noqa: E402
 from evaluation.autoencoding.plan import (  # noqa: E402

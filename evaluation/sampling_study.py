@@ -37,7 +37,7 @@ from common.files import file_sha256, write_atomically  # noqa: E402
 from common.processes import choose_device  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.loading import load_config  # noqa: E402
-from config.schema import GenerationConfig  # noqa: E402
+from config.schema.diffusion import GenerationConfig  # noqa: E402
 from ddpm.diffusion import GaussianDiffusion  # noqa: E402
 from ddpm.samplers import SAMPLERS  # noqa: E402
 from evaluation.demo import DemoPaths  # noqa: E402

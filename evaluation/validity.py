@@ -34,7 +34,7 @@ from common.processes import PATIENCE, Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import VALIDITY_FLAGS, parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema import ValidityConfig  # noqa: E402
+from config.schema.diffusion import ValidityConfig  # noqa: E402
 from evaluation.comparison.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures  # noqa: E402
 from evaluation.comparison.features import SetFeatures, extract  # noqa: E402
 from evaluation.comparison.figures import (  # noqa: E402

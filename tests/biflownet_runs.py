@@ -14,7 +14,7 @@ from AutoEncoder.checkpoint import build_autoencoder
 from common import log as logger
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.cli import BIFLOWNET_FLAGS, parse_command_line
-from config.schema import BiFlowNetConfig
+from config.schema.diffusion import BiFlowNetConfig
 from dataset.volumes.volume_io import write_latent
 from train.diffusion import run_folder
 

@@ -30,7 +30,7 @@ from common.processes import Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import LATENT_FLAGS, Flag, parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema import LatentConfig  # noqa: E402
+from config.schema.diffusion import LatentConfig  # noqa: E402
 from dataset.checking.before_training import check_volumes  # noqa: E402
 from dataset.Singleres_dataset import Singleres_dataset  # noqa: E402
 from dataset.volumes.index import latent_folder  # noqa: E402

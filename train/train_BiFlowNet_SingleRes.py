@@ -34,7 +34,7 @@ from common.optimiser import build_adam, learning_rate_factor  # noqa: E402
 from common.processes import Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
-from config.schema import BiFlowNetConfig  # noqa: E402
+from config.schema.diffusion import BiFlowNetConfig  # noqa: E402
 from dataset.checking.before_training import check_latents  # noqa: E402
 from dataset.order.epochs import EpochSampler  # noqa: E402
 from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa: E402

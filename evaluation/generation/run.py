@@ -31,7 +31,7 @@ from common.precision import autocast, clock
 from common.processes import PATIENCE, Distributed, cleanup, setup
 from config.cli import GENERATION_FLAGS, parse_command_line
 from config.loading import require, save_config
-from config.schema import GenerationConfig
+from config.schema.diffusion import GenerationConfig
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume

@@ -22,7 +22,7 @@ from config.cli import (
     parse_command_line,
 )
 from config.loading import load_config
-from config.schema import (
+from config.schema.diffusion import (
     AutoencoderConfig,
     BiFlowNetConfig,
     GenerationConfig,

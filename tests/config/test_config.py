@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, require, save_config
-from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
+from config.schema.diffusion import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
 
 SCHEMAS = {"base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig, "BiFlowNet": BiFlowNetConfig}
 SCHEMAS |= {"generation": GenerationConfig, "classes": PreprocessConfig, "preprocess": PreprocessConfig}

@@ -9,7 +9,7 @@ from generation_models import CUBE, WIDE, config, row
 from common.errors import UserError
 from config.cli import GENERATION_FLAGS, parse_command_line
 from config.loading import load_config
-from config.schema import GenerationConfig
+from config.schema.diffusion import GenerationConfig
 from evaluation.generation.request_file import parse_seeds, read_request_file
 from evaluation.generation.requests import list_requests
 from evaluation.generation.run import generate

@@ -9,7 +9,7 @@ from AutoEncoder.checkpoint import load_autoencoder_weights
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import load_checkpoint, newest_checkpoint
 from common.errors import UserError
-from config.schema import AutoencoderConfig
+from config.schema.diffusion import AutoencoderConfig
 
 # What may differ when a run goes on: how long, where and how fast it runs, how it reads its data, how often it reports.
 CHANGEABLE = (
