@@ -30,9 +30,9 @@ from common.files import (
     write_atomically,  # noqa: E402
 )
 from common.script import run_script  # noqa: E402
-from config.cli import PREPROCESS_FLAGS, parse_command_line  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema.diffusion import PreprocessConfig  # noqa: E402
+from config.schema.data import PreprocessConfig  # noqa: E402
 from dataset.preparation.classes import add_classes, choose_class_id  # noqa: E402
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder  # noqa: E402
 from dataset.preparation.recipe import Recipe  # noqa: E402
@@ -58,7 +58,7 @@ class Target:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepares what the command line asks for. Returns 1 where a file could not be used, else 0."""
-    cfg = parse_command_line(argv, PreprocessConfig, "preprocess.yaml", __doc__, PREPROCESS_FLAGS)
+    cfg = parse_command_line(argv, PreprocessConfig, "preprocess.yaml", __doc__)
     return 0 if preprocess(cfg) else 1
 
 

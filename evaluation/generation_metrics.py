@@ -27,9 +27,9 @@ from common.errors import UserError  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.processes import PATIENCE, Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
-from config.cli import GENERATION_METRICS_FLAGS, parse_command_line  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema.diffusion import GenerationMetricsConfig  # noqa: E402
+from config.schema.evaluation import GenerationMetricsConfig  # noqa: E402
 from evaluation.comparison.definitions import DEFINITIONS  # noqa: E402
 from evaluation.comparison.features import SetFeatures, extract  # noqa: E402
 from evaluation.comparison.figures import (  # noqa: E402
@@ -82,7 +82,7 @@ MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "di
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the results and the pictures."""
-    cfg = parse_command_line(argv, GenerationMetricsConfig, None, __doc__, GENERATION_METRICS_FLAGS)
+    cfg = parse_command_line(argv, GenerationMetricsConfig, None, __doc__)
     require(cfg, "real", "generated", "output_dir")
     place = setup(cfg.device, PATIENCE)
     try:

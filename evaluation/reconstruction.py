@@ -33,9 +33,9 @@ from common.log import get_logger  # noqa: E402
 from common.precision import exact_float32  # noqa: E402
 from common.processes import PATIENCE, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
-from config.cli import RECONSTRUCTION_FLAGS, parse_command_line  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema.diffusion import ReconstructionConfig  # noqa: E402
+from config.schema.evaluation import ReconstructionConfig  # noqa: E402
 from dataset.volumes.pictures import central_slices  # noqa: E402
 from evaluation.autoencoding.measures import COUNTS, measure, reconstruct  # noqa: E402
 from evaluation.autoencoding.plan import (  # noqa: E402
@@ -57,7 +57,7 @@ VERSION = 1  # of what is kept of a volume; rises when the same settings give ot
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    evaluate(parse_command_line(argv, ReconstructionConfig, None, __doc__, RECONSTRUCTION_FLAGS))
+    evaluate(parse_command_line(argv, ReconstructionConfig, None, __doc__))
 
 
 def evaluate(cfg: DictConfig) -> Results | None:

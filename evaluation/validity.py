@@ -32,9 +32,9 @@ from common.files import file_sha256  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.processes import PATIENCE, Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
-from config.cli import VALIDITY_FLAGS, parse_command_line  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema.diffusion import ValidityConfig  # noqa: E402
+from config.schema.evaluation import ValidityConfig  # noqa: E402
 from evaluation.comparison.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures  # noqa: E402
 from evaluation.comparison.features import SetFeatures, extract  # noqa: E402
 from evaluation.comparison.figures import (  # noqa: E402
@@ -88,7 +88,7 @@ class Check:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the results; 1 where a check fails."""
-    cfg = parse_command_line(argv, ValidityConfig, None, __doc__, VALIDITY_FLAGS)
+    cfg = parse_command_line(argv, ValidityConfig, None, __doc__)
     require(cfg, "real", "output_dir")
     place = setup(cfg.device, PATIENCE)
     try:

@@ -56,7 +56,7 @@ def test_data_sets_know_nothing_of_config():
     """The scripts among them have a command line."""
     for path in sources("dataset"):
         modules = re.findall(r"^from (config[\w.]*) import", path.read_text(), flags=re.MULTILINE)
-        command_line = {"config.cli", "config.loading", "config.schema.diffusion"} if path in SCRIPTS else set()
+        command_line = {"config.cli", "config.loading", "config.schema.data"} if path in SCRIPTS else set()
         assert set(modules) <= command_line, path
 
 

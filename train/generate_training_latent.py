@@ -28,20 +28,18 @@ from common.errors import UserError  # noqa: E402
 from common.log import get_logger  # noqa: E402
 from common.processes import Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
-from config.cli import LATENT_FLAGS, Flag, parse_command_line  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema.diffusion import LatentConfig  # noqa: E402
+from config.schema.autoencoder import LatentConfig  # noqa: E402
 from dataset.checking.before_training import check_volumes  # noqa: E402
 from dataset.Singleres_dataset import Singleres_dataset  # noqa: E402
 from dataset.volumes.index import latent_folder  # noqa: E402
 from dataset.volumes.volume_io import read_latent, write_latent  # noqa: E402
 from train.latents.record import make_record, start_folder  # noqa: E402
 
-FLAGS = (*LATENT_FLAGS, Flag("--sliding-window"), Flag("--intensity-range"))
-
 
 def main(argv: Sequence[str] | None = None) -> None:
-    generate_latents(parse_command_line(argv, LatentConfig, None, __doc__, FLAGS))
+    generate_latents(parse_command_line(argv, LatentConfig, None, __doc__))
 
 
 def generate_latents(cfg: DictConfig) -> list[Path]:

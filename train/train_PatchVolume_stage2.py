@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.script import run_script  # noqa: E402
 from config.cli import parse_command_line  # noqa: E402
-from config.schema.diffusion import AutoencoderConfig  # noqa: E402
+from config.schema.autoencoder import AutoencoderConfig  # noqa: E402
 from train.autoencoder.training import train  # noqa: E402
 
 

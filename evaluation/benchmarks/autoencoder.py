@@ -25,7 +25,7 @@ from common.optimiser import build_adam
 from common.precision import autocast
 from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema.diffusion import AutoencoderConfig
+from config.schema.autoencoder import AutoencoderConfig
 from evaluation.benchmarks.codebook import one_hot_step
 from evaluation.benchmarks.measuring import Report
 from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size

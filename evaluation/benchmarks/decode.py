@@ -22,7 +22,7 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.errors import UserError
 from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema.diffusion import AutoencoderConfig
+from config.schema.autoencoder import AutoencoderConfig
 from dataset.volumes.volume_io import read_latent
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
 from evaluation.benchmarks.options import add_device

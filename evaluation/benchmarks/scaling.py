@@ -23,7 +23,8 @@ import torch
 from common.errors import UserError
 from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema.diffusion import AutoencoderConfig, BiFlowNetConfig
+from config.schema.autoencoder import AutoencoderConfig
+from config.schema.diffusion import BiFlowNetConfig
 from dataset.phantoms import write_phantoms
 from dataset.volumes.volume_io import write_latent
 from evaluation.benchmarks.measuring import Report, Row, in_turn

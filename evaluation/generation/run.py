@@ -29,7 +29,7 @@ from common.errors import UserError
 from common.log import get_logger
 from common.precision import autocast, clock
 from common.processes import PATIENCE, Distributed, cleanup, setup
-from config.cli import GENERATION_FLAGS, parse_command_line
+from config.cli import parse_command_line
 from config.loading import require, save_config
 from config.schema.diffusion import GenerationConfig
 from dataset.volumes.geometry import affine_from_spacing
@@ -47,7 +47,7 @@ SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or no
 
 def run(argv: Sequence[str] | None, default_config: str, description: str) -> None:
     """The generation scripts, which differ only in the config they start from."""
-    generate(parse_command_line(argv, GenerationConfig, default_config, description, GENERATION_FLAGS))
+    generate(parse_command_line(argv, GenerationConfig, default_config, description))
 
 
 def generate(cfg: DictConfig) -> list[Path]:

@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, require, save_config
-from config.schema.diffusion import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
+from config.schema.autoencoder import AutoencoderConfig, LatentConfig
+from config.schema.data import PreprocessConfig
+from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 
 SCHEMAS = {"base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig, "BiFlowNet": BiFlowNetConfig}
 SCHEMAS |= {"generation": GenerationConfig, "classes": PreprocessConfig, "preprocess": PreprocessConfig}

@@ -17,7 +17,8 @@ from test_sources import write_nifti
 
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema.diffusion import GenerationConfig, PreprocessConfig
+from config.schema.data import PreprocessConfig
+from config.schema.diffusion import GenerationConfig
 from dataset.preparation import prepared_folder
 from dataset.preparation.manifest import MANIFEST_NAME, read_manifest
 from dataset.preparation.sources import find_sources

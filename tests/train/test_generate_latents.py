@@ -20,7 +20,7 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import save_checkpoint
 from common.errors import UserError
 from config.loading import load_config
-from config.schema.diffusion import LatentConfig
+from config.schema.autoencoder import LatentConfig
 from dataset.checking import before_training as sample_check
 from dataset.volumes import volume_io
 from dataset.volumes.volume_io import read_latent, read_volume, write_latent, write_volume
