@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, get_args, get_origin
 
-import yaml
 from omegaconf import DictConfig
 
 from common.errors import UserError
@@ -127,13 +126,8 @@ def _split_overrides(
 # ------------------------------------------------------------------------------------------------------ help
 
 
-def yaml_value(value: Any) -> str:
-    """A value as it is written in a YAML file, on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
-
-
 def _help_text(option: Option) -> str:
-    return f"{option.meaning} ({yaml_value(option.default)})".replace("%", "%%")
+    return f"{option.meaning} ({option.written_default})".replace("%", "%%")
 
 
 def _other_keys(options: Sequence[Option]) -> str:
@@ -142,7 +136,7 @@ def _other_keys(options: Sequence[Option]) -> str:
     lines = [f"{further}keys, in the config file or as key=value (defaults in the schema):"]
     for option in options:
         if not option.flag:
-            lines.append(f"  {option.name}={yaml_value(option.default).replace(' ', '')}")
+            lines.append(f"  {option.name}={option.written_default.replace(' ', '')}")
             text = f"{option.meaning} ({_type_name(option.hint)})"
             lines += textwrap.wrap(text, 106, initial_indent=" " * 8)
     return "\n".join(lines)

@@ -10,6 +10,10 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum, auto
 from typing import Any, get_type_hints
 
+import yaml
+
+INFINITY = float("inf")
+
 
 class Resume(Enum):
     """What another value means for a run that goes on."""
@@ -44,6 +48,11 @@ class Option:
     section: str | None
     name: str = ""
     hint: Any = None
+
+    @property
+    def written_default(self) -> str:
+        """The default as it stands in a YAML file, on one line."""
+        return yaml.safe_dump(self.default, default_flow_style=True, width=INFINITY).removesuffix("...\n").strip()
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value by the first rule that it breaks; null breaks none."""
@@ -94,8 +103,6 @@ def keys_of(schema: type, *resume: Resume) -> frozenset[str]:
 
 
 # ----------------------------------------------------------------------------------------------------- rules
-
-INFINITY = float("inf")
 
 
 def at_least(least: int) -> Rule:

@@ -15,6 +15,7 @@ from config.loading import CONFIG_FOLDER, load_config, require, save_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.data import PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.write_base_files import BASE_FILES
 
 SCHEMAS = {"base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig, "BiFlowNet": BiFlowNetConfig}
 SCHEMAS |= {"generation": GenerationConfig, "classes": PreprocessConfig, "preprocess": PreprocessConfig}
@@ -123,6 +124,13 @@ def test_base_files_hold_every_key_with_its_default_and_a_comment(name):
         assert set(pick(written)) == set(pick(defaults))
     values = [line for line in path.read_text().splitlines() if ": " in line and not line.strip().startswith("#")]
     assert [line for line in values if "#" not in line] == []
+
+
+@pytest.mark.parametrize("base", BASE_FILES, ids=lambda base: base.name)
+def test_base_files_are_those_of_the_schema(base):
+    written = (CONFIG_FOLDER / base.name).read_text()
+    assert written == base.text(), "python -m config.write_base_files"
+    assert max(map(len, written.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(("name", "batch_size", "precision", "lr", "start", "downsample", "stage"), AUTOENCODER_VALUES)
