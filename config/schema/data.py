@@ -1,5 +1,6 @@
 """Options of preprocessing, of the check of a data set and of phantoms, and the class table."""
 
+import os
 from dataclasses import dataclass
 
 from config.schema.option import (
@@ -144,3 +145,31 @@ class PreprocessConfig:
         8, "image voxels per latent voxel of the class table's grids: 8 | 4", one_of(8, 4), section="Class table"
     )
     classes: list[VolumeClass] = key([], "what the presets are: id, name, modality, grids and spacings of each class")
+
+
+@dataclass
+class CheckConfig:
+    """Check of a data set before it costs training time (dataset/check.py)."""
+
+    json: str | None = key(None, "dataset JSON: name or class id -> folder(s)", flag="JSON")
+    intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity of the files", interval, flag=True)
+    patch_size: int = key(64, "edge of a patch, for notes", at_least(1), flag=True)
+    subject_pattern: str | None = key(
+        None, "as dataset.subject_pattern: regular expression that finds a subject", regular_expression, flag=True
+    )
+    num_workers: int = key(min(8, os.cpu_count() or 1), "processes that read; 0 = this one", not_negative, flag=True)
+    seed: int = key(0, "seed of the choice of pictures", not_negative, flag=True)
+    num_pictures: int = key(6, "volumes drawn; 0 = no picture", not_negative, flag=True)
+    picture: str | None = key(None, "PNG file; null = NAME_check.png beside NAME.json", flag=True)
+    report: str | None = key(None, "JSON file that gets all of it, every file named", flag=True)
+
+
+@dataclass
+class PhantomConfig:
+    """Digital phantoms (dataset/phantoms.py)."""
+
+    output_dir: str | None = key(None, "folder of the data set; required", flag=True)
+    num_per_class: int = key(40, "phantoms of each class", at_least(1), flag=True)
+    num_held_out: int = key(16, "more of each class, in held_out/", not_negative, flag=True)
+    size: int = key(64, "voxels along each axis", at_least(16), flag=True)
+    seed: int = key(0, "seed of anatomy, intensities, texture and spacing", not_negative, flag=True)

@@ -28,7 +28,7 @@ from common.errors import UserError
 from dataset.cache.latents import LatentCache
 from dataset.cache.volumes import FileCache, VolumeCache
 from dataset.order.epochs import SampleKey, sample_generator
-from dataset.phantoms import write_phantoms
+from dataset.preparation.phantoms import write_phantoms
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_latent
 from dataset.vqgan import VQGANDataset

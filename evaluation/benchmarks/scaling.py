@@ -25,7 +25,7 @@ from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.diffusion import BiFlowNetConfig
-from dataset.phantoms import write_phantoms
+from dataset.preparation.phantoms import write_phantoms
 from dataset.volumes.volume_io import write_latent
 from evaluation.benchmarks.measuring import Report, Row, in_turn
 from evaluation.benchmarks.options import add_device

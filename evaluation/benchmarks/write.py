@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from dataset.phantoms import write_phantoms
+from dataset.preparation.phantoms import write_phantoms
 from dataset.volumes.volume_io import int16_scale, read_volume, write_volume
 from evaluation.benchmarks.measuring import Report, Row, in_turn, timed
 
