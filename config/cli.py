@@ -50,7 +50,8 @@ def parse_command_line(
         ),
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text and exit")
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default_config or 'none'})")
+    if "--config" not in flags:  # else it is the script's own
+        parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default_config or 'none'})")
     for flag, option in flags.items():
         parser.add_argument(flag, dest=option.name, help=_help_text(option), **_arity(option.hint))
     given, rest = parser.parse_known_args(argv)
@@ -61,7 +62,9 @@ def parse_command_line(
         parser.epilog = _other_keys(options)
         parser.print_help()
         raise SystemExit(0)
-    path = given.pop("config", None) or (CONFIG_FOLDER / default_config if default_config else None)
+    path = CONFIG_FOLDER / default_config if default_config else None
+    if "--config" not in flags:
+        path = given.pop("config", path)
     values, overrides = _split_overrides(given, rest, flags, positionals)
     cfg = load_config(schema, path, overrides, values)
     if missing := [option.flag for option in positionals if cfg[option.name] is None]:
@@ -132,13 +135,12 @@ def _help_text(option: Option) -> str:
 
 def _other_keys(options: Sequence[Option]) -> str:
     """Every key with its default, type and meaning, but for those that a flag has shown already."""
-    further = "further " if any(option.flag for option in options) else ""
-    lines = [f"{further}keys, in the config file or as key=value (defaults in the schema):"]
-    for option in options:
-        if not option.flag:
-            lines.append(f"  {option.name}={option.written_default.replace(' ', '')}")
-            text = f"{option.meaning} ({_type_name(option.hint)})"
-            lines += textwrap.wrap(text, 106, initial_indent=" " * 8)
+    further = [option for option in options if not option.flag]
+    title = f"{'further ' if len(further) < len(options) else ''}keys, in the config file or as key=value"
+    lines = [f"{title} (defaults in the schema):"] if further else []
+    for option in further:
+        lines.append(f"  {option.name}={option.written_default.replace(' ', '')}")
+        lines += textwrap.wrap(f"{option.meaning} ({_type_name(option.hint)})", 106, initial_indent=" " * 8)
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
-"""Options of the evaluations."""
+"""Options of the evaluations, of their report, of the demo and of the study on it."""
 
 from dataclasses import dataclass
 
+from config.schema.diffusion import SAMPLING_STRATEGIES
 from config.schema.option import Rule, at_least, device_key, interval, key, not_negative, one_of, positive
 
 FEATURE_NETWORKS = (  # those of evaluation/comparison/networks.py
@@ -15,6 +16,10 @@ known_networks = Rule(
     lambda value: value == ["auto"] or (value and set(value) <= set(FEATURE_NETWORKS)),
     f"auto, or some of {' '.join(FEATURE_NETWORKS)}",
 )
+some_samplers = Rule(
+    lambda value: value and set(value) <= set(SAMPLING_STRATEGIES), f"some of {' '.join(SAMPLING_STRATEGIES)}"
+)
+some_seeds = Rule(lambda value: value and min(value) >= 0, "one or more, each at least 0")
 
 
 @dataclass
@@ -112,3 +117,33 @@ class ValidityConfig(FeatureConfig):
     AE_ckpt: str | None = key(
         None, "autoencoder whose reconstructions are to be nearer than other; null = none", flag=True
     )
+
+
+@dataclass
+class ReportConfig:
+    """The page of what evaluations found (evaluation/report.py)."""
+
+    input_dir: str | None = key(None, "folder of the results; required", flag=True)
+    output: str | None = key(None, "the page; null = report.html in the folder", flag=True)
+    title: str = key("3D MedDiffusion: evaluation", "title of the page", flag=True)
+
+
+@dataclass
+class DemoConfig:
+    """The whole pipeline on phantoms (evaluation/demo.py)."""
+
+    output_dir: str = key("demo", "folder of the demo", flag=True)
+    short: bool = key(False, "a few steps of each stage, figures are not judged", flag=True)
+
+
+@dataclass
+class SamplingStudyConfig:
+    """Samplers and numbers of steps on a finished demo (evaluation/sampling_study.py)."""
+
+    demo: str = key("demo", "folder of a finished demo", flag=True)
+    output_dir: str | None = key(None, "folder of the results; required", flag=True)
+    strategies: list[str] = key([*SAMPLING_STRATEGIES], "samplers", some_samplers, flag=True)
+    steps: list[int] = key([5, 10, 15, 25, 50, 100], "of all but ddpm, which takes every timestep", flag=True)
+    seeds: list[int] = key([0, 1, 2], "of the noise", some_seeds, flag=True)
+    num_samples: int = key(8, "volumes per class, run and seed; a distance needs two", at_least(2), flag=True)
+    device: str = device_key()
