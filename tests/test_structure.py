@@ -93,6 +93,21 @@ def test_importing_only_defines_things():
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_imports_nothing_heavy(script):
+    """So that it takes a fraction of a second: scripts parse first and import the work afterwards."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = [sys.argv[1], '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as ended:\n    assert ended.code == 0\n"
+        "sys.stderr.write(' '.join({'torch', 'hydra', 'monai', 'pytorch_lightning'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"usage: {script.name}")
+    assert done.stderr == ""
+
+
 def test_there_are_no_bare_prints():
     for package in OURS:
         for path in sources(package):

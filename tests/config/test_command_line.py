@@ -14,9 +14,17 @@ from common.script import run_script
 from config.cli import parse_command_line
 from config.loading import load_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
-from config.schema.data import PreprocessConfig
+from config.schema.benchmark import SCHEMAS
+from config.schema.data import CheckConfig, PhantomConfig, PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
-from config.schema.evaluation import GenerationMetricsConfig, ReconstructionConfig, ValidityConfig
+from config.schema.evaluation import (
+    DemoConfig,
+    GenerationMetricsConfig,
+    ReconstructionConfig,
+    ReportConfig,
+    SamplingStudyConfig,
+    ValidityConfig,
+)
 from config.schema.option import options_of
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +153,7 @@ def test_help_shows_every_key(schema, capsys):
 EVALUATION_FLAGS = (
     "output-dir cache-dir weights-dir real-range exclude-unreadable num-resamples num-workers seed device "
 )
+BENCHMARK_FLAGS = "size repetitions json "
 FEATURE_FLAGS = "networks slices batch-size num-pairs num-halvings "
 # The flags of the scripts, without dashes; those of the paper's release are spelled as it has them.
 PUBLISHED_FLAGS = {
@@ -164,13 +173,57 @@ PUBLISHED_FLAGS = {
     + FEATURE_FLAGS
     + "real generated training generated-range resample ignore-spacing neighbours num-pictures",
     ValidityConfig: EVALUATION_FLAGS + FEATURE_FLAGS + "real other AE-ckpt",
+    CheckConfig: "intensity-range patch-size subject-pattern num-workers seed num-pictures picture report",
+    PhantomConfig: "output-dir num-per-class num-held-out size seed",
+    ReportConfig: "input-dir output title",
+    DemoConfig: "output-dir short",
+    SamplingStudyConfig: "demo output-dir strategies steps seeds num-samples device",
+    SCHEMAS["data"]: BENCHMARK_FLAGS + "items num-workers folder",
+    SCHEMAS["codebook"]: BENCHMARK_FLAGS + "device",
+    SCHEMAS["autoencoder"]: BENCHMARK_FLAGS + "batch-size no-perceptual compile device",
+    SCHEMAS["biflownet"]: BENCHMARK_FLAGS + "grid batch-size compile device",
+    SCHEMAS["sample"]: BENCHMARK_FLAGS + "grid batch-size compile device",
+    SCHEMAS["decode"]: BENCHMARK_FLAGS + "grid max-memory tile AE-ckpt latents device",
+    SCHEMAS["write"]: BENCHMARK_FLAGS + "folder",
+    SCHEMAS["scaling"]: BENCHMARK_FLAGS + "loop config processes device",
 }
 
 
 @pytest.mark.parametrize("schema", PUBLISHED_FLAGS, ids=lambda schema: schema.__name__)
 def test_flags_are_the_published_ones(schema):
     found = {option.flag for option in options_of(schema) if option.flag}
-    assert found == {f"--{name}" for name in PUBLISHED_FLAGS[schema].split()}
+    assert found - {"JSON", "PART"} == {f"--{name}" for name in PUBLISHED_FLAGS[schema].split()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "data.json --seed 3 --intensity-range -1 1",
+        "--intensity-range -1 1 data.json --seed 3",
+        "--seed 3 intensity_range=[-1,1] data.json",
+        "json=data.json --seed 3",
+    ],
+)
+def test_positional_arguments_stand_anywhere(line):
+    cfg = parse_command_line(line.split(), CheckConfig, None, "")
+    assert (cfg.json, cfg.seed, cfg.intensity_range) == ("data.json", 3, [-1, 1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--seed 3", "the following arguments are required: JSON; --help lists"),
+        ("a.json b.json", "override 'b.json': expected key=value"),
+    ],
+)
+def test_wrong_positional_arguments(line, message):
+    with pytest.raises(UserError, match=message):
+        parse_command_line(line.split(), CheckConfig, None, "")
+
+
+def test_a_script_may_have_its_own_config_flag():
+    cfg = parse_command_line(["scaling", "--config", "none.yaml"], SCHEMAS["scaling"], None, "")
+    assert (cfg.part, cfg.config) == ("scaling", "none.yaml")
 
 
 @pytest.mark.parametrize(

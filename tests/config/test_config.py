@@ -15,6 +15,7 @@ from config.loading import CONFIG_FOLDER, load_config, require, save_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.data import PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.schema.option import Resume, keys_of
 from config.write_base_files import BASE_FILES
 
 SCHEMAS = {"base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig, "BiFlowNet": BiFlowNetConfig}
@@ -388,6 +389,32 @@ def test_require_names_every_missing_key():
     assert "AE_ckpt (--AE-ckpt VALUE)" in message
     assert "ckpt (--ckpt" not in message
     assert "dataset.root_dir" in error_of(require, load_config(AutoencoderConfig, None), "dataset.root_dir")
+
+
+# -------------------------------------------------------------------------------------------------- resuming
+
+RESUMABLE = [
+    (
+        BiFlowNetConfig,
+        [Resume.FREE],
+        "results_dir run_name num_workers channels_last compile gradient_checkpointing cache cache_dir cache_limit_gb "
+        "log_every ckpt_every keep_checkpoints preview preview_steps",
+    ),
+    (BiFlowNetConfig, [Resume.EXTENDS], "ckpt epochs max_steps data_path AE_ckpt device model"),
+    (
+        AutoencoderConfig,
+        [Resume.FREE, Resume.EXTENDS],
+        "model.max_steps model.max_epochs model.num_workers model.gpus model.accelerator model.checkpoint_every "
+        "model.val_every model.log_every model.log_volume_every model.channels_last model.compile "
+        "model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.resume_from_checkpoint "
+        "dataset.cache dataset.cache_dir dataset.cache_limit_gb",
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "resume", "keys"), RESUMABLE)
+def test_what_a_resumed_run_may_change(schema, resume, keys):
+    assert keys_of(schema, *resume) == set(keys.split())
 
 
 # ---------------------------------------------------------------------------------------------------- saving
