@@ -27,7 +27,7 @@ class BaseFile:
 
     def text(self) -> str:
         """The whole file: head, then keys under the headings of their sections, files first."""
-        lines = [self.head.strip()]
+        lines = ["# Written by config/write_base_files.py from the schema.", self.head.strip()]
         for part, sections in self._sections().items():
             lines += ["", f"{part}:"] if part else []
             indent = "  " if part else ""
@@ -64,7 +64,6 @@ BASE_FILES = (
 # Every key of the Patch-Volume autoencoder with its default. The other files are short diffs over this one:
 #   defaults: [base_cfg, _self_]
 # The generator's and the discriminator's optimiser steps are counted together.
-# Written by config/write_base_files.py from config/schema/autoencoder.py.
 """,
     ),
     BaseFile(
@@ -73,7 +72,6 @@ BASE_FILES = (
         """
 # Every key of the latent diffusion training with its default; the keys are the flags of
 # train/train_BiFlowNet_SingleRes.py with underscores. A flag on the command line wins over this file.
-# Written by config/write_base_files.py from config/schema/diffusion.py.
 """,
     ),
     BaseFile(
@@ -83,7 +81,6 @@ BASE_FILES = (
 # Every key of class-conditional generation with its default; the keys are the flags of
 # evaluation/class_conditional_generation.py with underscores. A flag on the command line wins over this file.
 # Use generation_8x.yaml or generation_4x.yaml, which hold the class table.
-# Written by config/write_base_files.py from config/schema/diffusion.py.
 """,
     ),
     BaseFile(
@@ -93,7 +90,6 @@ BASE_FILES = (
 # Every key of preprocessing with its default; the keys are the flags of dataset/preprocess.py with underscores. The
 # presets are the classes of the paper: for classes of your own start a file with `defaults: [preprocess, _self_]` and
 # give it a table `classes` like that of classes_8x.yaml; generation takes the same table.
-# Written by config/write_base_files.py from config/schema/data.py.
 defaults: [classes_8x, _self_]    # the class table: downsample and classes
 """,
         inherited=("downsample", "classes"),

@@ -6,12 +6,14 @@ The keys of training are the published ones (`model.*`, `dataset.*`).
 from dataclasses import dataclass, field
 
 from config.schema.option import (
-    Resume,
+    EXTENDS,
+    FREE,
     Rule,
     at_least,
     below_one,
     betas,
-    device_key,
+    device_flag,
+    flag,
     fraction,
     interval,
     key,
@@ -61,7 +63,7 @@ class AutoencoderModelConfig:
     perceptual_weight: float = key(2.0, "weight of the perceptual loss; 0 = its network is never built", not_negative)
     perceptual_3d: bool = key(False, "true: 3D MedicalNet features; false: 2D LPIPS on slices of the three axes")
     perceptual_weights: str | None = key(
-        None, "folder with the perceptual network's weight files; null = their usual place", resume=Resume.FREE
+        None, "folder with the perceptual network's weight files; null = their usual place", resume=FREE
     )
 
     stage: int = key(
@@ -77,43 +79,35 @@ class AutoencoderModelConfig:
     lr_warmup: int = key(0, "optimiser steps over which the learning rate rises linearly from 0", not_negative)
     gradient_clip: float = key(0.0, "largest gradient norm; 0 = no clipping", not_negative)
     max_steps: int = key(
-        1_000_000, "optimiser steps after which training ends; -1 = no limit", at_least(-1), resume=Resume.EXTENDS
+        1_000_000, "optimiser steps after which training ends; -1 = no limit", at_least(-1), resume=EXTENDS
     )
-    max_epochs: int = key(
-        10_000, "epochs after which training ends; -1 = no limit", at_least(-1), resume=Resume.EXTENDS
-    )
+    max_epochs: int = key(10_000, "epochs after which training ends; -1 = no limit", at_least(-1), resume=EXTENDS)
 
     seed: int = key(1234, "seed of weights, data order, crops and augmentation", not_negative, section="Run")
-    num_workers: int = key(8, "data loading processes; 0 = load in the main process", not_negative, resume=Resume.FREE)
-    gpus: int = key(1, "devices of one node; on CPU the number of processes", at_least(1), resume=Resume.EXTENDS)
+    num_workers: int = key(8, "data loading processes; 0 = load in the main process", not_negative, resume=FREE)
+    gpus: int = key(1, "devices of one node; on CPU the number of processes", at_least(1), resume=EXTENDS)
     accelerator: str = key(
-        "auto", "auto | cpu | gpu; auto = a GPU where there is one", one_of("auto", "cpu", "gpu"), resume=Resume.FREE
+        "auto", "auto | cpu | gpu; auto = a GPU where there is one", one_of("auto", "cpu", "gpu"), resume=FREE
     )
     precision: str = key("32", "32 | bf16 | 16 (both mixed precision)", one_of("32", "bf16", "16"))
-    channels_last: bool = key(
-        False, "networks and activations with the channels innermost in memory", resume=Resume.FREE
-    )
-    compile: bool = key(False, "compile encoder, decoder and discriminator for training", resume=Resume.FREE)
+    channels_last: bool = key(False, "networks and activations with the channels innermost in memory", resume=FREE)
+    compile: bool = key(False, "compile encoder, decoder and discriminator for training", resume=FREE)
     gradient_checkpointing: bool = key(
-        False,
-        "recompute residual blocks in the backward pass: less memory, more time, same gradients",
-        resume=Resume.FREE,
+        False, "recompute residual blocks in the backward pass: less memory, more time, same gradients", resume=FREE
     )
     default_root_dir: str | None = key(
-        None, "folder that gets logs, checkpoints and the resolved config; required", resume=Resume.FREE
+        None, "folder that gets logs, checkpoints and the resolved config; required", resume=FREE
     )
     resume_from_checkpoint: str | None = key(
-        None,
-        "checkpoint. Stage 1 continues it; null = a new run. Stage 2 starts from it; required",
-        resume=Resume.EXTENDS,
+        None, "checkpoint. Stage 1 continues it; null = a new run. Stage 2 starts from it; required", resume=EXTENDS
     )
-    checkpoint_every: int = key(3000, "optimiser steps between checkpoints", at_least(1), resume=Resume.FREE)
+    checkpoint_every: int = key(3000, "optimiser steps between checkpoints", at_least(1), resume=FREE)
     val_every: int | None = key(
-        None, "optimiser steps between validations; null = once an epoch", at_least(1), resume=Resume.FREE
+        None, "optimiser steps between validations; null = once an epoch", at_least(1), resume=FREE
     )
-    log_every: int = key(50, "optimiser steps between logged losses", at_least(1), resume=Resume.FREE)
+    log_every: int = key(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
     log_volume_every: int = key(
-        1500, "batches between logged volumes (and at powers of two before); 0 = none", not_negative, resume=Resume.FREE
+        1500, "batches between logged volumes (and at powers of two before); 0 = none", not_negative, resume=FREE
     )
 
 
@@ -144,13 +138,13 @@ class AutoencoderDataConfig:
         "int16",
         "uncompressed copies of the volumes: int16 (2 bytes a voxel) | float32 (4, exact) | none",
         one_of("int16", "float32", "none"),
-        resume=Resume.FREE,
+        resume=FREE,
     )
     cache_dir: str | None = key(
-        None, "folder for these copies; null = FOLDER_cache beside each folder of volumes", resume=Resume.FREE
+        None, "folder for these copies; null = FOLDER_cache beside each folder of volumes", resume=FREE
     )
     cache_limit_gb: float | None = key(
-        None, "largest size of these copies in GB; null = what the disk holds", positive, resume=Resume.FREE
+        None, "largest size of these copies in GB; null = what the disk holds", positive, resume=FREE
     )
 
 
@@ -166,17 +160,14 @@ class AutoencoderConfig:
 class LatentConfig:
     """Encoding of a data set into latents (train/generate_training_latent.py)."""
 
-    data_path: str | None = key(
-        None, "JSON file: class id -> folder; latents go to FOLDER_latents beside it; required", flag=True
+    data_path: str | None = flag(
+        None, "JSON file: class id -> folder; latents go to FOLDER_latents beside it; required"
     )
-    AE_ckpt: str | None = key(None, "autoencoder checkpoint; required", flag=True)
-    batch_size: int = key(4, "volumes of equal size encoded together", at_least(1), flag=True)
-    num_workers: int = key(8, "data loading processes; 0 = load in the main process", not_negative, flag=True)
-    sliding_window: int = key(64, "patches per volume encoded at a time", at_least(1), flag=True)
-    intensity_range: list[float] | None = key(
-        None,
-        "lowest and highest intensity of the files; null = as recorded in the checkpoint, else -1 1",
-        interval,
-        flag=True,
+    AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required")
+    batch_size: int = flag(4, "volumes of equal size encoded together", at_least(1))
+    num_workers: int = flag(8, "data loading processes; 0 = load in the main process", not_negative)
+    sliding_window: int = flag(64, "patches per volume encoded at a time", at_least(1))
+    intensity_range: list[float] | None = flag(
+        None, "lowest and highest intensity of the files; null = as recorded in the checkpoint, else -1 1", interval
     )
-    device: str = device_key()
+    device: str = device_flag()

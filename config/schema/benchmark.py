@@ -2,22 +2,22 @@
 
 from dataclasses import dataclass
 
-from config.schema.option import Rule, at_least, device_key, key, one_of
+from config.schema.option import Rule, at_least, device_flag, flag, key, one_of
 
 PARTS = ("data", "codebook", "autoencoder", "biflownet", "sample", "decode", "write", "scaling")
 three = Rule(lambda value: len(value) == 3, "three whole numbers z x y")
 
 
 def batch_key(default: int, meaning: str) -> int:
-    return key(default, meaning, at_least(1), flag=True)
+    return flag(default, meaning, at_least(1))
 
 
 def grid_key(default: str) -> list[int] | None:
-    return key(None, f"latent grid z x y; null = {default} at paper size", three, flag=True)
+    return flag(None, f"latent grid z x y; null = {default} at paper size", three)
 
 
 def compile_key() -> bool:
-    return key(False, "also measure torch.compile, which takes minutes first", flag=True)
+    return flag(False, "also measure torch.compile, which takes minutes first")
 
 
 @dataclass
@@ -25,29 +25,29 @@ class BenchmarkConfig:
     """What all parts have."""
 
     part: str | None = key(None, "what is measured", one_of(*PARTS), flag="PART")
-    size: str = key("paper", "paper | tiny: in seconds, shows that it runs", one_of("paper", "tiny"), flag=True)
-    repetitions: int = key(5, "of which the median counts", at_least(1), flag=True)
-    json: str | None = key(None, "file for the figures", flag=True)
+    size: str = flag("paper", "paper | tiny: in seconds, shows that it runs", one_of("paper", "tiny"))
+    repetitions: int = flag(5, "of which the median counts", at_least(1))
+    json: str | None = flag(None, "file for the figures")
 
 
 @dataclass
 class DataBenchmark(BenchmarkConfig):
-    items: str = key("patches", "what is loaded: patches | latents", one_of("patches", "latents"), flag=True)
-    num_workers: int = key(2, "processes, or threads, that load", at_least(1), flag=True)
-    folder: str | None = key(None, "where the files lie or are made; null = a temporary folder", flag=True)
+    items: str = flag("patches", "what is loaded: patches | latents", one_of("patches", "latents"))
+    num_workers: int = flag(2, "processes, or threads, that load", at_least(1))
+    folder: str | None = flag(None, "where the files lie or are made; null = a temporary folder")
 
 
 @dataclass
 class CodebookBenchmark(BenchmarkConfig):
-    device: str = device_key()
+    device: str = device_flag()
 
 
 @dataclass
 class AutoencoderBenchmark(BenchmarkConfig):
     batch_size: int = batch_key(1, "patches of a step")
-    no_perceptual: bool = key(False, "leaves the perceptual network out of all ways", flag=True)
+    no_perceptual: bool = flag(False, "leaves the perceptual network out of all ways")
     compile: bool = compile_key()
-    device: str = device_key()
+    device: str = device_flag()
 
 
 @dataclass
@@ -55,7 +55,7 @@ class BiFlowNetBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("16 16 16")
     batch_size: int = batch_key(1, "latents of a step")
     compile: bool = compile_key()
-    device: str = device_key()
+    device: str = device_flag()
 
 
 @dataclass
@@ -63,45 +63,39 @@ class SampleBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("32 32 32")
     batch_size: int = batch_key(4, "latents of the batched way")
     compile: bool = compile_key()
-    device: str = device_key()
+    device: str = device_flag()
 
 
 @dataclass
 class DecodeBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("16 16 16")
-    max_memory: float | None = key(None, "GB of the way with little memory; null = 1 at paper size", flag=True)
-    tile: int | None = key(None, "edge of a tile in voxels; null = half the volume", flag=True)
-    AE_ckpt: str | None = key(None, "a trained autoencoder; needs latents", flag=True)
-    latents: str | None = key(None, "folder of its latents, of which the first is decoded", flag=True)
-    device: str = device_key()
+    max_memory: float | None = flag(None, "GB of the way with little memory; null = 1 at paper size")
+    tile: int | None = flag(None, "edge of a tile in voxels; null = half the volume")
+    AE_ckpt: str | None = flag(None, "a trained autoencoder; needs latents")
+    latents: str | None = flag(None, "folder of its latents, of which the first is decoded")
+    device: str = device_flag()
 
 
 @dataclass
 class WriteBenchmark(BenchmarkConfig):
-    folder: str | None = key(None, "where files are written; null = a temporary folder", flag=True)
+    folder: str | None = flag(None, "where files are written; null = a temporary folder")
 
 
 @dataclass
 class ScalingBenchmark(BenchmarkConfig):
-    loop: str = key("biflownet", "biflownet | autoencoder", one_of("biflownet", "autoencoder"), flag=True)
-    config: str | None = key(None, "of the training script; null = the demo's, small networks", flag=True)
-    processes: int = key(2, "processes beside one", at_least(2), flag=True)
-    device: str = device_key()
+    loop: str = flag("biflownet", "biflownet | autoencoder", one_of("biflownet", "autoencoder"))
+    config: str | None = flag(None, "of the training script; null = the demo's, small networks")
+    processes: int = flag(2, "processes beside one", at_least(2))
+    device: str = device_flag()
 
 
-SCHEMAS = dict(
-    zip(
-        PARTS,
-        (
-            DataBenchmark,
-            CodebookBenchmark,
-            AutoencoderBenchmark,
-            BiFlowNetBenchmark,
-            SampleBenchmark,
-            DecodeBenchmark,
-            WriteBenchmark,
-            ScalingBenchmark,
-        ),
-        strict=True,
-    )
-)
+SCHEMAS = {
+    "data": DataBenchmark,
+    "codebook": CodebookBenchmark,
+    "autoencoder": AutoencoderBenchmark,
+    "biflownet": BiFlowNetBenchmark,
+    "sample": SampleBenchmark,
+    "decode": DecodeBenchmark,
+    "write": WriteBenchmark,
+    "scaling": ScalingBenchmark,
+}

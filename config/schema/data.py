@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from config.schema.option import (
     Rule,
     at_least,
+    flag,
     interval,
     key,
     name_of_a,
@@ -62,88 +63,56 @@ class VolumeClass:
 class PreprocessConfig:
     """Preparation of NIfTI files and DICOM series for training (dataset/preprocess.py)."""
 
-    input: str | None = key(
-        None, "folder with NIfTI files or DICOM series, at any depth; required", flag=True, section="Files"
+    input: str | None = flag(None, "folder with NIfTI files or DICOM series, at any depth; required", section="Files")
+    output_dir: str | None = flag(None, "folder that gets one folder per class and the dataset JSONs; required")
+    preset: str | None = flag(
+        None, "class of the table: its name, id, modality, size and spacing. NAME is its first size, NAME_XxYxZ any"
     )
-    output_dir: str | None = key(
-        None, "folder that gets one folder per class and the dataset JSONs; required", flag=True
+    name: str | None = flag(
+        None, "name of the class and of its folder; null = that of the preset", name_of_a("folder"), free_name
     )
-    preset: str | None = key(
-        None,
-        "class of the table: its name, id, modality, size and spacing. NAME is its first size, NAME_XxYxZ any",
-        flag=True,
-    )
-    name: str | None = key(
-        None,
-        "name of the class and of its folder; null = that of the preset",
-        name_of_a("folder"),
-        free_name,
-        flag=True,
-    )
-    class_id: int | None = key(None, "class id; null = the preset's, else the next free one", not_negative, flag=True)
-    select: str | None = key(
+    class_id: int | None = flag(None, "class id; null = the preset's, else the next free one", not_negative)
+    select: str | None = flag(
         None,
         "regular expression, searched in path and series description (any case): other volumes are left out",
         regular_expression,
-        flag=True,
     )
-    assume_orientation: str | None = key(
-        None,
-        "axes of NIfTI files that don't say theirs, e.g. LPS; null = such files are refused",
-        orientation,
-        flag=True,
+    assume_orientation: str | None = flag(
+        None, "axes of NIfTI files that don't say theirs, e.g. LPS; null = such files are refused", orientation
     )
 
-    spacing: list[float] | None = key(
-        None,
-        "voxel size x y z in mm; null = the preset's, without preset as it is",
-        voxel_size,
-        flag=True,
-        section="Geometry",
+    spacing: list[float] | None = flag(
+        None, "voxel size x y z in mm; null = the preset's, without preset as it is", voxel_size, section="Geometry"
     )
-    size: list[int] | None = key(
+    size: list[int] | None = flag(
         None,
         "voxels x y z, cropped around the foreground or padded; null = the preset's, without preset see multiple",
         positive_triple("three numbers above 0, x y z in voxels"),
-        flag=True,
     )
-    multiple: int = key(
-        64,
-        "without size: each axis is padded to the next multiple of it; the autoencoder's patch",
-        at_least(1),
-        flag=True,
+    multiple: int = flag(
+        64, "without size: each axis is padded to the next multiple of it; the autoencoder's patch", at_least(1)
     )
-    interpolation: str = key("linear", "linear | bspline", one_of("linear", "bspline"), flag=True)
+    interpolation: str = flag("linear", "linear | bspline", one_of("linear", "bspline"))
 
-    modality: str | None = key(
+    modality: str | None = flag(
         None,
         "CT | MR; of DICOM series only those of it are taken; null = the preset's",
         one_of("CT", "MR"),
-        flag=True,
         section="Intensities",
     )
-    window: list[float] | None = key(
-        None,
-        "lowest and highest value, mapped to -1 and 1; null = -1000 1000 HU for CT without percentiles",
-        interval,
-        flag=True,
+    window: list[float] | None = flag(
+        None, "lowest and highest value, mapped to -1 and 1; null = -1000 1000 HU for CT without percentiles", interval
     )
-    percentiles: list[float] | None = key(
-        None,
-        "percentiles of each volume, mapped to -1 and 1; null = 0.5 99.5 for MR without window",
-        interval,
-        percent,
-        flag=True,
+    percentiles: list[float] | None = flag(
+        None, "percentiles of each volume, mapped to -1 and 1; null = 0.5 99.5 for MR without window", interval, percent
     )
 
-    num_workers: int = key(
-        4, "processes, at most one per core; 0 = work in the main process", not_negative, flag=True, section="Run"
+    num_workers: int = flag(
+        4, "processes, at most one per core; 0 = work in the main process", not_negative, section="Run"
     )
-    dry_run: bool = key(False, "list what is found, write nothing", flag=True)
+    dry_run: bool = flag(False, "list what is found, write nothing")
 
-    downsample: int = key(
-        8, "image voxels per latent voxel of the class table's grids: 8 | 4", one_of(8, 4), section="Class table"
-    )
+    downsample: int = key(8, "image voxels per latent voxel of the class table's grids: 8 | 4", one_of(8, 4))
     classes: list[VolumeClass] = key([], "what the presets are: id, name, modality, grids and spacings of each class")
 
 
@@ -152,24 +121,24 @@ class CheckConfig:
     """Check of a data set before it costs training time (dataset/check.py)."""
 
     json: str | None = key(None, "dataset JSON: name or class id -> folder(s)", flag="JSON")
-    intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity of the files", interval, flag=True)
-    patch_size: int = key(64, "edge of a patch, for notes", at_least(1), flag=True)
-    subject_pattern: str | None = key(
-        None, "as dataset.subject_pattern: regular expression that finds a subject", regular_expression, flag=True
+    intensity_range: list[float] = flag([-1.0, 1.0], "lowest and highest intensity of the files", interval)
+    patch_size: int = flag(64, "edge of a patch, for notes", at_least(1))
+    subject_pattern: str | None = flag(
+        None, "as dataset.subject_pattern: regular expression that finds a subject", regular_expression
     )
-    num_workers: int = key(min(8, os.cpu_count() or 1), "processes that read; 0 = this one", not_negative, flag=True)
-    seed: int = key(0, "seed of the choice of pictures", not_negative, flag=True)
-    num_pictures: int = key(6, "volumes drawn; 0 = no picture", not_negative, flag=True)
-    picture: str | None = key(None, "PNG file; null = NAME_check.png beside NAME.json", flag=True)
-    report: str | None = key(None, "JSON file that gets all of it, every file named", flag=True)
+    num_workers: int = flag(min(8, os.cpu_count() or 1), "processes that read; 0 = this one", not_negative)
+    seed: int = flag(0, "seed of the choice of pictures", not_negative)
+    num_pictures: int = flag(6, "volumes drawn; 0 = no picture", not_negative)
+    picture: str | None = flag(None, "PNG file; null = NAME_check.png beside NAME.json")
+    report: str | None = flag(None, "JSON file that gets all of it, every file named")
 
 
 @dataclass
 class PhantomConfig:
     """Digital phantoms (dataset/phantoms.py)."""
 
-    output_dir: str | None = key(None, "folder of the data set; required", flag=True)
-    num_per_class: int = key(40, "phantoms of each class", at_least(1), flag=True)
-    num_held_out: int = key(16, "more of each class, in held_out/", not_negative, flag=True)
-    size: int = key(64, "voxels along each axis", at_least(16), flag=True)
-    seed: int = key(0, "seed of anatomy, intensities, texture and spacing", not_negative, flag=True)
+    output_dir: str | None = flag(None, "folder of the data set; required")
+    num_per_class: int = flag(40, "phantoms of each class", at_least(1))
+    num_held_out: int = flag(16, "more of each class, in held_out/", not_negative)
+    size: int = flag(64, "voxels along each axis", at_least(16))
+    seed: int = flag(0, "seed of anatomy, intensities, texture and spacing", not_negative)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any, get_type_hints
 
 import yaml
@@ -21,6 +22,9 @@ class Resume(Enum):
     IDENTITY = auto()  # it is another run
     FREE = auto()  # nothing: no weight changes, rounding aside
     EXTENDS = auto()  # the run is meant to go on further or elsewhere
+
+
+IDENTITY, FREE, EXTENDS = Resume
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def key(
     meaning: str,
     *rules: Rule,
     flag: str | bool = False,
-    resume: Resume = Resume.IDENTITY,
+    resume: Resume = IDENTITY,
     section: str | None = None,
 ) -> Any:
     """Dataclass field of an option. flag: True = `--name-with-dashes`; a string where it is published otherwise."""
@@ -75,10 +79,14 @@ def key(
     return field(default=default, metadata={"option": option})
 
 
-def device_key(resume: Resume = Resume.IDENTITY) -> Any:
+flag = partial(key, flag=True)
+
+
+def device_flag(resume: Resume = IDENTITY) -> Any:
     """The option `--device`."""
-    devices = one_of("auto", "cpu", "cuda")
-    return key("auto", "auto | cpu | cuda; auto = a GPU where there is one", devices, flag=True, resume=resume)
+    return flag(
+        "auto", "auto | cpu | cuda; auto = a GPU where there is one", one_of("auto", "cpu", "cuda"), resume=resume
+    )
 
 
 def options_of(schema: type, prefix: str = "") -> list[Option]:

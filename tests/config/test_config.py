@@ -15,7 +15,7 @@ from config.loading import CONFIG_FOLDER, load_config, require, save_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.data import PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
-from config.schema.option import Resume, keys_of
+from config.schema.option import EXTENDS, FREE, keys_of
 from config.write_base_files import BASE_FILES
 
 SCHEMAS = {"base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig, "BiFlowNet": BiFlowNetConfig}
@@ -396,14 +396,14 @@ def test_require_names_every_missing_key():
 RESUMABLE = [
     (
         BiFlowNetConfig,
-        [Resume.FREE],
+        [FREE],
         "results_dir run_name num_workers channels_last compile gradient_checkpointing cache cache_dir cache_limit_gb "
         "log_every ckpt_every keep_checkpoints preview preview_steps",
     ),
-    (BiFlowNetConfig, [Resume.EXTENDS], "ckpt epochs max_steps data_path AE_ckpt device model"),
+    (BiFlowNetConfig, [EXTENDS], "ckpt epochs max_steps data_path AE_ckpt device model"),
     (
         AutoencoderConfig,
-        [Resume.FREE, Resume.EXTENDS],
+        [FREE, EXTENDS],
         "model.max_steps model.max_epochs model.num_workers model.gpus model.accelerator model.checkpoint_every "
         "model.val_every model.log_every model.log_volume_every model.channels_last model.compile "
         "model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.resume_from_checkpoint "

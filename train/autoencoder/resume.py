@@ -10,10 +10,10 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import load_checkpoint, newest_checkpoint
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig
-from config.schema.option import Resume, keys_of
+from config.schema.option import EXTENDS, FREE, keys_of
 
 # What may differ when a run goes on: how long, where and how fast it runs, how it reads its data, how often it reports.
-CHANGEABLE = keys_of(AutoencoderConfig, Resume.FREE, Resume.EXTENDS)
+CHANGEABLE = keys_of(AutoencoderConfig, FREE, EXTENDS)
 
 
 def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logging.Logger) -> Path | None:

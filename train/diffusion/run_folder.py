@@ -22,12 +22,12 @@ from yaml import YAMLError
 from common.errors import UserError
 from config.loading import save_config
 from config.schema.diffusion import BiFlowNetConfig
-from config.schema.option import Resume, keys_of
+from config.schema.option import FREE, keys_of
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_PREFIX = "BiFlowNet_"
 # Keys that cannot change a single weight, rounding aside. Runs that differ only here are the same run.
-IRRELEVANT_KEYS = keys_of(BiFlowNetConfig, Resume.FREE)
+IRRELEVANT_KEYS = keys_of(BiFlowNetConfig, FREE)
 
 
 def open_run_folder(config: dict, name: str = "BiFlowNet") -> Path:

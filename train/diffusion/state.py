@@ -12,14 +12,14 @@ from torch import nn
 
 from common.checkpoint_files import load_checkpoint
 from config.schema.diffusion import BiFlowNetConfig
-from config.schema.option import Resume, keys_of
+from config.schema.option import EXTENDS, keys_of
 from ddpm.checkpoint import load_biflownet_weights
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import IRRELEVANT_KEYS, step_of
 from train.loop.rng import random_state, restore_random_state
 
 # Keys that a user changes on purpose to train a checkpoint further.
-EXTENDING_KEYS = keys_of(BiFlowNetConfig, Resume.EXTENDS)
+EXTENDING_KEYS = keys_of(BiFlowNetConfig, EXTENDS)
 
 
 @dataclass
