@@ -6,7 +6,7 @@ change all come from these rows (`options_of`).
 
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum, auto
 from functools import partial
 from typing import Any, get_type_hints
@@ -100,8 +100,7 @@ def options_of(schema: type, prefix: str = "") -> list[Option]:
             continue
         option = item.metadata["option"]
         flag = f"--{item.name.replace('_', '-')}" if option.flag is True else option.flag or None
-        default = item.default_factory() if item.default is MISSING else item.default
-        found.append(replace(option, name=name, hint=hint, flag=flag, default=default))
+        found.append(replace(option, name=name, hint=hint, flag=flag))
     return found
 
 
