@@ -6,7 +6,6 @@
 Each stage is the real script with a small config of config/demo/. The same command again goes on where it stopped.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,30 +16,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.checkpoint_files import newest_checkpoint  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.script import run_script  # noqa: E402
-from evaluation.demonstration.figures import write_report  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
+from config.schema.evaluation import DemoConfig  # noqa: E402
 from evaluation.demonstration.stages import DemoPaths, evaluation_stages, training_stages  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages, then the report; ends with exit status 1 where the report misses its targets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="folder of the demo (default: demo)")
-    parser.add_argument("--short", action="store_true", help="a few steps of each stage, figures are not judged")
-    options = parser.parse_args(argv)
-    output = options.output_dir.resolve()
+    cfg = parse_command_line(argv, DemoConfig, None, __doc__)
+    from common.checkpoint_files import newest_checkpoint
+    from evaluation.demonstration.figures import write_report
+
+    output = Path(cfg.output_dir).resolve()
     begin = time.monotonic()
 
     paths = DemoPaths(output)
-    stages = training_stages(paths, options.short)
+    stages = training_stages(paths, cfg.short)
     for number, (title, command) in enumerate(stages.items(), start=1):
         run_stage(number, title, command)
     model_ckpt = newest_checkpoint(paths.biflownet / "checkpoints")
     if model_ckpt is None:
         raise UserError(f"{paths.biflownet}: BiFlowNet's training left no checkpoint")
-    last = evaluation_stages(paths, model_ckpt, options.short)
+    last = evaluation_stages(paths, model_ckpt, cfg.short)
     for number, (title, command) in enumerate(last.items(), start=len(stages) + 1):
         run_stage(number, title, command)
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         phantoms=paths.phantoms,
         stage_checkpoints=(paths.stage1_ckpt, paths.stage2_ckpt),
         generated=paths.generated / "seed_0",
-        judge=not options.short,
+        judge=not cfg.short,
     )
     announce(f"done in {(time.monotonic() - begin) / 60:.1f} minutes: {output / 'demo.png'}, {output / 'demo.json'}")
     announce(f"report: {paths.evaluation / 'report.html'}")

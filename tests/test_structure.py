@@ -59,7 +59,7 @@ def test_data_sets_know_nothing_of_config():
     """The scripts among them have a command line."""
     for path in sources("dataset"):
         modules = re.findall(r"^from (config[\w.]*) import", path.read_text(), flags=re.MULTILINE)
-        command_line = {"config.cli", "config.loading", "config.schema"} if path in SCRIPTS else set()
+        command_line = {"config.cli", "config.loading", "config.schema.data"} if path in SCRIPTS else set()
         assert set(modules) <= command_line, path
 
 
@@ -82,8 +82,8 @@ def test_importing_only_defines_things_and_public_names_are_where_they_were_publ
         "import importlib, os, torch, pytorch_lightning, torchio, matplotlib, tqdm  # what libraries do is not ours\n"
         "state = lambda: (dict(os.environ), torch.get_rng_state().tolist(), torch.backends.cuda.matmul.allow_tf32)\n"
         "for module in ('ddpm.BiFlowNet', 'AutoEncoder.model.PatchVolume', 'dataset.vqgan',\n"
-        "               'train.autoencoder.training', 'evaluation.generation_metrics', 'evaluation.reconstruction',\n"
-        "               'evaluation.report'):\n"
+        "               'train.autoencoder.training', 'evaluation.comparison.generation_metrics',\n"
+        "               'evaluation.autoencoding.reconstruction', 'evaluation.report_page.report'):\n"
         "    before = state()\n"
         "    importlib.import_module(module)\n"
         "    assert {k for k in state()[0] if state()[0][k] != before[0].get(k)} == set(), module\n"
@@ -103,6 +103,21 @@ def test_importing_only_defines_things_and_public_names_are_where_they_were_publ
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_imports_nothing_heavy(script):
+    """So that it takes a fraction of a second: scripts parse first and import the work afterwards."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = [sys.argv[1], '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as ended:\n    assert ended.code == 0\n"
+        "sys.stderr.write(' '.join({'torch', 'hydra', 'monai', 'pytorch_lightning'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"usage: {script.name}")
+    assert done.stderr == ""
 
 
 def test_there_are_no_bare_prints():

@@ -33,8 +33,8 @@ from common.log import close_logger, get_logger  # noqa: E402
 from common.optimiser import build_adam, learning_rate_factor  # noqa: E402
 from common.processes import Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
-from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
-from config.schema import BiFlowNetConfig  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
+from config.schema.diffusion import BiFlowNetConfig  # noqa: E402
 from dataset.checking.before_training import check_latents  # noqa: E402
 from dataset.order.epochs import EpochSampler  # noqa: E402
 from dataset.Singleres_dataset import RESOLUTION_UNIT, Singleres_dataset  # noqa: E402
@@ -61,7 +61,7 @@ SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_command_line(argv, BiFlowNetConfig, "BiFlowNet_8x.yaml", __doc__, BIFLOWNET_FLAGS)
+    cfg = parse_command_line(argv, BiFlowNetConfig, "BiFlowNet_8x.yaml", __doc__)
     stopped_by = train(cfg)["stopped_by"]
     if stopped_by:
         raise SystemExit(128 + stopped_by)

@@ -29,9 +29,7 @@ from common.errors import UserError
 from common.log import get_logger
 from common.precision import autocast, clock
 from common.processes import PATIENCE, Distributed, cleanup, setup
-from config.cli import GENERATION_FLAGS, parse_command_line
 from config.loading import require, save_config
-from config.schema import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.intensity import from_model_range
@@ -44,11 +42,6 @@ from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_sett
 from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder
 
 SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
-
-
-def run(argv: Sequence[str] | None, default_config: str, description: str) -> None:
-    """The generation scripts, which differ only in the config they start from."""
-    generate(parse_command_line(argv, GenerationConfig, default_config, description, GENERATION_FLAGS))
 
 
 def generate(cfg: DictConfig) -> list[Path]:

@@ -15,7 +15,8 @@ from AutoEncoder.checkpoint import build_autoencoder, latent_fingerprint, load_a
 from common.checkpoint_files import load_checkpoint, newest_checkpoint
 from common.errors import UserError
 from config.loading import load_config
-from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig
+from config.schema.autoencoder import AutoencoderConfig
+from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from ddpm.checkpoint import build_biflownet, load_biflownet, load_biflownet_weights
 
 TINY_AE = (

@@ -10,7 +10,7 @@ from torchvision.models import resnet50
 
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER
 from common.errors import UserError
-from config.validation import FEATURE_NETWORKS
+from config.schema.evaluation import FEATURE_NETWORKS
 from evaluation.comparison.networks import (
     RANDOM,
     WEIGHT_FILES,

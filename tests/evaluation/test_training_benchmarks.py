@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import evaluation.benchmark as benchmark
 from AutoEncoder.model.codebook import Codebook
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.errors import UserError
 from evaluation.benchmark import main
 from evaluation.benchmarks import autoencoder, biflownet, codebook, measuring, scaling, training, write
+from evaluation.benchmarks import running as benchmark
 from evaluation.benchmarks.measuring import count_flops, kept_gb, matmul_rate, relative_error
 from train import train_BiFlowNet_SingleRes, train_PatchVolume
 
@@ -161,10 +161,10 @@ def test_a_script_that_fails_is_one_error(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["biflownet", "--batch-size", "0"], "--batch-size 0"),
+        (["biflownet", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["biflownet", "--grid", "8", "8", "12"], r"--grid \(8, 8, 12\): multiples of \(8, 8, 8\) are needed"),
-        (["autoencoder", "--batch-size", "0"], "--batch-size 0"),
-        (["scaling", "--processes", "1"], "--processes 1: at least 2"),
+        (["autoencoder", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["scaling", "--processes", "1"], "processes must be at least 2, got 1"),
     ],
 )
 def test_mistakes(words, message):

@@ -12,7 +12,7 @@ from AutoEncoder.checkpoint import load_autoencoder
 from common.errors import UserError
 from dataset import phantoms
 from dataset.volumes.volume_io import read_volume
-from evaluation import validity
+from evaluation.comparison import validity
 from evaluation.comparison.degradations import DEGRADATIONS, NOISE, Degraded, ReconstructedFeatures
 from evaluation.comparison.networks import RandomFeatures, VolumeFeatures
 from evaluation.comparison.sets import SetVolume

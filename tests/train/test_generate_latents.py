@@ -20,13 +20,14 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import save_checkpoint
 from common.errors import UserError
 from config.loading import load_config
-from config.schema import LatentConfig
+from config.schema.autoencoder import LatentConfig
 from dataset.checking import before_training as sample_check
 from dataset.order.batches import batches_of_one_shape
 from dataset.volumes import volume_io
 from dataset.volumes.volume_io import read_latent, read_volume, write_latent, write_volume
-from train import generate_training_latent
-from train.generate_training_latent import generate_latents, main
+from train.generate_training_latent import main
+from train.latents import encoding
+from train.latents.encoding import generate_latents
 
 ROOT = Path(__file__).resolve().parents[2]
 fork = multiprocessing.get_context("fork")  # children share the loaded modules and, where patched, the patches
@@ -237,7 +238,7 @@ def test_processes_share_the_volumes_out(dataset, checkpoint, monkeypatch, tmp_p
     def rank(number: int) -> None:
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(number)
         written = []
-        generate_training_latent.write_latent = lambda path, latent: written.append(path) or write_latent(path, latent)
+        encoding.write_latent = lambda path, latent: written.append(path) or write_latent(path, latent)
         generate_latents(config(dataset, checkpoint))
         (tmp_path / f"rank{number}").write_text(str(len(written)))
 

@@ -20,7 +20,7 @@ from AutoEncoder.codes import codebook_usage, perplexity
 from AutoEncoder.model.codebook import Codebook
 from common.memory import resident_memory_gb
 from config.loading import load_config
-from config.schema import AutoencoderConfig
+from config.schema.autoencoder import AutoencoderConfig
 from dataset.volumes.volume_io import write_volume
 from dataset.vqgan_4x import VQGANDataset_4x
 from train import train_BiFlowNet_SingleRes as biflownet

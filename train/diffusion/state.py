@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from common.checkpoint_files import load_checkpoint
+from config.schema.diffusion import BiFlowNetConfig
+from config.schema.option import EXTENDS, keys_of
 from ddpm.checkpoint import load_biflownet_weights
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import IRRELEVANT_KEYS, step_of
 from train.loop.rng import random_state, restore_random_state
 
 # Keys that a user changes on purpose to train a checkpoint further.
-EXTENDING_KEYS = frozenset({"ckpt", "epochs", "max_steps", "data_path", "AE_ckpt", "device", "model"})
+EXTENDING_KEYS = keys_of(BiFlowNetConfig, EXTENDS)
 
 
 @dataclass
