@@ -56,6 +56,19 @@ class Distributed:
         torch_distributed.all_gather_object(items, item)
         return items
 
+    def on_all(self, function: Callable[[], Result]) -> list[Result]:
+        """Call `function` on every rank: the picklable results in rank order; a UserError of any is raised on all."""
+        result, message = None, None
+        try:
+            result = function()
+        except UserError as error:
+            message = str(error)
+        gathered = self.gather((result, message))
+        for _, message in gathered:
+            if message is not None:
+                raise UserError(message)
+        return [result for result, _ in gathered]
+
     def barrier(self) -> None:
         """Wait for all ranks. Never around work that takes long on one of them."""
         if self.world_size > 1:

@@ -8,104 +8,68 @@ import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
+from config.schema.option import Option, options_of
 
 _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A public flag and the key it sets; `--ddim_steps` and `--ddim-steps` are the same flag.
-
-    name: as published, with its dashes. key: key of a flat schema; None = the name with underscores.
-    """
-
-    name: str
-    key: str | None = None
-
-    @property
-    def target(self) -> str:
-        return self.key or self.name.lstrip("-").replace("-", "_")
-
-
-def _flags(names: str) -> tuple[Flag, ...]:
-    return tuple(Flag(f"--{name}") for name in names.split())
-
-
-PREPROCESS_FLAGS = _flags(
-    "input output-dir preset name class-id select assume-orientation spacing size multiple interpolation modality "
-    "window percentiles num-workers dry-run"
-)
-LATENT_FLAGS = _flags("data-path AE-ckpt batch-size num-workers device")
-BIFLOWNET_FLAGS = _flags(
-    "data-path results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn patch-size num-dit "
-    "enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution log-every ckpt-every "
-    "ckpt vq-size max-steps run-name device channels-last compile gradient-checkpointing"
-)
-GENERATION_FLAGS = (Flag("--classes", "class_names"),) + _flags(
-    "AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn sampling-strategy "
-    "ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta batch-size device "
-    "denormalize resolution spacing seeds requests output-dtype decoding max-memory precision channels-last compile"
-)
-_EVALUATION = "output-dir cache-dir weights-dir real-range exclude-unreadable num-resamples num-workers seed device "
-RECONSTRUCTION_FLAGS = _flags(_EVALUATION + "data AE-ckpt lpips max-memory num-pictures")
-GENERATION_METRICS_FLAGS = _flags(
-    _EVALUATION + "networks slices batch-size num-pairs num-halvings real generated training generated-range resample "
-    "ignore-spacing neighbours num-pictures"
-)
-VALIDITY_FLAGS = _flags(_EVALUATION + "networks slices batch-size num-pairs num-halvings real other AE-ckpt")
+_NUMBER = re.compile(r"[-+.\d]")
 
 
 def parse_command_line(
-    argv: Sequence[str] | None,
-    schema: type,
-    default_config: str | None,
-    description: str,
-    flags: Sequence[Flag] = (),
+    argv: Sequence[str] | None, schema: type, default_config: str | None, description: str
 ) -> DictConfig:
     """Reads a command line into a checked config.
 
     Args:
         argv: arguments without the program's name; None = those of this process.
-        schema: dataclass of `config/schema.py`; flags need a flat one.
+        schema: dataclass of `config/schema/`; its rows name the flags. `--ddim_steps` and `--ddim-steps` are the same.
         default_config: file of `config/` used without `--config`; None = the schema's defaults.
         description: first lines of `--help`.
-        flags: the script's public flags.
 
     Raises:
         UserError: in one line, whatever is wrong with the command line or the config.
         SystemExit: after `--help`.
     """
+    options = options_of(schema)
+    flags = {option.flag: option for option in options if option.flag and option.flag.startswith("-")}
+    positionals = [option for option in options if option.flag and option.flag not in flags]
     argv = [_canonical(token, flags) for token in (sys.argv[1:] if argv is None else argv)]
     parser = _Parser(
         description=description,
         allow_abbrev=False,
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--config FILE] [flags] [key=value ...]",
+        usage=" ".join(
+            ["%(prog)s", *(option.flag for option in positionals), "[--config FILE] [flags] [key=value ...]"]
+        ),
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text and exit")
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default_config or 'none'})")
-    hints = get_type_hints(schema)
-    texts = {name: f"{meaning} ({default})".replace("%", "%%") for name, _, default, meaning in _key_rows(schema)}
-    for flag in flags:
-        parser.add_argument(flag.name, dest=flag.target, help=texts[flag.target], **_arity(hints[flag.target]))
+    if "--config" not in flags:  # else it is the script's own
+        parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default_config or 'none'})")
+    for flag, option in flags.items():
+        parser.add_argument(flag, dest=option.name, help=_help_text(option), **_arity(option.hint))
     given, rest = parser.parse_known_args(argv)
     given = {name: value for name, value in vars(given).items() if value is not None}
     if given.pop("help"):
-        parser.epilog = _other_keys(schema, {flag.target for flag in flags})
+        for option in positionals:
+            parser.add_argument(option.name, metavar=option.flag, help=_help_text(option))
+        parser.epilog = _other_keys(options)
         parser.print_help()
         raise SystemExit(0)
-    path = given.pop("config", None) or (CONFIG_FOLDER / default_config if default_config else None)
-    values, overrides = _split_overrides(given, rest, hints, flags)
-    return load_config(schema, path, overrides, values)
+    path = CONFIG_FOLDER / default_config if default_config else None
+    if "--config" not in flags:
+        path = given.pop("config", path)
+    values, overrides = _split_overrides(given, rest, flags, positionals)
+    cfg = load_config(schema, path, overrides, values)
+    if missing := [option.flag for option in positionals if cfg[option.name] is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return cfg
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,14 +77,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists all flags and keys")
 
 
-def _canonical(token: str, flags: Sequence[Flag]) -> str:
+def _canonical(token: str, flags: Mapping[str, Option]) -> str:
     """The published spelling of a flag that was written with other dashes or underscores."""
     head, equals, value = token.partition("=")
     if not head.startswith("--"):
         return token
     for flag in flags:
-        if flag.name.replace("_", "-") == head.replace("_", "-"):
-            return f"{flag.name}{equals}{value}"
+        if flag.replace("_", "-") == head.replace("_", "-"):
+            return f"{flag}{equals}{value}"
     return token
 
 
@@ -134,56 +98,52 @@ def _arity(hint: Any) -> dict[str, Any]:
 
 
 def _split_overrides(
-    given: Mapping[str, Any], rest: Sequence[str], hints: Mapping[str, Any], flags: Sequence[Flag]
+    given: Mapping[str, Any], rest: Sequence[str], flags: Mapping[str, Option], positionals: Sequence[Option]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Separates the flags' values from `key=value` overrides, also those that a list or a switch swallowed."""
-    values, overrides = dict(given), []
-    for name, value in given.items():
+    """Separates values from `key=value` overrides, also from those that a list or a switch swallowed."""
+    values, rest = dict(given), list(rest)
+    for flag, option in flags.items():
+        value = given.get(option.name)
         if isinstance(value, list):
-            overrides += [item for item in value if _OVERRIDE.match(item)]
-            values[name] = [item for item in value if not _OVERRIDE.match(item)]
-            if not values[name]:
-                published = next(flag.name for flag in flags if flag.target == name)
-                raise UserError(
-                    f"argument {published}: expected at least one argument; --help lists all flags and keys"
-                )
-        elif hints[name] is bool and _OVERRIDE.match(value):
-            overrides.append(value)
-            values[name] = "true"
+            swallowed = [item for item in value if _OVERRIDE.match(item) or (positionals and not _NUMBER.match(item))]
+            rest += swallowed
+            values[option.name] = [item for item in value if item not in swallowed]
+            if not values[option.name]:
+                raise UserError(f"argument {flag}: expected at least one argument; --help lists all flags and keys")
+        elif option.hint is bool and value is not None and _OVERRIDE.match(value):
+            rest.append(value)
+            values[option.name] = "true"
+    overrides, places = [], list(positionals)
     for token in rest:
         if token.startswith("-"):
-            names = [flag.name for flag in flags] + ["--config"]
-            close = difflib.get_close_matches(token.partition("=")[0], names, n=1)
+            close = difflib.get_close_matches(token.partition("=")[0], [*flags, "--config"], n=1)
             hint = f", did you mean {close[0]}?" if close else ""
             raise UserError(f"unknown flag {token}{hint}; --help lists all flags and keys")
-        overrides.append(token)
+        if places and not _OVERRIDE.match(token):
+            values[places.pop(0).name] = token
+        else:
+            overrides.append(token)
     return values, overrides
 
 
 # ------------------------------------------------------------------------------------------------------ help
 
 
-def _other_keys(schema: type, shown: Collection[str]) -> str:
+def _help_text(option: Option) -> str:
+    return f"{option.meaning} ({option.written_default})".replace("%", "%%")
+
+
+def _other_keys(options: Sequence[Option]) -> str:
     """Every key with its default, type and meaning, but for those that a flag has shown already."""
-    lines = [f"{'further ' if shown else ''}keys, in the config file or as key=value (defaults in the schema):"]
-    for dotted, hint, default, meaning in _key_rows(schema):
-        if dotted not in shown:
-            lines += [f"  {dotted}={default}", *textwrap.wrap(f"{meaning} ({hint})", 106, initial_indent=" " * 8)]
+    further = [option for option in options if not option.flag]
+    title = f"{'further ' if len(further) < len(options) else ''}keys, in the config file or as key=value"
+    lines = [f"{title} (defaults in the schema):"] if further else []
+    for option in further:
+        lines.append(f"  {option.name}={option.written_default.replace(' ', '')}")
+        lines += textwrap.wrap(f"{option.meaning} ({_type_name(option.hint)})", 106, initial_indent=" " * 8)
     return "\n".join(lines)
 
 
-def _key_rows(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key of a schema."""
-    rows = []
-    hints = get_type_hints(schema)
-    for item in fields(schema):
-        hint = hints[item.name]
-        if is_dataclass(hint):
-            rows += _key_rows(hint, f"{prefix}{item.name}.")
-            continue
-        default = item.default_factory() if item.default is MISSING else item.default
-        name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-        shown = OmegaConf.to_yaml(OmegaConf.create([default])).removeprefix("- ").strip()
-        shown = str(default).replace(" ", "") if isinstance(default, list) else shown
-        rows.append((prefix + item.name, re.sub(r"\w+\.", "", name), shown, item.metadata.get("meaning", "")))
-    return rows
+def _type_name(hint: Any) -> str:
+    name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return re.sub(r"\w+\.", "", name)

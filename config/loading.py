@@ -13,16 +13,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from common.errors import UserError
 from common.files import replacing
+from config.schema.option import options_of
 from config.validation import validate
 
 CONFIG_FOLDER = Path(__file__).resolve().parent
@@ -41,7 +38,7 @@ def load_config(
     """Composes a config file, applies overrides and returns the checked, resolved result.
 
     Args:
-        schema: dataclass of `config/schema.py`.
+        schema: dataclass of `config/schema/`.
         path: YAML file; None starts from the schema's defaults.
         overrides: `key=value` in Hydra's grammar, e.g. `model.lr=1e-4`; they win over the file.
         values: plain values by flat key (from command-line flags); they win over the overrides.
@@ -104,6 +101,10 @@ def _compose(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file; config/ has {shipped}")
     if path.suffix != ".yaml":
         raise UserError(f"{path}: a config file must be named *.yaml")
+    from hydra import compose, initialize_config_dir  # `--help` goes without
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
     GlobalHydra.instance().clear()  # an earlier compose of this process must not leak into this one
     folder = path.parent.resolve()  # of the link, if the file is one
     searchpath = f"hydra.searchpath=[{_quoted(f'file://{CONFIG_FOLDER}')}]"
@@ -133,7 +134,10 @@ def _parse_override(schema: type, text: str) -> tuple[str, Any]:
     if match is None:
         raise UserError(problem)
     dotted, raw = match.groups()
-    is_text = str in _alternatives(dict(_leaves(schema)).get(dotted))
+    is_text = str in _alternatives({option.name: option.hint for option in options_of(schema)}.get(dotted))
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         override = OverridesParser.create().parse_override(text)
         if override.is_sweep_override():
@@ -209,19 +213,10 @@ def _whole_numbers(value: Any, hint: Any) -> Any:
 
 def _closest(dotted: str, schema: type) -> str:
     """', did you mean X?' with the most similar key of the schema, or nothing where none is similar."""
-    known = [*get_type_hints(schema), *(name for name, _ in _leaves(schema))]
+    known = [*get_type_hints(schema), *(option.name for option in options_of(schema))]
     by_last = {name.rsplit(".", 1)[-1]: name for name in known}
     found = [by_last[name] for name in difflib.get_close_matches(dotted.rsplit(".", 1)[-1], by_last, n=1)]
     return f", did you mean {found[0]}?" if found else ""
-
-
-def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every key of the schema that holds a value."""
-    for name, hint in get_type_hints(schema).items():
-        if is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", hint
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

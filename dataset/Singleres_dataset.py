@@ -1,6 +1,5 @@
 """Data of the latent diffusion model at one resolution: latents with their class, or the volumes to make them from."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +11,11 @@ from torch.utils.data import Dataset
 from common.errors import UserError
 from dataset.cache.latents import LatentCache
 from dataset.order.epochs import SampleKey
+from dataset.volumes.geometry import size_text
 from dataset.volumes.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
+from dataset.volumes.latent_record import read_latent_record
 from dataset.volumes.volume_io import read_header, read_latent, read_latent_header, read_model_volume
-
-RECORD_NAME = "latents.json"  # in each folder of latents: which autoencoder made them
 
 
 class Singleres_dataset(Dataset):
@@ -94,7 +93,11 @@ class Singleres_dataset(Dataset):
         index = key[1] if isinstance(key, tuple) else key  # the epoch changes nothing here
         if self.generate_latents:
             return read_model_volume(self.files[index], self.intensity_range).data, str(self.files[index])
-        return self._latent(index), torch.tensor(self.labels[index]), self.resolution_condition
+        if self.cache is None:
+            latent = read_latent(self.files[index])
+        else:
+            latent = self.cache.read_into(self.files[index], torch.empty(self.shapes[index]))
+        return latent, torch.tensor(self.labels[index]), self.resolution_condition
 
     @property
     def resolution_condition(self) -> torch.Tensor:
@@ -112,11 +115,6 @@ class Singleres_dataset(Dataset):
         """For each folder the record of the autoencoder that made its latents, None where there is none."""
         return {folder: read_latent_record(folder) for folders in self.folders.values() for folder in folders}
 
-    def _latent(self, index: int) -> torch.Tensor:
-        if self.cache is None:
-            return read_latent(self.files[index])
-        return self.cache.read_into(self.files[index], torch.empty(self.shapes[index]))
-
     def _check_shapes(self) -> None:
         first, channels = self.files[0], self.shapes[0][0]
         for path, (found_channels, *grid) in zip(self.files, self.shapes, strict=True):
@@ -131,34 +129,16 @@ class Singleres_dataset(Dataset):
     def _size_message(self, path: Path, channels: int, grid: Sequence[int]) -> str:
         if channels == 1:
             return (
-                f"{path}: a volume of size {_size(grid)}, not a latent: name the folder that "
+                f"{path}: a volume of size {size_text(grid)}, not a latent: name the folder that "
                 f"train/generate_training_latent.py wrote, {path.parent.name}{LATENT_SUFFIX}, in {self.root_dir}"
             )
         sizes = sorted({shape[1:] for shape in self.shapes})
         if len(sizes) > 1:
             return (
-                f"{path}: a latent of size {_size(grid)}, but one size is needed, {_size(self.resolution)}: "
-                f"{self.root_dir} has latents of {', '.join(map(_size, sizes))}: train on classes of one size"
+                f"{path}: a latent of size {size_text(grid)}, but one size is needed, {size_text(self.resolution)}: "
+                f"{self.root_dir} has latents of {', '.join(map(size_text, sizes))}: train on classes of one size"
             )
         return (
-            f"{path}: a latent of size {_size(grid)}, but {_size(self.resolution)} is needed: "
+            f"{path}: a latent of size {size_text(grid)}, but {size_text(self.resolution)} is needed: "
             f"give --resolution {' '.join(map(str, grid))}"
         )
-
-
-def read_latent_record(folder: str | Path) -> dict[str, Any] | None:
-    """The parsed `latents.json` of a folder, or None. UserError if it is no JSON object."""
-    path = Path(folder) / RECORD_NAME
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): make the latents again") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: a JSON object is needed, found a {type(record).__name__}: make the latents again")
-    return record
-
-
-def _size(extents: Sequence[int]) -> str:
-    return "x".join(map(str, extents))

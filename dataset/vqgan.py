@@ -12,7 +12,8 @@ import torch
 from common.errors import UserError
 from dataset.cache.crops import CroppedVolume
 from dataset.cache.volumes import VolumeCache
-from dataset.order.epochs import EpochDataset, augment, centre_crop_start, random_crop
+from dataset.order.epochs import EpochDataset
+from dataset.order.random_crops import augment, centre_crop_start, random_crop
 from dataset.order.split import Split, split_dataset
 from dataset.volumes.geometry import crop_affine
 from dataset.volumes.index import read_dataset_folders

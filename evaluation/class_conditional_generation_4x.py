@@ -12,11 +12,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.script import run_script  # noqa: E402
-from evaluation.generation.run import run  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
+from config.schema.diffusion import GenerationConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run(argv, "generation_4x.yaml", __doc__)
+    cfg = parse_command_line(argv, GenerationConfig, "generation_4x.yaml", __doc__)
+    from evaluation.generation.run import generate
+
+    generate(cfg)
 
 
 if __name__ == "__main__":

@@ -6,44 +6,24 @@ reads whichever of OUT/reconstruction.json, OUT/generation.json and OUT/validity
 they name, and writes OUT/report.html. The page needs no network, no other file and no script.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.files import write_atomically  # noqa: E402
-from common.log import get_logger  # noqa: E402
 from common.script import run_script  # noqa: E402
-from evaluation.results.content import read_parts  # noqa: E402
-from evaluation.results.page import page  # noqa: E402
-
-REPORT_NAME = "report.html"
-TITLE = "3D MedDiffusion: evaluation"
+from config.cli import parse_command_line  # noqa: E402
+from config.loading import require  # noqa: E402
+from config.schema.evaluation import ReportConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the results, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input-dir", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--output", type=Path, help=f"the page (default: {REPORT_NAME} in the folder)")
-    parser.add_argument("--title", default=TITLE, help="(default: %(default)s)")
-    options = parser.parse_args(argv)
-    output = options.output or options.input_dir / REPORT_NAME
-    write_report(options.input_dir, output, options.title)
-    get_logger().info("wrote %s", output)
+    cfg = parse_command_line(argv, ReportConfig, None, __doc__)
+    require(cfg, "input_dir")
+    from evaluation.report_page.report import write_report
 
-
-def write_report(folder: Path, output: Path, title: str = TITLE) -> None:
-    """The page of a folder of results. UserError: there are none, they or their pictures are damaged."""
-    parts = read_parts(folder)
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    text = page(parts, title=title, made=made, style=style)
-    write_atomically(output, text.encode(errors="replace"))  # JSON and command lines can hold halves of characters
+    write_report(cfg)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from common.checkpoint_files import load_checkpoint
 from config.loading import load_config
-from config.schema import AutoencoderConfig
+from config.schema.autoencoder import AutoencoderConfig
 from dataset.volumes.volume_io import write_volume
 
 ROOT = Path(__file__).parents[1]

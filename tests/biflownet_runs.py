@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import load_checkpoint, save_checkpoint
-from config.cli import BIFLOWNET_FLAGS, parse_command_line
-from config.schema import BiFlowNetConfig
+from config.cli import parse_command_line
+from config.schema.diffusion import BiFlowNetConfig
 from dataset.volumes.volume_io import write_latent
 from train.diffusion import run_folder
 from train.loop.metrics_file import MetricsWriter
@@ -55,7 +55,7 @@ def arguments(data: Path, results: Path, *overrides: str) -> list[str]:
 
 def config(data: Path, results: Path, **values) -> DictConfig:
     """The configuration of that command line with some values replaced."""
-    cfg = parse_command_line(arguments(data, results), BiFlowNetConfig, "BiFlowNet_8x.yaml", "", BIFLOWNET_FLAGS)
+    cfg = parse_command_line(arguments(data, results), BiFlowNetConfig, "BiFlowNet_8x.yaml", "")
     for name, value in values.items():
         cfg[name] = value
     return cfg

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.processes import Distributed, choose_device
 from config.loading import load_config
-from config.schema import ValidityConfig
+from config.schema.evaluation import ValidityConfig
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.volume_io import write_volume
 from evaluation.comparison import features as feature_extraction

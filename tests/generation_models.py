@@ -9,7 +9,7 @@ from configs import tiny_autoencoder
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import save_checkpoint
 from config.loading import load_config
-from config.schema import GenerationConfig
+from config.schema.diffusion import GenerationConfig
 from dataset.preparation.classes import add_classes
 from dataset.preparation.manifest import KEYS, Intensity, write_manifest
 from dataset.volumes.volume_io import read_volume

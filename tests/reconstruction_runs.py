@@ -9,7 +9,7 @@ from generation_models import save_models
 
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.loading import load_config
-from config.schema import ReconstructionConfig
+from config.schema.evaluation import ReconstructionConfig
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.volume_io import write_volume
 from evaluation.autoencoding.measures import METRICS

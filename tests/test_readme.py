@@ -103,7 +103,7 @@ def run_all(commands: list[str], tree: Path, allowed: frozenset[int] = frozenset
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """A copy of the project with raw/ct and raw/mr, two patients each, as scanners export them."""
-    for name in ("AutoEncoder", "config", "dataset", "ddpm", "evaluation", "train"):
+    for name in ("AutoEncoder", "common", "config", "dataset", "ddpm", "evaluation", "train"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 44)] * 3, indexing="ij"))
     for i in range(2):

@@ -7,171 +7,22 @@ autoencoder. The same command goes on after an interruption: whole latents are k
 `torchrun --nproc-per-node N` shares the images out to N processes.
 """
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from logging import Logger
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from AutoEncoder.checkpoint import load_autoencoder  # noqa: E402
-from AutoEncoder.latents import normalise_latents  # noqa: E402
-from AutoEncoder.patches import padded_size  # noqa: E402
-from common.errors import UserError  # noqa: E402
-from common.log import get_logger  # noqa: E402
-from common.processes import Distributed, cleanup, setup  # noqa: E402
 from common.script import run_script  # noqa: E402
-from config.cli import LATENT_FLAGS, Flag, parse_command_line  # noqa: E402
-from config.loading import require  # noqa: E402
-from config.schema import LatentConfig  # noqa: E402
-from dataset.checking.before_training import check_volumes  # noqa: E402
-from dataset.Singleres_dataset import Singleres_dataset  # noqa: E402
-from dataset.volumes.index import latent_folder  # noqa: E402
-from dataset.volumes.volume_io import read_latent, write_latent  # noqa: E402
-from train.latents.record import make_record, start_folder  # noqa: E402
-
-FLAGS = (*LATENT_FLAGS, Flag("--sliding-window"), Flag("--intensity-range"))
+from config.cli import parse_command_line  # noqa: E402
+from config.schema.autoencoder import LatentConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    generate_latents(parse_command_line(argv, LatentConfig, None, __doc__, FLAGS))
+    cfg = parse_command_line(argv, LatentConfig, None, __doc__)
+    from train.latents.encoding import generate_latents
 
-
-def generate_latents(cfg: DictConfig) -> list[Path]:
-    """Encodes all volumes that have no whole latent yet. Returns the latent files of all volumes.
-
-    Raises UserError, before anything is encoded, for whatever is wrong with options, data set, headers, checkpoint or
-    latents that are already there; later only for a volume whose voxels are wrong or a latent that cannot be written.
-    """
-    require(cfg, "data_path", "AE_ckpt")
-    distributed = setup(cfg.device)
-    try:
-        logger = get_logger(distributed.rank)
-        autoencoder = load_autoencoder(cfg.AE_ckpt, distributed.device)
-        channels = autoencoder.cfg.dataset.image_channels
-        if channels != 1:
-            raise UserError(f"{cfg.AE_ckpt}: an autoencoder of images with {channels} channels, volumes have 1")
-        intensity_range = list(cfg.intensity_range or autoencoder.cfg.dataset.get("intensity_range") or (-1.0, 1.0))
-        dataset = Singleres_dataset(cfg.data_path, generate_latents=True, intensity_range=intensity_range)
-        folders = latent_folders(dataset)
-        files = dataset.files_by_label()
-        distributed.on_main(
-            lambda: check_volumes(cfg.data_path, files, dataset.headers, intensity_range, logger), share=False
-        )
-        record = make_record(autoencoder, cfg.AE_ckpt, intensity_range)
-        distributed.on_main(lambda: [start_folder(folder, record) for folder in folders])
-        _log_plan(logger, dataset, folders, autoencoder.patch_size)
-
-        batches = batches_of_one_shape(dataset.shapes, cfg.batch_size)[distributed.rank :: distributed.world_size]
-        _encode_missing(cfg, autoencoder, dataset, batches, distributed)
-        distributed.barrier()
-        return dataset.latent_paths
-    finally:
-        cleanup()
-
-
-def _log_plan(logger: Logger, dataset: Singleres_dataset, folders: Sequence[Path], patch_size: int) -> None:
-    low, high = dataset.intensity_range
-    logger.info("%d volumes, intensities in [%g, %g] -> %s", len(dataset), low, high, ", ".join(map(str, folders)))
-    shapes = zip(dataset.files, dataset.shapes, strict=True)
-    padded = [path for path, shape in shapes if padded_size(shape, patch_size) != tuple(shape)]
-    if padded:
-        logger.info(
-            "%d volumes do not divide into patches of %d and are padded with background at the far ends; their latents "
-            "are those of the padded volumes, e.g. %s",
-            *(len(padded), patch_size, padded[0]),
-        )
-
-
-def _encode_missing(
-    cfg: DictConfig, autoencoder: nn.Module, dataset: Singleres_dataset, batches: list[list[int]], place: Distributed
-) -> None:
-    """Encodes and writes what is missing in this process's batches."""
-    mine = [index for batch in batches for index in batch]
-    bar = {"unit": "volume", "disable": not place.is_main}
-    missing = {
-        index for index in tqdm(mine, "checking", leave=False, **bar) if not has_latent(index, dataset, autoencoder)
-    }
-    # A batch of which a part is there is encoded as a whole, so that its rounding is that of an uninterrupted run.
-    todo = [batch for batch in batches if not missing.isdisjoint(batch)]
-
-    volumes = volumes_in_order([index for batch in todo for index in batch], dataset, cfg.num_workers)
-    with tqdm(total=len(mine), initial=len(mine) - sum(map(len, todo)), desc="encoding", **bar) as progress:
-        for batch in todo:
-            x = torch.stack([next(volumes) for _ in batch]).to(place.device)  # (B, 1, D, H, W)
-            latents = encode(autoencoder, x, cfg.sliding_window)  # (B, E, d, h, w)
-            for index, latent in zip(batch, latents, strict=True):
-                if index not in missing:
-                    continue
-                if not latent.isfinite().all():
-                    raise UserError(f"{dataset.files[index]}: {cfg.AE_ckpt} gives NaN or infinite latents: it diverged")
-                write_latent(dataset.latent_paths[index], latent)
-            progress.update(len(batch))
-
-
-@torch.inference_mode()
-def encode(autoencoder: nn.Module, x: Tensor, sliding_window: int) -> Tensor:
-    """Normalised latents (B, E, d, h, w) of volumes (B, 1, D, H, W), padded where they do not divide into patches."""
-    raw = autoencoder.patch_encode_sliding(x, sliding_window=sliding_window)
-    return normalise_latents(raw, autoencoder.codebook.embeddings)
-
-
-def latent_folders(dataset: Singleres_dataset) -> list[Path]:
-    """The folders of the latents, after the check that no latent lands among the images or upon another latent."""
-    sources = [folder for folders in dataset.folders.values() for folder in folders]
-    targets = [latent_folder(folder) for folder in sources]
-    for target in targets:
-        for source in sources:
-            if _real(target) == _real(source) or _real(source) in _real(target).parents:
-                raise UserError(
-                    f"{dataset.root_dir}: the latents {target} would lie among the images of {source}: "
-                    "name folders that do not lie within each other"
-                )
-        if targets.count(target) > 1:
-            raise UserError(f"{dataset.root_dir}: a folder is named twice, its latents are {target}: name it once")
-    return targets
-
-
-def _real(folder: Path) -> Path:
-    return Path(os.path.realpath(folder))
-
-
-def batches_of_one_shape(shapes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:
-    """Indices of volumes in batches of at most `batch_size`, each of one shape.
-
-    The batches depend on the data set alone, not on what is already encoded.
-    """
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for index, shape in enumerate(shapes):
-        by_shape.setdefault(shape, []).append(index)
-    return [same[i : i + batch_size] for same in by_shape.values() for i in range(0, len(same), batch_size)]
-
-
-def has_latent(index: int, dataset: Singleres_dataset, autoencoder: nn.Module) -> bool:
-    """Whether a volume's latent is there, readable to its end, finite and of the right shape."""
-    padded = padded_size(dataset.shapes[index], autoencoder.patch_size)
-    shape = (autoencoder.embedding_dim, *(extent // autoencoder.downsample_factor for extent in padded))
-    try:
-        return tuple(read_latent(dataset.latent_paths[index]).shape) == shape  # (E, d, h, w)
-    except UserError:
-        return False
-
-
-def volumes_in_order(indices: list[int], dataset: Singleres_dataset, num_workers: int) -> Iterator[Tensor]:
-    """Volumes (1, D, H, W) of these indices, read ahead by worker processes, one each."""
-    options = {"prefetch_factor": 1} if num_workers else {}  # more would only cost memory
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=indices, num_workers=min(num_workers, len(indices)), **options
-    )
-    for volume, _ in loader:
-        yield volume
+    generate_latents(cfg)
 
 
 if __name__ == "__main__":

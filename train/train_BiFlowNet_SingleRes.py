@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import DictConfig  # noqa: E402
 
 from common.script import run_script  # noqa: E402
-from config.cli import BIFLOWNET_FLAGS, parse_command_line  # noqa: E402
-from config.schema import BiFlowNetConfig  # noqa: E402
+from config.cli import parse_command_line  # noqa: E402
+from config.schema.diffusion import BiFlowNetConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_command_line(argv, BiFlowNetConfig, "BiFlowNet_8x.yaml", __doc__, BIFLOWNET_FLAGS)
+    cfg = parse_command_line(argv, BiFlowNetConfig, "BiFlowNet_8x.yaml", __doc__)
     stopped_by = train(cfg)["stopped_by"]
     if stopped_by:
         raise SystemExit(128 + stopped_by)

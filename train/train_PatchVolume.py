@@ -14,13 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.script import run_script  # noqa: E402
 from config.cli import parse_command_line  # noqa: E402
-from config.schema import AutoencoderConfig  # noqa: E402
-from train.autoencoder.training import train  # noqa: E402
+from config.schema.autoencoder import AutoencoderConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train stage 1."""
-    train(parse_command_line(argv, AutoencoderConfig, "PatchVolume_8x.yaml", __doc__), stage=1)
+    cfg = parse_command_line(argv, AutoencoderConfig, "PatchVolume_8x.yaml", __doc__)
+    from train.autoencoder.training import train
+
+    train(cfg, stage=1)
 
 
 if __name__ == "__main__":

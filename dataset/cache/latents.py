@@ -1,6 +1,5 @@
 """Uncompressed copies of latents, made once, of which whole batches are read into one tensor."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ class LatentCache(FileCache):
     dtypes = ("float32",)
 
     def __init__(self, cache_dir: str | Path | None = None, limit_gb: float | None = None):
-        super().__init__("float32", "float32", cache_dir, limit_gb)
+        super().__init__("float32", "float32", cache_dir, limit_gb, _read, _of_record, _latent_shape)
 
     def read_into(self, path: Path, latent: torch.Tensor) -> torch.Tensor:
         """Fills and returns a contiguous tensor (C, d, h, w), float32, with a latent that was given to `build`.
@@ -55,17 +54,15 @@ class LatentCache(FileCache):
             raise UserError(f"{found.array}: cached latent lost during training (truncated): start again")
         return latent
 
-    @property
-    def _read(self) -> Callable[[Path], tuple[np.ndarray, dict[str, Any]]]:
-        return _read_latent_for_cache
 
-    def _of_record(self, entry: CacheEntry, record: dict[str, Any]) -> CachedLatent:
-        channels, depth, height, width = record["shape"]
-        return CachedLatent(entry.array, (channels, depth, height, width))
-
-    def _header_shape(self, path: Path) -> tuple[int, ...]:
-        return read_latent_header(path).latent_shape
-
-
-def _read_latent_for_cache(source: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def _read(source: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return read_latent(source).numpy(), {}  # (C, d, h, w)
+
+
+def _of_record(entry: CacheEntry, record: dict[str, Any]) -> CachedLatent:
+    channels, depth, height, width = record["shape"]
+    return CachedLatent(entry.array, (channels, depth, height, width))
+
+
+def _latent_shape(path: Path) -> tuple[int, ...]:
+    return read_latent_header(path).latent_shape

@@ -11,7 +11,6 @@ when no training runs.
 import errno
 import logging
 import shutil
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -45,7 +44,7 @@ LOCK_NAME = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class FileCache(ABC):
+class FileCache:
     """The cache of a data set's files; what they are is up to `VolumeCache` and `LatentCache`.
 
     Arguments:
@@ -53,6 +52,10 @@ class FileCache(ABC):
         settings: name of the folder of entries that are made like these; it begins with the dtype.
         cache_dir: folder for the caches of all class folders; None puts `X_cache` beside each class folder `X`.
         limit_gb: largest size of the cache of one data set in 10^9 bytes; None: what the disk holds.
+        read: what `write_entry` reads a file with, in another process.
+        of_record: (entry, its record) -> what is remembered of a sound entry; it has a `shape`. ValueError, KeyError,
+            TypeError: a strange record.
+        shape_of: the shape of a file's entry, by its header.
 
     Call `build` once for the files, then read them in any process.
     """
@@ -61,27 +64,24 @@ class FileCache(ABC):
     options: str  # what the names of the cache's options begin with
     dtypes: tuple[str, ...]
 
-    def __init__(self, dtype: str, settings: str, cache_dir: str | Path | None, limit_gb: float | None):
+    def __init__(
+        self,
+        dtype: str,
+        settings: str,
+        cache_dir: str | Path | None,
+        limit_gb: float | None,
+        read: Callable[[Path], tuple[np.ndarray, dict[str, Any]]],
+        of_record: Callable[[CacheEntry, dict[str, Any]], Any],
+        shape_of: Callable[[Path], tuple[int, ...]],
+    ):
         if dtype not in self.dtypes:
             raise UserError(f'{self.options}cache is "{dtype}": choose {" or ".join(self.dtypes)}')
         self.dtype = dtype
         self.cache_dir = cache_dir
         self.limit_gb = limit_gb
         self.settings = settings
-        self.cached: dict[Path, Any] = {}  # what `_of_record` made of each sound entry
-
-    @property
-    @abstractmethod
-    def _read(self) -> Callable[[Path], tuple[np.ndarray, dict[str, Any]]]:
-        """What `write_entry` reads a file with; it has to go to another process."""
-
-    @abstractmethod
-    def _of_record(self, entry: CacheEntry, record: dict[str, Any]) -> Any:
-        """What is remembered of a sound entry; it has a `shape`. ValueError, KeyError, TypeError: a strange record."""
-
-    @abstractmethod
-    def _header_shape(self, path: Path) -> tuple[int, ...]:
-        """The shape of a file's entry, by its header."""
+        self.read, self.of_record, self.shape_of = read, of_record, shape_of
+        self.cached: dict[Path, Any] = {}  # what `of_record` made of each sound entry
 
     def build(self, folders: Mapping[Path, Path], num_workers: int = 0, log: logging.Logger = logger) -> None:
         """Caches the files that are not, or that have changed; entries of files that are gone are deleted.
@@ -112,7 +112,7 @@ class FileCache(ABC):
             if missing:
                 total = self._check_space(missing, folders)
                 log.info("cache: building %d of %d %ss, %s", len(missing), len(folders), self.noun, total)
-                write = partial(_write, read=self._read, ways_out=self._ways_out)
+                write = partial(_write, read=self.read, ways_out=self._ways_out)
                 for _ in map_in_processes(write, missing, num_workers, "cache", self.noun):
                     pass
                 missing = self._load(folders)
@@ -134,7 +134,7 @@ class FileCache(ABC):
         missing = []
         for path, folder in folders.items():
             entry = CacheEntry(path, cache_path(path, folder, self.settings, self.cache_dir), self.dtype)
-            found = read_entry(entry, self._of_record)
+            found = read_entry(entry, self.of_record)
             if found is None:
                 self.cached.pop(path, None)
                 missing.append(entry)
@@ -148,7 +148,7 @@ class FileCache(ABC):
         needed: Counter[Path] = Counter()  # by cache folder
         for entry in missing:
             home = cache_folder(folders[entry.source], self.cache_dir)
-            needed[home] += self._size(self._header_shape(entry.source))
+            needed[home] += self._size(self.shape_of(entry.source))
         total = there + needed.total()
         where = f"{min(needed)}" + (f" and {len(needed) - 1} more folders" if len(needed) > 1 else "")
         if self.limit_gb is not None and total > self.limit_gb * GB:
@@ -193,21 +193,17 @@ class VolumeCache(FileCache):
         limit_gb: float | None = None,
     ):
         self.intensity_range = low, high = check_intensity_range(intensity_range)
-        super().__init__(dtype, f"{dtype}_{low!r}_{high!r}", cache_dir, limit_gb)
+        read = partial(read_volume_for_cache, dtype=dtype, intensity_range=self.intensity_range)
+        settings = f"{dtype}_{low!r}_{high!r}"
+        super().__init__(dtype, settings, cache_dir, limit_gb, read, CachedVolume.of_record, _volume_shape)
 
     def open(self, path: Path) -> CroppedVolume:
         """A volume that was given to `build`."""
         return self._find(path).open()
 
-    @property
-    def _read(self) -> Callable[[Path], tuple[np.ndarray, dict[str, Any]]]:
-        return partial(read_volume_for_cache, dtype=self.dtype, intensity_range=self.intensity_range)
 
-    def _of_record(self, entry: CacheEntry, record: dict[str, Any]) -> CachedVolume:
-        return CachedVolume.of_record(entry, record)
-
-    def _header_shape(self, path: Path) -> tuple[int, ...]:
-        return read_header(path).tensor_shape
+def _volume_shape(path: Path) -> tuple[int, ...]:
+    return read_header(path).tensor_shape
 
 
 def _write(entry: CacheEntry, read: Callable[[Path], tuple[np.ndarray, dict[str, Any]]], ways_out: str) -> None:

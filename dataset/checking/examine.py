@@ -17,14 +17,7 @@ import torch
 from common.errors import UserError
 from dataset.volumes.geometry import LARGEST_SPACING_MM, SHEAR, SMALLEST_SPACING_MM, is_plausible_spacing, shear_of
 from dataset.volumes.intensity import RANGE_TOLERANCE, foreground, is_empty, to_model_range
-from dataset.volumes.volume_io import (
-    Header,
-    NotFiniteError,
-    read_header,
-    read_latent,
-    read_latent_header,
-    read_volume,
-)
+from dataset.volumes.volume_io import Header, NotFiniteError, read_header, read_latent, read_latent_header, read_volume
 
 # Kinds of problems
 UNREADABLE = "unreadable or no volume of one channel"

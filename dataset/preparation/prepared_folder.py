@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manif
 from dataset.preparation.recipe import Recipe, describe, prepare
 from dataset.preparation.sources import Source, fingerprint, read_source, source_sha256
 from dataset.volumes.index import VOLUME_SUFFIX
-from dataset.volumes.volume_io import tensor_to_nifti, write_volume
+from dataset.volumes.volume_io import write_nifti
 
 LIBRARIES = ("numpy", "nibabel", "pydicom", "SimpleITK", "torchio")
 
@@ -79,7 +80,7 @@ class PreparedFolder:
         """
         self.tidy()  # a half-written last line would swallow the first new one
         threads = max(1, (os.cpu_count() or 1) // max(1, num_workers))
-        job = _Job(self.folder, self.input, self.recipe, threads)
+        job = partial(_prepare_source, self.folder, self.input, self.recipe, threads)
         for _, outcome in map_in_processes(job, todo, num_workers, "preparing"):
             if outcome.entry is not None:
                 self.entries[outcome.entry["file"]] = outcome.entry
@@ -134,46 +135,41 @@ class PreparedFolder:
         return True
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Prepares one source; what the processes run. A fault of the source is an outcome, a full disk an error."""
+def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: int, source: Source) -> Outcome:
+    """Prepares one source; what the processes run. A fault of the source is an outcome, a full disk an error.
 
-    folder: Path
-    input: Path
-    recipe: Recipe
-    threads: int  # of SimpleITK, in each process
-
-    def __call__(self, source: Source) -> Outcome:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(self.threads)
-        try:
-            scan = read_source(source, self.recipe.assume_orientation)
-            prepared = prepare(scan, self.recipe)
-            identity = {"sha256": source_sha256(source), **fingerprint(source)}
-        except NotAVolume as error:
-            return Outcome(source, reason=_without_label(error, source), is_fault=False)
-        except UserError as error:
-            return Outcome(source, reason=_without_label(error, source))
-        except Exception as error:  # one odd file must not end a night's work, whatever a library says of it
-            return Outcome(source, reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
-        path = self.folder / file_name(source)
-        write_volume(path, prepared.data, prepared.affine)
-        after = describe(tensor_to_nifti(prepared.data[0]).numpy(), prepared.affine)
-        entry = {
-            "file": file_name(source),
-            "file_bytes": path.stat().st_size,
-            "source": source.name,
-            "input": str(self.input),
-            **identity,
-            "original": describe(scan.data, scan.affine),
-            "size": after["size"],
-            "spacing_mm": after["spacing_mm"],
-            "steps": prepared.steps,
-            "foreground_lost": round(prepared.foreground_lost, 4),
-            "intensity": prepared.intensity.record(),
-            "recipe": self.recipe.record(),
-            "versions": {library: version(library) for library in LIBRARIES},
-        }
-        return Outcome(source, entry)
+    threads: of SimpleITK, in each process.
+    """
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+    try:
+        scan = read_source(source, recipe.assume_orientation)
+        prepared = prepare(scan, recipe)
+        identity = {"sha256": source_sha256(source), **fingerprint(source)}
+    except NotAVolume as error:
+        return Outcome(source, reason=_without_label(error, source), is_fault=False)
+    except UserError as error:
+        return Outcome(source, reason=_without_label(error, source))
+    except Exception as error:  # one odd file must not end a night's work, whatever a library says of it
+        return Outcome(source, reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
+    path = folder / file_name(source)
+    write_nifti(path, prepared.data, prepared.affine)
+    after = describe(prepared.data, prepared.affine)
+    entry = {
+        "file": file_name(source),
+        "file_bytes": path.stat().st_size,
+        "source": source.name,
+        "input": str(input_folder),
+        **identity,
+        "original": describe(scan.data, scan.affine),
+        "size": after["size"],
+        "spacing_mm": after["spacing_mm"],
+        "steps": prepared.steps,
+        "foreground_lost": round(prepared.foreground_lost, 4),
+        "intensity": prepared.intensity.record(),
+        "recipe": recipe.record(),
+        "versions": {library: version(library) for library in LIBRARIES},
+    }
+    return Outcome(source, entry)
 
 
 def file_name(source: Source) -> str:

@@ -17,9 +17,8 @@ import torchio as tio
 from common.errors import UserError
 from dataset.preparation.manifest import Intensity
 from dataset.preparation.sources import Scan
-from dataset.volumes.geometry import SHEAR, orientation_of, shear_of, spacing_of
+from dataset.volumes.geometry import SHEAR, mm_text, orientation_of, shear_of, size_text, spacing_of
 from dataset.volumes.intensity import MODEL_RANGE
-from dataset.volumes.volume_io import nifti_to_tensor
 
 VERSION = 1  # rises when the same recipe gives other volumes
 MIN_VOXELS = 4  # per axis: what smoothing before resampling needs
@@ -55,9 +54,9 @@ class Recipe:
 
 @dataclass
 class Prepared:
-    """data: (1, D, H, W) float32 in [-1, 1]; affine: (4, 4); the others as in the manifest."""
+    """data: (X, Y, Z) float32 in [-1, 1]; affine: (4, 4); the others as in the manifest."""
 
-    data: torch.Tensor
+    data: np.ndarray
     affine: np.ndarray
     intensity: Intensity
     steps: list[str] = field(default_factory=list)
@@ -71,8 +70,7 @@ def prepare(scan: Scan, recipe: Recipe) -> Prepared:
     are none.
     """
     if min(scan.data.shape) < MIN_VOXELS:
-        shown = "x".join(map(str, scan.data.shape))
-        raise UserError(f"size {shown}: at least {MIN_VOXELS} voxels along each axis are needed")
+        raise UserError(f"size {size_text(scan.data.shape)}: at least {MIN_VOXELS} voxels along each axis are needed")
     intensity = find_intensity(scan.data, recipe)
     steps = [*scan.notes, f"{intensity} mapped to [{MODEL_RANGE[0]:g}, {MODEL_RANGE[1]:g}]"]
     unit_range = _to_unit_range(scan.data, intensity)
@@ -81,8 +79,8 @@ def prepare(scan: Scan, recipe: Recipe) -> Prepared:
         image = step(image, recipe, steps)
     image, lost = _crop_or_pad(image, recipe, steps)
     low, high = MODEL_RANGE
-    data = image.data.clamp(0, 1) * (high - low) + low  # (1, X, Y, Z)
-    return Prepared(nifti_to_tensor(data).contiguous(), image.affine, intensity, steps, lost)
+    data = image.data[0].clamp(0, 1) * (high - low) + low  # (X, Y, Z)
+    return Prepared(data.numpy(), image.affine, intensity, steps, lost)
 
 
 def describe(data: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
@@ -176,8 +174,8 @@ def _resample(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tio.S
         return image
     sizes = np.array(image.spatial_shape) * spacing
     if np.any(sizes < wanted):
-        raise UserError(f"{_mm(sizes)} large as a whole: too small for voxels of {_mm(wanted)}")
-    steps.append(f"resampled from {_mm(spacing)} to {_mm(wanted)} ({recipe.interpolation})")
+        raise UserError(f"{mm_text(sizes)} large as a whole: too small for voxels of {mm_text(wanted)}")
+    steps.append(f"resampled from {mm_text(spacing)} to {mm_text(wanted)} ({recipe.interpolation})")
     return tio.Resample(tuple(wanted), image_interpolation=recipe.interpolation, antialias=True)(image)
 
 
@@ -198,12 +196,12 @@ def _crop_or_pad(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tu
         ends = start // stride - (-kept // stride)
         inside = mask[tuple(map(slice, start // stride, ends))].sum()
         lost = float(1 - inside / mask.sum())
-        steps.append(f"cropped from {_voxels(shape)} to {_voxels(kept)} at {_voxels(start)}")
+        steps.append(f"cropped from {size_text(shape)} to {size_text(kept)} at {size_text(start)}")
         image = tio.Crop(_both_sides(start, shape - kept - start))(image)
         shape = kept
     if np.any(shape < size):
         before = (size - shape) // 2
-        steps.append(f"padded from {_voxels(shape)} to {_voxels(size)}")
+        steps.append(f"padded from {size_text(shape)} to {size_text(size)}")
         image = tio.Pad(_both_sides(before, size - shape - before), padding_mode=0)(image)
     return image, lost
 
@@ -229,11 +227,3 @@ def _coarse(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _both_sides(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
     """(x before, x after, y before, ...), as TorchIO takes it."""
     return tuple(int(amount) for pair in zip(before, after, strict=True) for amount in pair)
-
-
-def _voxels(numbers: Sequence[int]) -> str:
-    return "x".join(str(int(number)) for number in numbers)
-
-
-def _mm(lengths: Sequence[float]) -> str:
-    return " x ".join(f"{length:g}" for length in lengths) + " mm"

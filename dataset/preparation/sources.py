@@ -4,13 +4,13 @@ import gzip
 import hashlib
 import re
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
+from common.files import file_sha256
 from common.parallel import map_in_processes
 from dataset.preparation.dicom import Series, Slice, check_series, group_series, is_dicom, read_slice, read_stack
 from dataset.volumes.geometry import (
@@ -18,6 +18,7 @@ from dataset.volumes.geometry import (
     SMALLEST_SPACING_MM,
     affine_of_orientation,
     is_plausible_spacing,
+    mm_text,
     spacing_of,
 )
 from dataset.volumes.gzip_files import GZIP_MAGIC
@@ -29,8 +30,7 @@ from dataset.volumes.volume_io import (
     NIFTI_SUFFIXES,
     Header,
     read_header,
-    read_volume,
-    tensor_to_nifti,
+    read_nifti,
 )
 
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
@@ -154,11 +154,12 @@ def read_source(source: Source, orientation: str | None = None) -> Scan:
 
     orientation: axes of NIfTI files that don't say theirs, e.g. "LPS" (towards which x, y and z rise); None refuses
         such files.
-    NotAVolume, UserError: as `dicom.check_series`, `dicom.read_stack` and `volume_io.read_volume`; NIfTI files without
+    NotAVolume, UserError: as `dicom.check_series`, `dicom.read_stack` and `volume_io.read_nifti`; NIfTI files without
     orientation, with a spacing that is zero or no plausible size in mm.
     """
     if source.series is None:
-        return _read_nifti(source.files[0], orientation)
+        data, header = read_nifti(source.files[0])
+        return Scan(data, *_nifti_affine(header, orientation))
     stack = check_series(source.series)
     data = read_stack(stack)
     if not np.isfinite(data).all():
@@ -174,13 +175,6 @@ def check_source(source: Source, orientation: str | None = None) -> None:
         _plausible(check_series(source.series).affine, source.label)
 
 
-def _read_nifti(path: Path, orientation: str | None) -> Scan:
-    volume = read_volume(path)
-    affine, notes = _nifti_affine(volume.header, orientation)
-    data = tensor_to_nifti(volume.data[0]).numpy()  # (X, Y, Z)
-    return Scan(data, affine, notes)
-
-
 def _nifti_affine(header: Header, orientation: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """The affine in mm, and what was handled to get it."""
     path, notes, affine = header.path, [], header.affine
@@ -193,7 +187,7 @@ def _nifti_affine(header: Header, orientation: str | None) -> tuple[np.ndarray, 
         affine = affine_of_orientation(orientation, header.spacing_mm)
         notes.append(f"orientation assumed to be {orientation}")
     if 0 in header.spacing_mm:
-        raise UserError(f"{path}: a spacing of 0 in the header ({_mm(header.spacing_mm)}): correct it")
+        raise UserError(f"{path}: a spacing of 0 in the header ({mm_text(header.spacing_mm)}): correct it")
     if header.unit not in ("mm", "unknown"):
         affine = np.diag([*[MM_PER_UNIT[header.unit]] * 3, 1.0]) @ affine
         notes.append(f"header in {header.unit}, converted to mm")
@@ -203,17 +197,13 @@ def _nifti_affine(header: Header, orientation: str | None) -> tuple[np.ndarray, 
 def _plausible(affine: np.ndarray, label: str) -> np.ndarray:
     spacing = spacing_of(affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise UserError(f"{label}: spacing {_mm(spacing)}: a voxel without extent, the header is damaged")
+        raise UserError(f"{label}: spacing {mm_text(spacing)}: a voxel without extent, the header is damaged")
     if not is_plausible_spacing(spacing):
         raise UserError(
-            f"{label}: spacing {_mm(spacing)} is not that of a scan ({SMALLEST_SPACING_MM:g} to "
+            f"{label}: spacing {mm_text(spacing)} is not that of a scan ({SMALLEST_SPACING_MM:g} to "
             f"{LARGEST_SPACING_MM:g} mm): wrong units in the header, correct it there"
         )
     return affine
-
-
-def _mm(lengths: Sequence[float]) -> str:
-    return " x ".join(f"{length:g}" for length in lengths) + " mm"
 
 
 # Identity
@@ -231,8 +221,5 @@ def fingerprint(source: Source) -> dict[str, int]:
 
 def source_sha256(source: Source) -> str:
     """SHA-256 of a file's content; of several files that of their hashes, sorted, so that names don't matter."""
-    digests = []
-    for path in source.files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [file_sha256(path) for path in source.files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()

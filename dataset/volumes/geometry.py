@@ -58,3 +58,13 @@ def shear_of(affine: np.ndarray) -> float:
     """Largest cosine between two axes: 0 where all are at right angles, above SHEAR where slices are shifted."""
     axes = affine[:3, :3] / spacing_of(affine)
     return float(np.abs(axes.T @ axes - np.eye(3)).max())
+
+
+def size_text(extents: Sequence[int]) -> str:
+    """A size for messages: "512x512x300"."""
+    return "x".join(str(int(extent)) for extent in extents)
+
+
+def mm_text(lengths_mm: Sequence[float]) -> str:
+    """Lengths for messages: "0.7 x 0.7 x 1 mm"."""
+    return " x ".join(f"{length:g}" for length in lengths_mm) + " mm"

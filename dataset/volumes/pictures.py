@@ -20,7 +20,7 @@ PLANES = ("axial", "coronal", "sagittal")
 
 
 def central_slices(volume: Tensor, spacing_mm: Sequence[float] | None = None) -> dict[str, np.ndarray]:
-    """The three slices through a volume's middle, as pictures: `{"axial", "coronal", "sagittal"}`.
+    """The three slices through a volume's middle, as pictures: `{"axial", "coronal", "sagittal"}` in this order.
 
     volume: (D, H, W) or (1, D, H, W). Each picture is a float32 array (rows, columns), first row at the top:
     axial (W, H), y upwards and x to the right; coronal (D, H), z upwards and x to the right;
@@ -60,6 +60,22 @@ def _square_pixels(picture: np.ndarray, row_mm: float, column_mm: float) -> np.n
         count = max(1, round(size * length_mm / min(row_mm, column_mm)))
         picture = np.take(picture, (np.arange(count) * size) // count, axis=axis)
     return picture
+
+
+def save_comparison(
+    path: str | Path, rows: Sequence[tuple[str, Sequence[Tensor]]], *, planes: Sequence[str] = PLANES, title: str = ""
+) -> np.ndarray:
+    """One row per label, in it the central slices of every volume, as `save_slice_grid` draws them.
+
+    rows: (label, volumes), each volume (D, H, W) or (1, D, H, W) in [-1, 1].
+    planes: which to draw of each volume, in this order.
+    """
+    unknown = [plane for plane in planes if plane not in PLANES]
+    if unknown or not planes:
+        raise UserError(f"slices can be drawn in the planes {', '.join(PLANES)}, got {', '.join(planes) or 'none'}")
+    cells = [(label, [central_slices(v)[plane] for v in volumes for plane in planes]) for label, volumes in rows]
+    columns = list(planes) * max((len(volumes) for _, volumes in rows), default=0)
+    return save_slice_grid(path, cells, columns=columns, title=title)
 
 
 def save_slice_grid(

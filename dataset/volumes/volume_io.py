@@ -15,7 +15,7 @@ import torch
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.volumes.geometry import orientation_of, spacing_of
+from dataset.volumes.geometry import orientation_of, size_text, spacing_of
 from dataset.volumes.gzip_files import compress, read_bytes
 from dataset.volumes.intensity import RANGE_TOLERANCE, is_empty, to_model_range
 
@@ -63,7 +63,7 @@ class Header:
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, d, h, w) of a latent."""
-        return _latent_shape(self.shape)
+        return (self.shape[-1] if len(self.shape) > 3 else 1, *self.shape[:3])
 
 
 @dataclass(frozen=True)
@@ -107,19 +107,24 @@ def read_header(path: str | Path) -> Header:
 
     UserError: missing file, no NIfTI, cut off within the header, 2D, 4D, several channels, an empty axis.
     """
-    path = Path(path)
-    content = read_bytes(path, HEADER_BYTES)
-    header = _parse(path, content).header
-    return _check_volume(_describe(path, header, content), header)
+    header, image = _open(path, HEADER_BYTES)
+    _check_volume(header, image)
+    return header
+
+
+def read_nifti(path: str | Path) -> tuple[np.ndarray, Header]:
+    """The voxels (X, Y, Z) of a volume as they are on disk, float32, for work in the file's own axes.
+
+    UserError: as `read_header`, and truncated files, NaN or infinity.
+    """
+    header, image = _open(path)
+    _check_volume(header, image)
+    return _voxels(header.path, image).reshape(header.shape), header
 
 
 def read_volume(path: str | Path) -> Volume:
-    """A volume with the values it has on disk. UserError: as `read_header`, and truncated files, NaN or infinity."""
-    path = Path(path)
-    content = read_bytes(path)
-    image = _parse(path, content)
-    header = _check_volume(_describe(path, image.header, content), image.header)
-    array = _voxels(path, image).reshape(header.shape)
+    """A volume with the values it has on disk. UserError: as `read_nifti`."""
+    array, header = read_nifti(path)
     return Volume(_to_tensor(nifti_to_tensor(array))[None], header)  # (1, D, H, W)
 
 
@@ -144,7 +149,24 @@ def write_volume(
     value_range: Sequence[float] | None = None,
     is_whole_units: bool = False,
 ) -> None:
-    """Writes (D, H, W) or (1, D, H, W) as NIfTI (X, Y, Z), so that readers get the values back.
+    """Writes (D, H, W) or (1, D, H, W) as NIfTI (X, Y, Z), so that readers get the values back; see `write_nifti`."""
+    array = _to_array(data)
+    if array.ndim == 4 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 3:
+        raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
+    write_nifti(path, tensor_to_nifti(array), affine, dtype, value_range, is_whole_units)
+
+
+def write_nifti(
+    path: str | Path,
+    array: np.ndarray,
+    affine: np.ndarray | torch.Tensor,
+    dtype: str = "float32",
+    value_range: Sequence[float] | None = None,
+    is_whole_units: bool = False,
+) -> None:
+    """Writes voxels (X, Y, Z).
 
     The file appears under its name only when it is whole. UserError if it cannot be written.
 
@@ -155,11 +177,6 @@ def write_volume(
         is_whole_units: int16 holds the values themselves, rounded, if the range allows it (HU); otherwise, and without,
             there are 65,535 codes over the range, with slope and intercept in the header.
     """
-    array = _to_array(data)
-    if array.ndim == 4 and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim != 3:
-        raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
     slope, intercept = 1.0, 0.0
     if dtype == "int16":
         slope, intercept = int16_scale(value_range, is_whole_units)
@@ -168,7 +185,7 @@ def write_volume(
         stored = _by_slice(array, np.float32, lambda voxels: voxels)
     else:
         raise ValueError(f"{path}: dtype {dtype!r}: float32 or int16 is needed")
-    image = nib.Nifti1Image(tensor_to_nifti(stored), _to_array(affine, np.float64))
+    image = nib.Nifti1Image(stored, _to_array(affine, np.float64))
     image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(slope, intercept)
     _write(path, image)
@@ -182,6 +199,13 @@ def int16_scale(value_range: Sequence[float], is_whole_units: bool = False) -> t
     return float(np.float32((high - low) / (2 * LARGEST_CODE))), float(np.float32((low + high) / 2))
 
 
+def int16_read_back(array: np.ndarray, value_range: Sequence[float], is_whole_units: bool = False) -> np.ndarray:
+    """What readers get of values (any shape) that `write_nifti` writes as int16, float32."""
+    slope, intercept = int16_scale(value_range, is_whole_units)
+    codes = _int16_codes(array, value_range, slope, intercept)
+    return (codes * slope + intercept).astype(np.float32)
+
+
 def _to_int16(
     path: str | Path, array: np.ndarray, value_range: Sequence[float], slope: float, intercept: float
 ) -> np.ndarray:
@@ -189,27 +213,29 @@ def _to_int16(
     tolerance = RANGE_TOLERANCE * (high - low)
     if not (low - tolerance <= array.min() and array.max() <= high + tolerance):  # also NaN
         raise ValueError(f"{path}: values {array.min():g} to {array.max():g} outside the range [{low:g}, {high:g}]")
+    return _by_slice(array, np.int16, lambda voxels: _int16_codes(voxels, value_range, slope, intercept))
+
+
+def _int16_codes(voxels: np.ndarray, value_range: Sequence[float], slope: float, intercept: float) -> np.ndarray:
+    """The nearest codes, still as float64."""
     limits = np.iinfo(np.int16)
-
-    def codes(voxels: np.ndarray) -> np.ndarray:
-        exact = voxels.astype(np.float64)
-        np.clip(exact, low, high, out=exact)
-        exact -= intercept
-        exact /= slope
-        return np.clip(np.rint(exact, out=exact), limits.min, limits.max, out=exact)
-
-    return _by_slice(array, np.int16, codes)
+    exact = voxels.astype(np.float64)
+    np.clip(exact, *value_range, out=exact)
+    exact -= intercept
+    exact /= slope
+    return np.clip(np.rint(exact, out=exact), limits.min, limits.max, out=exact)
 
 
 def _by_slice(array: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """`convert` of each slice of (D, H, W), laid out as a file is: x (H) changes fastest, then y (W), then z (D).
+    """`convert` of each slice of (X, Y, Z), laid out as a file is: x changes fastest, then y, then z.
 
     A slice stays in the processor's cache, which a whole volume converted and turned step by step does not.
     """
-    depth, height, width = array.shape
-    stored = np.empty((depth, width, height), dtype).swapaxes(1, 2)  # (D, H, W)
-    for voxels, place in zip(array, stored, strict=True):
-        place[...] = convert(voxels).astype(dtype, copy=False)  # first: to cast and turn at once takes longer
+    stored = np.empty(array.shape, dtype, order="F")
+    for z in range(array.shape[2]):
+        stored[..., z] = convert(array[..., z]).astype(
+            dtype, copy=False
+        )  # first: to cast and turn at once takes longer
     return stored
 
 
@@ -218,19 +244,17 @@ def _by_slice(array: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np
 
 def read_latent_header(path: str | Path) -> Header:
     """The header of a latent: NIfTI (d, h, w, C), TorchIO's (d, h, w, 1, C) or, with one channel, (d, h, w)."""
-    path = Path(path)
-    content = read_bytes(path, HEADER_BYTES)
-    header = _parse(path, content).header
-    return _check_latent(_describe(path, header, content), header)
+    header, _ = _open(path, HEADER_BYTES)
+    _check_latent(header)
+    return header
 
 
 def read_latent(path: str | Path) -> torch.Tensor:
     """A latent (C, d, h, w), float32. UserError: as `read_volume`."""
-    path = Path(path)
-    content = read_bytes(path)
-    image = _parse(path, content)
-    channels, *grid = _check_latent(_describe(path, image.header, content), image.header).latent_shape
-    array = _voxels(path, image).reshape(*grid, channels)
+    header, image = _open(path)
+    _check_latent(header)
+    channels, *grid = header.latent_shape
+    array = _voxels(header.path, image).reshape(*grid, channels)
     return _to_tensor(np.moveaxis(array, -1, 0))  # (C, d, h, w)
 
 
@@ -262,7 +286,7 @@ def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if not shape or min(shape) < 1:
-        raise UserError(f"{path}: the image is empty (size {_size(shape)}): replace or remove the file")
+        raise UserError(f"{path}: the image is empty (size {size_text(shape) or 0}): replace or remove the file")
     if header.get_data_dtype().kind not in "iuf":
         raise UserError(
             f"{path}: voxels of type {header.get_data_dtype()} (colour or complex): one number a voxel is needed"
@@ -277,38 +301,36 @@ def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
     return Header(path, shape, affine, tuple(float(length) for length in spacing), is_oriented, unit)
 
 
-def _check_volume(found: Header, header: nib.Nifti1Header) -> Header:
+def _check_volume(found: Header, image: nib.Nifti1Image) -> None:
     shape = found.shape
     if len(shape) < 3 or min(shape[:3]) == 1:
-        raise UserError(f"{found.path}: a 2D image (size {_size(shape)}): a three-dimensional volume is needed")
+        raise UserError(f"{found.path}: a 2D image (size {size_text(shape)}): a three-dimensional volume is needed")
     if len(shape) > 3:
-        several = "several channels" if len(shape) > 4 or header["intent_code"] != 0 else "a 4D series"
+        several = "several channels" if len(shape) > 4 or image.header["intent_code"] != 0 else "a 4D series"
         raise UserError(
-            f"{found.path}: {several} (size {_size(shape)}): a volume with one channel is needed, "
+            f"{found.path}: {several} (size {size_text(shape)}): a volume with one channel is needed, "
             "split the file into one file for each channel or time point"
         )
-    return found
 
 
-def _check_latent(found: Header, header: nib.Nifti1Header) -> Header:
+def _check_latent(found: Header) -> None:
     shape = found.shape
     if len(shape) < 3 or len(shape) > 5 or (len(shape) == 5 and shape[3] != 1):
         raise UserError(
-            f"{found.path}: size {_size(shape)} is not that of a latent (d, h, w, channels): "
+            f"{found.path}: size {size_text(shape)} is not that of a latent (d, h, w, channels): "
             "make latents with train/generate_training_latent.py"
         )
-    return found
-
-
-def _latent_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    return (shape[-1] if len(shape) > 3 else 1, *shape[:3])
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape) or "0"
 
 
 # Bytes
+
+
+def _open(path: str | Path, num_bytes: int | None = None) -> tuple[Header, nib.Nifti1Image]:
+    """What a file says of itself, and its image; of the first `num_bytes` alone an image without voxels."""
+    path = Path(path)
+    content = read_bytes(path, num_bytes)
+    image = _parse(path, content)
+    return _describe(path, image.header, content), image
 
 
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from evaluation.results.work import Arrays
 DATA_RANGE = MODEL_RANGE[1] - MODEL_RANGE[0]
 ENCODED_AT_ONCE = 8  # patches; of 64 voxels, in the published encoders, they need 2.4 GB
 COUNTS = "code_counts"  # name of the codes' counts among the arrays of a volume
+
+Statistic = Callable[[Tensor], float]  # of a resample: indices of volumes, (N,)
 
 NAN = math.nan
 _BOTH = f"volume and reconstruction in [-1, 1] (the reconstruction clipped to it), data range {DATA_RANGE:g}"
@@ -161,11 +164,11 @@ def summarise(
                     "constant but at borders"
                 )
             if len(kept):
-                figures.append(_figure(group, name, model, _Mean(kept), kept, num_resamples, seed))
+                figures.append(_figure(group, name, model, partial(_mean, kept), kept, num_resamples, seed))
     for name, of_counts in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
-        statistics = {model: _OfCounts(of_counts, _counts(arrays)) for model, arrays in results.items()}
+        statistics = {model: partial(_of_counts, of_counts, _counts(arrays)) for model, arrays in results.items()}
         for model in later:
-            statistics[f"{model} minus {first}"] = _Difference(statistics[model], statistics[first])
+            statistics[f"{model} minus {first}"] = partial(_difference, statistics[model], statistics[first])
         count = len(results[first])
         figures += [
             _figure(group, name, model, statistic, count, num_resamples, seed)
@@ -184,41 +187,21 @@ def _counts(arrays: Sequence[Arrays]) -> Tensor:
     return torch.from_numpy(np.stack([of_volume[COUNTS] for of_volume in arrays])).double()
 
 
-@dataclass(frozen=True)
-class _Mean:
-    values: Tensor  # (N,)
-
-    def __call__(self, chosen: Tensor) -> float:
-        return self.values[chosen].mean().item()
+def _mean(values: Tensor, chosen: Tensor) -> float:
+    return values[chosen].mean().item()  # values: (N,)
 
 
-@dataclass(frozen=True)
-class _OfCounts:
-    function: Callable[[Tensor], float]
-    counts: Tensor  # (N, n_codes)
-
-    def __call__(self, chosen: Tensor) -> float:
-        times = torch.bincount(chosen, minlength=len(self.counts)).double()  # (N,)
-        return self.function(times @ self.counts)
+def _of_counts(function: Callable[[Tensor], float], counts: Tensor, chosen: Tensor) -> float:
+    times = torch.bincount(chosen, minlength=len(counts)).double()  # (N,)
+    return function(times @ counts)  # counts: (N, n_codes)
 
 
-@dataclass(frozen=True)
-class _Difference:
-    of: Callable[[Tensor], float]
-    to: Callable[[Tensor], float]
-
-    def __call__(self, chosen: Tensor) -> float:
-        return self.of(chosen) - self.to(chosen)
+def _difference(of: Statistic, to: Statistic, chosen: Tensor) -> float:
+    return of(chosen) - to(chosen)
 
 
 def _figure(
-    group: str,
-    name: str,
-    model: str,
-    statistic: Callable[[Tensor], float],
-    volumes: Tensor | int,
-    num_resamples: int,
-    seed: int,
+    group: str, name: str, model: str, statistic: Statistic, volumes: Tensor | int, num_resamples: int, seed: int
 ) -> Figure:
     """volumes: values of each (N,), for the standard deviation, or their number.
 

@@ -17,9 +17,9 @@ from common.errors import UserError
 from common.files import file_sha256
 from common.memory import free_memory
 from common.processes import Distributed
-from dataset.volumes.intensity import check_intensity_range, is_empty
+from dataset.volumes.intensity import is_empty
 from evaluation.comparison.networks import weight_folders
-from evaluation.comparison.sets import Grid, Group, SetVolume, list_refused, list_set, read_headers, without
+from evaluation.comparison.sets import Grid, Group, SetVolume, groups_of_one_set, list_refused, read_headers, without
 from evaluation.metrics.reconstruction import WINDOW_EDGE, num_scales_of
 from evaluation.results.results import cache_folder
 from evaluation.results.work import Arrays, ResultCache, Work, do_work
@@ -71,11 +71,7 @@ def make_plan(cfg: DictConfig, device: torch.device) -> Plan:
 
     Raises UserError: options, folders, checkpoints or weight files that are wrong, too few volumes, too little memory.
     """
-    real_range = check_intensity_range(cfg.real_range)
-    groups = [
-        Group(name or Path(cfg.data).resolve().name, {ROLE: tuple(SetVolume(path, real_range) for path in files)})
-        for name, files in list_set(cfg.data, "data").items()
-    ]
+    groups = groups_of_one_set(cfg.data, "data", ROLE, cfg.real_range, Path(cfg.data).resolve().name)
     without(groups, set())  # raises where a class has too few
     paths = [Path(path).resolve() for path in cfg.AE_ckpt]
     if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
@@ -179,7 +175,7 @@ def read_all(cfg: DictConfig, plan: Plan, place: Distributed) -> tuple[list[Grou
     cache = ResultCache(cache_folder(cfg), "volumes", {"version": READING_VERSION})
     work = Work("reading volumes", SetVolume.key, read_range, _kept_ranges, cache)
     _, found = do_work(work, volumes, place, cfg.num_workers)
-    refused = {**plan.refused, **{item.item.path: item.reason for item in found}}
+    refused = plan.refused | {volume.path: reason for volume, reason in found.items()}
     if not refused:
         return plan.groups, {}
     listed = list_refused(refused, "volumes")

@@ -111,11 +111,11 @@ def draw(folder: Path, plan: Plan, groups: Sequence[Group], measured: Measured, 
         rows = []
         for i, volume in enumerate(group.sets[ROLE][:count]):
             spacing_mm = plan.grids[volume.path].spacing_mm
-            original = _cells(central_slices(volume.read()), spacing_mm)
-            found = [
-                _cells({plane: of_model[i][plane].astype(np.float32) for plane in PLANES}, spacing_mm)
-                for of_model in measured[group.name].values()
-            ]
+            original = list(central_slices(volume.read(), spacing_mm).values())
+            found = []
+            for of_model in measured[group.name].values():
+                slices = {plane: of_model[i][plane].astype(np.float32) for plane in PLANES}
+                found.append(list(with_square_pixels(slices, spacing_mm).values()))
             shown = [_differences(original, cells) for cells in found]
             label = volume.path.name.removesuffix(".nii.gz")
             rows.append((label, [*original, *chain.from_iterable([*found, *shown])]))
@@ -129,12 +129,6 @@ def draw(folder: Path, plan: Plan, groups: Sequence[Group], measured: Measured, 
         )
         pictures.append(Picture(file, caption))
     return pictures
-
-
-def _cells(slices: Mapping[str, np.ndarray], spacing_mm: Sequence[float]) -> list[np.ndarray]:
-    """Slices by plane in order, with square pixels; spacing (x, y, z)."""
-    square = with_square_pixels(slices, spacing_mm)
-    return [square[plane] for plane in PLANES]
 
 
 def _differences(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -6,14 +6,13 @@ and patches are random, also those of the perceptual network, which is part of e
 gradients of one pair of batches, by the norm of their difference.
 """
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,10 +24,9 @@ from common.optimiser import build_adam
 from common.precision import autocast
 from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema import AutoencoderConfig
+from config.schema.autoencoder import AutoencoderConfig
 from evaluation.benchmarks.codebook import one_hot_step
 from evaluation.benchmarks.measuring import Report
-from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size
 from evaluation.benchmarks.training import Way, compare_and_time, gradients
 
 LR, BETAS = 3e-4, (0.5, 0.9)
@@ -55,21 +53,12 @@ SCALES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    add_batch_size(parser, 1, "patches of a step")
-    parser.add_argument("--no-perceptual", action="store_true", help="leaves the perceptual network out of all ways")
-    add_compile(parser)
-    add_device(parser)
-
-
-def measure(options: argparse.Namespace) -> Report:
+def measure(cfg: DictConfig) -> Report:
     """Compare, then time. UserError if the ways differ."""
-    scale, device = SCALES[options.size], choose_device(options.device)
-    check_batch_size(options)
+    scale, device = SCALES[cfg.size], choose_device(cfg.device)
     torch.manual_seed(0)
-    patches = torch.rand(options.batch_size, 1, *(scale.patch,) * 3, device=device) * 2 - 1
-    perceptual = [] if options.no_perceptual else [_random_perceptual().to(device)]
+    patches = torch.rand(cfg.batch_size, 1, *(scale.patch,) * 3, device=device) * 2 - 1
+    perceptual = [] if cfg.no_perceptual else [_random_perceptual().to(device)]
 
     norms: dict[str, float] = {}
 
@@ -86,10 +75,10 @@ def measure(options: argparse.Namespace) -> Report:
             "bf16", "model.channels_last=true", "model.gradient_checkpointing=true"
         ).way,
     }
-    if options.compile:
+    if cfg.compile:
         ways |= {f"{name} compiled": pair(name, "model.compile=true").way for name in ("32", "bf16")}
-    title = f"generator and discriminator step, {options.batch_size} patches of {scale.patch}³, {device}"
-    return compare_and_time(title, ways, options.batch_size, device, options.repetitions)
+    title = f"generator and discriminator step, {cfg.batch_size} patches of {scale.patch}³, {device}"
+    return compare_and_time(title, ways, cfg.batch_size, device, cfg.repetitions)
 
 
 def _random_perceptual() -> TriplanarLPIPS:

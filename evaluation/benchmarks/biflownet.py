@@ -5,11 +5,11 @@ first: the gradients of one batch, by the norm of their difference. The averaged
 are left out.
 """
 
-import argparse
 import copy
 import math
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common.precision import autocast
@@ -17,8 +17,7 @@ from common.processes import choose_device
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
 from evaluation.benchmarks.measuring import Report
-from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size, check_grid
-from evaluation.benchmarks.sample import SCALES, random_network
+from evaluation.benchmarks.sample import SCALES, check_grid, random_network
 from evaluation.benchmarks.training import Way, compare_and_time, gradients
 
 LR = 1e-4
@@ -26,23 +25,14 @@ TOLERANCE, HALF_TOLERANCE = 2e-3, 0.2  # of the gradients, relative
 GRIDS = {"paper": (16, 16, 16), "tiny": (8, 8, 8)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    parser.add_argument("--grid", nargs=3, type=int, metavar="N", help="latent grid z x y (default: 16 16 16)")
-    add_batch_size(parser, 1, "latents of a step")
-    add_compile(parser)
-    add_device(parser)
-
-
-def measure(options: argparse.Namespace) -> Report:
+def measure(cfg: DictConfig) -> Report:
     """Compare, then time. UserError if the ways differ, or for a grid that the network can't do."""
-    scale, device = SCALES[options.size], choose_device(options.device)
-    check_batch_size(options)
-    grid = tuple(options.grid or GRIDS[options.size])
+    scale, device = SCALES[cfg.size], choose_device(cfg.device)
+    grid = tuple(cfg.grid or GRIDS[cfg.size])
     network = random_network(scale, device).train().requires_grad_(True)
     network.pos_embed.requires_grad_(False)
     check_grid(grid, network)
-    batch = _batch(network, options.batch_size, grid, device)
+    batch = _batch(network, cfg.batch_size, grid, device)
     plain_adam = torch.optim.Adam(network.parameters(), lr=LR, foreach=False)
     ours = Trained(network)
     other_layout = Trained(copy.deepcopy(network).to(memory_format=torch.channels_last_3d))
@@ -54,13 +44,13 @@ def measure(options: argparse.Namespace) -> Report:
         "bf16 channels last": other_layout.way(batch, "bf16"),
         "bf16 checkpointing": ours.way(batch, "bf16", checkpointing=True),
     }
-    if options.compile:
+    if cfg.compile:
         compiled = copy.deepcopy(network)
         compiled.compile(dynamic=False)
         ways |= {f"{name} compiled": Trained(compiled).way(batch, name) for name in ("32", "bf16")}
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    title = f"training step of BiFlowNet, {millions:.1f} M parameters, {options.batch_size} x {grid}, {device}"
-    return compare_and_time(title, ways, options.batch_size, device, options.repetitions)
+    title = f"training step of BiFlowNet, {millions:.1f} M parameters, {cfg.batch_size} x {grid}, {device}"
+    return compare_and_time(title, ways, cfg.batch_size, device, cfg.repetitions)
 
 
 class Trained:

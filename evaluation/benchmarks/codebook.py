@@ -5,7 +5,6 @@ with the vectors. Both go without the restart of idle codes, which draws at rand
 step agree within 1e-3 standard deviations. Peak memory is that of the step beside its inputs.
 """
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor
 
 from AutoEncoder.model.codebook import Codebook
 from common.processes import choose_device
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
-from evaluation.benchmarks.options import add_device
 
 TOLERANCE = 1e-3
 
@@ -35,25 +34,20 @@ class Scale:
 SCALES = {"paper": Scale(8192, 8, (64, 8, 8, 8)), "tiny": Scale(64, 4, (2, 4, 4, 4))}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    add_device(parser)
-
-
-def measure(options: argparse.Namespace) -> Report:
+def measure(cfg: DictConfig) -> Report:
     """Compare, then time. UserError if the ways differ."""
-    scale, device = SCALES[options.size], choose_device(options.device)
+    scale, device = SCALES[cfg.size], choose_device(cfg.device)
     torch.manual_seed(0)
     batch, *grid = scale.grid
     z = torch.randn(batch, scale.embedding_dim, *grid, device=device)  # (B, E, d, h, w)
     started = Codebook(scale.n_codes, scale.embedding_dim, no_random_restart=True).to(device)
     started(z)
-    ways = {"plain": partial(_plain_step, _copy(started), z), "ours": partial(_step, _copy(started), z)}
+    ways = {"plain": partial(_plain_step, copy.deepcopy(started), z), "ours": partial(_step, copy.deepcopy(started), z)}
     if device.type == "cuda":
-        ways["ours compiled"] = partial(_step, torch.compile(_copy(started)), z)
+        ways["ours compiled"] = partial(_step, torch.compile(copy.deepcopy(started)), z)
     results = {name: (way, TOLERANCE) for name, way in ways.items()}
     rows = {name: figures for name, _, *figures in compared(results, device)}  # peak memory, difference
-    seconds = in_turn({name: partial(timed, way, device) for name, way in ways.items()}, options.repetitions)
+    seconds = in_turn({name: partial(timed, way, device) for name, way in ways.items()}, cfg.repetitions)
     num_tokens = z.numel() // scale.embedding_dim
     title = f"codebook step, {scale.n_codes} codes of {scale.embedding_dim}, {num_tokens} tokens, {device}"
     plain, ours = rows["plain"][0], rows["ours"][0]
@@ -61,10 +55,6 @@ def measure(options: argparse.Namespace) -> Report:
     if plain and ours is not None:
         notes["memory, plain over ours"] = round(plain / max(ours, 1e-9), 1)
     return Report(title, "tokens", "plain", [Row(name, seconds[name], num_tokens, *rows[name]) for name in ways], notes)
-
-
-def _copy(codebook: Codebook) -> Codebook:
-    return copy.deepcopy(codebook)
 
 
 def _step(codebook: Callable[[Tensor], dict], z: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ Compared first: items from the float32 cache equal the uncached ones bit for bit
 Then each way starts its processes, gives a batch from each, and the time of the batches after these counts.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -22,13 +21,14 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
 from dataset.cache.latents import LatentCache
 from dataset.cache.volumes import FileCache, VolumeCache
 from dataset.order.epochs import SampleKey, sample_generator
-from dataset.phantoms import write_phantoms
+from dataset.preparation.phantoms import write_phantoms
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_latent
 from dataset.vqgan import VQGANDataset
@@ -68,91 +68,58 @@ class LatentScale:
 LATENT_SCALES = {"paper": LatentScale((8, 32, 32, 32), 128, 16, 150, 5), "tiny": LatentScale((4, 8, 8, 8), 8, 4, 4, 2)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    parser.add_argument(
-        "--items", choices=("patches", "latents"), default="patches", help="what is loaded (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num-workers", type=int, default=2, help="processes, or threads, that load (default: %(default)s)"
-    )
-    parser.add_argument("--folder", type=Path, help="where the files lie or are made; default: a temporary folder")
-
-
-def measure(options: argparse.Namespace) -> Report:
-    """Make files and caches, compare, then time. UserError if the ways differ or `--num-workers` is below 1."""
-    if options.num_workers < 1:
-        raise UserError(f"--num-workers {options.num_workers}: at least 1 is needed")
+def measure(cfg: DictConfig) -> Report:
+    """Make files and caches, compare, then time. UserError if the ways differ."""
     with tempfile.TemporaryDirectory(prefix="benchmark_data_") as temporary:
-        folder = Path(temporary) if options.folder is None else options.folder
-        measure_items = _measure_patches if options.items == "patches" else _measure_latents
-        return measure_items(options, folder, Path(temporary) / "cache")
+        folder = Path(cfg.folder or temporary)
+        measure_items = _measure_patches if cfg["items"] == "patches" else _measure_latents
+        return measure_items(cfg, folder, Path(temporary) / "cache")
 
 
-def _measure_patches(options: argparse.Namespace, folder: Path, cache_dir: Path) -> Report:
-    scale = SCALES[options.size]
+def _measure_patches(cfg: DictConfig, folder: Path, cache_dir: Path) -> Report:
+    scale = SCALES[cfg.size]
     write_phantoms(folder, NUM_PER_CLASS, 0, scale.volume, seed=0)
     root = folder / "PatchVolume_data.json"
     uncached = _patches(root, scale, None)
     caches = {dtype: VolumeCache(dtype, cache_dir=cache_dir / dtype) for dtype in ("int16", "float32")}
-    notes = {"volumes": len(uncached), **_build(caches, uncached, options.num_workers)}
+    notes = {"volumes": len(uncached), **_build(caches, uncached, cfg.num_workers)}
     cached = {dtype: _patches(root, scale, cache) for dtype, cache in caches.items()}
     notes["largest_difference"] = _compare(uncached, cached)
 
     sets: dict[str, Dataset] = {f"cache {dtype}": data for dtype, data in cached.items()}
     sets["plain"] = PlainPatches(uncached.files, scale.patch)
-    load = partial(_through_processes, num_workers=options.num_workers)
+    load = partial(_through_processes, num_workers=cfg.num_workers)
     ways = {
         name: (partial(load, data), scale.plain_batches if name == "plain" else scale.cached_batches)
         for name, data in sets.items()
     }
-    rows = _time_in_turn(ways, len(uncached), scale.batch_size, options)
-    title = f"{scale.patch}³ patches of {scale.volume}³ volumes, {options.num_workers} loading processes"
+    rows = _time_in_turn(ways, len(uncached), scale.batch_size, cfg)
+    title = f"{scale.patch}³ patches of {scale.volume}³ volumes, {cfg.num_workers} loading processes"
     return Report(title, "patches", "plain", rows, notes)
 
 
-def _measure_latents(options: argparse.Namespace, folder: Path, cache_dir: Path) -> Report:
-    scale = LATENT_SCALES[options.size]
+def _measure_latents(cfg: DictConfig, folder: Path, cache_dir: Path) -> Report:
+    scale = LATENT_SCALES[cfg.size]
     root = _write_latents(folder, scale)
     grid = scale.shape[1:]
     uncached, cache = Singleres_dataset(root, grid), LatentCache(cache_dir / "float32")
-    notes = {"latents": len(uncached), **_build({"float32": cache}, uncached, options.num_workers)}
+    notes = {"latents": len(uncached), **_build({"float32": cache}, uncached, cfg.num_workers)}
     cached = Singleres_dataset(root, grid, cache=cache)
     _compare_latents(uncached, cached, scale.batch_size)
 
-    load = partial(make_loader, num_workers=options.num_workers, pin_memory=False)
+    load = partial(make_loader, num_workers=cfg.num_workers, pin_memory=False)
     ways = {
         "cache float32": (partial(load, cached), scale.cached_batches),
         "uncached": (partial(load, uncached), scale.plain_batches),
         "plain": (
-            partial(_through_processes, PlainLatents(uncached.files), num_workers=options.num_workers),
+            partial(_through_processes, PlainLatents(uncached.files), num_workers=cfg.num_workers),
             scale.plain_batches,
         ),
     }
-    rows = _time_in_turn(ways, len(uncached), scale.batch_size, options)
+    rows = _time_in_turn(ways, len(uncached), scale.batch_size, cfg)
     size = "x".join(map(str, scale.shape))
-    title = f"{size} latents in batches of {scale.batch_size}, {options.num_workers} loading processes or threads"
+    title = f"{size} latents in batches of {scale.batch_size}, {cfg.num_workers} loading processes or threads"
     return Report(title, "latents", "plain", rows, notes)
-
-
-class PlainPatches(Dataset):
-    """The straightforward way, without the checks of `VQGANDataset`: read the file, cut a patch, flip it."""
-
-    def __init__(self, files: list[Path], patch_size: int):
-        self.files = files
-        self.patch_size = patch_size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, key: SampleKey) -> dict[str, torch.Tensor]:
-        rng = sample_generator(0, *key)
-        array = nib.load(self.files[key.index]).get_fdata(dtype=np.float32)
-        array = np.moveaxis(array, -1, 0)  # (D, H, W)
-        d, h, w = (rng.integers(extent - self.patch_size + 1) for extent in array.shape)
-        patch = array[d : d + self.patch_size, h : h + self.patch_size, w : w + self.patch_size]
-        flips = [axis for axis in (1, 2) if rng.random() < 0.5]
-        return {"data": torch.from_numpy(np.flip(patch, flips).copy())[None]}
 
 
 class PlainLatents(Dataset):
@@ -165,8 +132,27 @@ class PlainLatents(Dataset):
         return len(self.files)
 
     def __getitem__(self, key: SampleKey) -> torch.Tensor:
-        array = nib.load(self.files[key.index]).get_fdata(dtype=np.float32)  # (d, h, w, C)
-        return torch.from_numpy(np.moveaxis(array, -1, 0).copy())
+        return torch.from_numpy(self._read(key).copy())
+
+    def _read(self, key: SampleKey) -> np.ndarray:
+        array = nib.load(self.files[key.index]).get_fdata(dtype=np.float32)
+        return np.moveaxis(array, -1, 0)  # (C, d, h, w), or (D, H, W) of a volume
+
+
+class PlainPatches(PlainLatents):
+    """The straightforward way, without the checks of `VQGANDataset`: read the file, cut a patch, flip it."""
+
+    def __init__(self, files: list[Path], patch_size: int):
+        super().__init__(files)
+        self.patch_size = patch_size
+
+    def __getitem__(self, key: SampleKey) -> dict[str, torch.Tensor]:
+        rng = sample_generator(0, *key)
+        array = self._read(key)
+        d, h, w = (rng.integers(extent - self.patch_size + 1) for extent in array.shape)
+        patch = array[d : d + self.patch_size, h : h + self.patch_size, w : w + self.patch_size]
+        flips = [axis for axis in (1, 2) if rng.random() < 0.5]
+        return {"data": torch.from_numpy(np.flip(patch, flips).copy())[None]}
 
 
 def _write_latents(folder: Path, scale: LatentScale) -> Path:
@@ -228,15 +214,15 @@ def _time_in_turn(
     ways: dict[str, tuple[Callable[[list[list[SampleKey]]], Iterable[Any]], int]],
     num_items: int,
     batch_size: int,
-    options: argparse.Namespace,
+    cfg: DictConfig,
 ) -> list[Row]:
     """ways: each with what makes a loader for given batches, and how many are timed for each process."""
     timed = {
-        name: partial(_time, load, _batches((1 + count) * options.num_workers, num_items, batch_size), options)
+        name: partial(_time, load, _batches((1 + count) * cfg.num_workers, num_items, batch_size), cfg)
         for name, (load, count) in ways.items()
     }
-    seconds = in_turn(timed, options.repetitions)
-    counts = {name: count * options.num_workers * batch_size for name, (_, count) in ways.items()}
+    seconds = in_turn(timed, cfg.repetitions)
+    counts = {name: count * cfg.num_workers * batch_size for name, (_, count) in ways.items()}
     return [Row(name, seconds[name], counts[name]) for name in ways]
 
 
@@ -247,12 +233,12 @@ def _batches(count: int, num_items: int, batch_size: int) -> list[list[SampleKey
 
 
 def _time(
-    load: Callable[[list[list[SampleKey]]], Iterable[Any]], batches: list[list[SampleKey]], options: argparse.Namespace
+    load: Callable[[list[list[SampleKey]]], Iterable[Any]], batches: list[list[SampleKey]], cfg: DictConfig
 ) -> float:
     """Seconds of all batches after the first of each process."""
     loader = load(batches)
     passed = iter(loader)
-    for _ in range(options.num_workers):
+    for _ in range(cfg.num_workers):
         next(passed)
     begin = time.perf_counter()
     for _ in passed:

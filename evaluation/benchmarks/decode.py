@@ -5,7 +5,6 @@ Tiles give other volumes by design: their difference is shown. Weights and laten
 --latents those of a trained autoencoder; then the seam index at tile borders is shown too, as a ratio to one pass.
 """
 
-import argparse
 import copy
 import math
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from AutoEncoder.checkpoint import load_autoencoder
@@ -22,10 +21,9 @@ from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
 from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema import AutoencoderConfig
+from config.schema.autoencoder import AutoencoderConfig
 from dataset.volumes.volume_io import read_latent
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
-from evaluation.benchmarks.options import add_device
 from evaluation.metrics.seams import seam_index
 
 TOLERANCE, HALF_TOLERANCE = 5e-3, 0.5  # largest difference, in standard deviations; another layout has other kernels
@@ -49,42 +47,32 @@ SCALES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    parser.add_argument("--grid", nargs=3, type=int, metavar="N", help="latent grid z x y (default: 16 16 16)")
-    parser.add_argument("--max-memory", type=float, help="GB of the way with little memory (default: 1 at paper size)")
-    parser.add_argument("--tile", type=int, help="edge of a tile in voxels (default: half the volume)")
-    parser.add_argument("--AE-ckpt", type=Path, help="a trained autoencoder; needs --latents")
-    parser.add_argument("--latents", type=Path, help="folder of its latents, of which the first is decoded")
-    add_device(parser)
-
-
-def measure(options: argparse.Namespace) -> Report:
+def measure(cfg: DictConfig) -> Report:
     """Compare, then time. UserError if exact ways differ from one pass, or for options that don't go together."""
-    device = choose_device(options.device)
-    scale = SCALES[options.size]
-    if (options.AE_ckpt is None) != (options.latents is None):
+    device = choose_device(cfg.device)
+    scale = SCALES[cfg.size]
+    if (cfg.AE_ckpt is None) != (cfg.latents is None):
         raise UserError("--AE-ckpt and --latents belong together: give both or none")
-    if options.latents is not None and options.grid is not None:
+    if cfg.latents is not None and cfg.grid is not None:
         raise UserError("--grid is for random latents: those of --latents have theirs, leave it out")
-    if options.AE_ckpt is None:
-        autoencoder, latent = _random(scale, tuple(options.grid or scale.grid), device)
+    if cfg.AE_ckpt is None:
+        autoencoder, latent = _random(scale, tuple(cfg.grid or scale.grid), device)
     else:
-        autoencoder, latent = load_autoencoder(options.AE_ckpt, device), _first_latent(options.latents).to(device)
+        autoencoder, latent = load_autoencoder(cfg.AE_ckpt, device), _first_latent(Path(cfg.latents)).to(device)
     ratio = autoencoder.downsample_factor
-    tile = options.tile or max(latent.shape[1:]) * ratio // 2
+    tile = cfg.tile or max(latent.shape[1:]) * ratio // 2
     if tile < ratio or tile % ratio:
         raise UserError(f"--tile {tile}: a multiple of the compression {ratio} is needed")
-    little = int((scale.max_memory if options.max_memory is None else options.max_memory) * 1e9)
+    little = int((scale.max_memory if cfg.max_memory is None else cfg.max_memory) * 1e9)
     ways = _ways(autoencoder, latent, tile, little)
 
     rows, seams = {}, {}
     for name, found, *figures in compared(ways, device):
         rows[name] = figures  # peak memory, difference
-        if options.AE_ckpt is not None and tile < max(found.shape[1:]):
+        if cfg.AE_ckpt is not None and tile < max(found.shape[1:]):
             seams[name] = seam_index(found, tile)
 
-    seconds = in_turn({name: partial(timed, way, device) for name, (way, _) in ways.items()}, options.repetitions)
+    seconds = in_turn({name: partial(timed, way, device) for name, (way, _) in ways.items()}, cfg.repetitions)
     notes = {"threads": torch.get_num_threads(), "tile": tile}
     if seams:
         notes["seam_index_times_one_pass"] = {name: round(value / seams["plain"], 4) for name, value in seams.items()}

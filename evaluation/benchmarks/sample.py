@@ -4,22 +4,22 @@ Weights are random. Compared first: the noise that each way predicts for one noi
 standard deviations of the plain way, in half precision within 0.3. Then all ways take turns at whole samplings.
 """
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from common.compilation import CompiledDenoiser
+from common.errors import UserError
 from common.precision import autocast
 from common.processes import choose_device
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
 from evaluation.benchmarks.measuring import Report, Row, compared, in_turn, timed
-from evaluation.benchmarks.options import add_batch_size, add_compile, add_device, check_batch_size, check_grid
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.3  # largest difference, in standard deviations
 
@@ -47,26 +47,17 @@ TINY = {
 SCALES = {"paper": Scale(PAPER, (32, 32, 32), 2), "tiny": Scale(TINY, (8, 8, 8), 2)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    parser.add_argument("--grid", nargs=3, type=int, metavar="N", help="latent grid z x y (default: 32 32 32)")
-    add_batch_size(parser, 4, "of the batched way")
-    add_compile(parser)
-    add_device(parser)
-
-
-def measure(options: argparse.Namespace) -> Report:
+def measure(cfg: DictConfig) -> Report:
     """Compare, then time. UserError if the ways differ, or for a grid that the network can't do."""
-    scale, device = SCALES[options.size], choose_device(options.device)
-    check_batch_size(options)
-    grid = tuple(options.grid or scale.grid)
+    scale, device = SCALES[cfg.size], choose_device(cfg.device)
+    grid = tuple(cfg.grid or scale.grid)
     network = random_network(scale, device)
     check_grid(grid, network)
-    ways = _ways(network, scale, grid, options, device)
+    ways = _ways(network, scale, grid, cfg, device)
 
     predictions = {name: (way.predict, way.tolerance) for name, way in ways.items()}
     rows = {name: figures for name, _, *figures in compared(predictions, device)}  # peak memory, difference
-    seconds = in_turn({name: partial(timed, way.sample, device) for name, way in ways.items()}, options.repetitions)
+    seconds = in_turn({name: partial(timed, way.sample, device) for name, way in ways.items()}, cfg.repetitions)
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     return Report(
         f"BiFlowNet, {millions:.1f} M parameters, latents of {grid}, {device}",
@@ -75,6 +66,12 @@ def measure(options: argparse.Namespace) -> Report:
         [Row(name, seconds[name], scale.steps * ways[name].batch_size, *rows[name]) for name in ways],
         {"threads": torch.get_num_threads(), "unit": "one step of one latent"},
     )
+
+
+def check_grid(grid: tuple[int, ...], network: BiFlowNet) -> None:
+    """UserError for a latent grid (z, x, y) that the network can't do."""
+    if any(extent < 1 or extent % multiple for extent, multiple in zip(grid, network.grid_multiple, strict=True)):
+        raise UserError(f"--grid {grid}: multiples of {tuple(network.grid_multiple)} are needed")
 
 
 @dataclass(frozen=True)
@@ -96,18 +93,20 @@ def random_network(scale: Scale, device: torch.device) -> BiFlowNet:
     return network.to(device)
 
 
-def _ways(network: BiFlowNet, scale: Scale, grid: tuple[int, ...], options, device: torch.device) -> dict[str, Way]:
+def _ways(
+    network: BiFlowNet, scale: Scale, grid: tuple[int, ...], cfg: DictConfig, device: torch.device
+) -> dict[str, Way]:
     half = ["bf16", "16"] if device.type == "cuda" else ["bf16"]
     other_layout = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)
     ways = {
         "plain": _way(network, scale, grid, device),
         "channels last": _way(other_layout, scale, grid, device, channels_last=True),
-        f"batch {options.batch_size}": _way(network, scale, grid, device, batch_size=options.batch_size),
+        f"batch {cfg.batch_size}": _way(network, scale, grid, device, batch_size=cfg.batch_size),
     }
     for precision in half:
         ways[precision] = _way(network, scale, grid, device, precision)
         ways[f"{precision} channels last"] = _way(other_layout, scale, grid, device, precision, channels_last=True)
-    if options.compile:
+    if cfg.compile:
         compiled = CompiledDenoiser(network)
         for precision in ["32", *half]:
             ways[f"compile {precision}"] = _way(compiled, scale, grid, device, precision)

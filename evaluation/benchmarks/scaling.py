@@ -6,7 +6,6 @@ lose is the machine's (memory that cores share), not the exchange's. Parity of s
 the tests. On a machine with fewer cores or GPUs than processes the figures mean nothing.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -19,51 +18,42 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from common.errors import UserError
 from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema import AutoencoderConfig, BiFlowNetConfig
-from dataset.phantoms import write_phantoms
+from config.schema.autoencoder import AutoencoderConfig
+from config.schema.diffusion import BiFlowNetConfig
+from dataset.preparation.phantoms import write_phantoms
 from dataset.volumes.volume_io import write_latent
 from evaluation.benchmarks.measuring import Report, Row, in_turn
-from evaluation.benchmarks.options import add_device
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"paper": 15, "tiny": 4}  # logged in each interval, of which the second counts
 LOOPS = ("biflownet", "autoencoder")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    parser.add_argument("--loop", choices=LOOPS, default="biflownet", help="(default: %(default)s)")
-    parser.add_argument("--config", type=Path, help="of the training script (default: the demo's, small networks)")
-    parser.add_argument("--processes", type=int, default=2, help="beside one (default: %(default)s)")
-    add_device(parser)
-
-
-def measure(options: argparse.Namespace) -> Report:
+def measure(cfg: DictConfig) -> Report:
     """Run the script with one process, with several, and several times, in turn. UserError where it fails."""
-    if options.processes < 2:
-        raise UserError(f"--processes {options.processes}: at least 2 are needed")
-    device, steps, count = choose_device(options.device), STEPS[options.size], options.processes
+    device, steps, count = choose_device(cfg.device), STEPS[cfg.size], cfg.processes
     with tempfile.TemporaryDirectory(prefix="benchmark_scaling_") as temporary:
-        prepare = _biflownet if options.loop == "biflownet" else _autoencoder
-        command = prepare(Path(temporary), options.config, steps, device, count)
+        prepare = _biflownet if cfg.loop == "biflownet" else _autoencoder
+        command = prepare(Path(temporary), cfg.config, steps, device, count)
         train = partial(_seconds_per_sample, command, Path(temporary), steps)
         ways = {"1 process": partial(train, 1, 1), f"{count} processes": partial(train, 1, count)}
         if device.type == "cpu":  # on a GPU they would all take the first
             ways[f"{count} runs"] = partial(train, count, 1)
-        seconds = in_turn(ways, options.repetitions)
+        seconds = in_turn(ways, cfg.repetitions)
     rows = [Row(name, seconds[name], 1) for name in ways]
-    report = Report(f"{options.loop}, {device.type}", "samples", "1 process", rows)
+    report = Report(f"{cfg.loop}, {device.type}", "samples", "1 process", rows)
     report.notes["share of the ideal"] = round(report.ratio(rows[1]) / count, 3)
     if len(rows) > 2:
         report.notes["share of runs that exchange nothing"] = round(rows[1].rate / rows[2].rate, 3)
     return report
 
 
-def _biflownet(folder: Path, config: Path | None, steps: int, device: torch.device, processes: int) -> list[str]:
+def _biflownet(folder: Path, config: str | None, steps: int, device: torch.device, processes: int) -> list[str]:
     """The command without its run folder, on random latents."""
     config = config or CONFIG_FOLDER / "demo" / "BiFlowNet.yaml"
     cfg = load_config(BiFlowNetConfig, config)
@@ -77,7 +67,7 @@ def _biflownet(folder: Path, config: Path | None, steps: int, device: torch.devi
     return command + [f"max_steps={2 * steps}", f"log_every={steps}", "ckpt_every=1000000", "run_name={run}"]
 
 
-def _autoencoder(folder: Path, config: Path | None, steps: int, device: torch.device, processes: int) -> list[str]:
+def _autoencoder(folder: Path, config: str | None, steps: int, device: torch.device, processes: int) -> list[str]:
     """The command without its run folder, on phantoms."""
     config = config or CONFIG_FOLDER / "demo" / "PatchVolume.yaml"
     batch_size = load_config(AutoencoderConfig, config).model.batch_size

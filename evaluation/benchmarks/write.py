@@ -4,7 +4,6 @@ The volume is a phantom with noise, so that it compresses about as well as a sca
 equals the volume bit for bit, int16 is within half a code. A write ends when the file is on the disk (fsync).
 """
 
-import argparse
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from common.errors import UserError
-from dataset.phantoms import write_phantoms
+from dataset.preparation.phantoms import write_phantoms
 from dataset.volumes.volume_io import int16_scale, read_volume, write_volume
 from evaluation.benchmarks.measuring import Report, Row, in_turn, timed
 
@@ -26,16 +26,11 @@ NOISE = 0.01  # standard deviation, of a range of 2
 RANGE = (-1.0, 1.0)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    parser.add_argument("--folder", type=Path, help="where files are written; default: a temporary folder")
-
-
-def measure(options: argparse.Namespace) -> Report:
+def measure(cfg: DictConfig) -> Report:
     """Write once each way and read back, then time. UserError where what is read back is not what was written."""
-    with tempfile.TemporaryDirectory(prefix="benchmark_write_", dir=options.folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix="benchmark_write_", dir=cfg.folder) as temporary:
         folder = Path(temporary)
-        volume = _volume(folder, EDGES[options.size])  # (1, D, H, W)
+        volume = _volume(folder, EDGES[cfg.size])  # (1, D, H, W)
         affine = np.eye(4)
         paths = {name: folder / f"{name.replace(' ', '_')}.nii.gz" for name in ("plain", "float32", "int16")}
         ways: dict[str, Callable[[], None]] = {
@@ -45,7 +40,7 @@ def measure(options: argparse.Namespace) -> Report:
         }
         differences = {name: _written(way, paths[name], volume) for name, way in ways.items()}
         cpu = torch.device("cpu")
-        seconds = in_turn({name: partial(timed, way, cpu) for name, way in ways.items()}, options.repetitions)
+        seconds = in_turn({name: partial(timed, way, cpu) for name, way in ways.items()}, cfg.repetitions)
         megabytes = {name: path.stat().st_size / 1e6 for name, path in paths.items()}
     rows = [Row(name, seconds[name], 1, difference=differences[name]) for name in ways]
     title = f"one volume of {tuple(volume.shape[1:])}, difference in intensity"

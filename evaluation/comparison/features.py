@@ -1,4 +1,4 @@
-"""Features of sets of volumes: computed in batches, shared out to processes, kept in the cache (`result_cache.py`)."""
+"""Features of sets of volumes: computed in batches, shared out to processes, kept in the cache (`results/work.py`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from common.errors import UserError
@@ -16,6 +17,7 @@ from common.precision import exact_float32
 from common.processes import Distributed
 from evaluation.comparison.networks import FeatureNetwork
 from evaluation.comparison.sets import check_refused
+from evaluation.results.results import cache_folder
 from evaluation.results.work import Arrays, ResultCache, Work, do_work
 
 VERSION = 1  # rises when the same network and volume give other features
@@ -38,34 +40,34 @@ class SetFeatures:
 
 
 def extract(
+    cfg: DictConfig,
     network: FeatureNetwork,
     volumes: Sequence[Any],
     label: str,
-    cache_dir: Path,
+    excluded: dict[Path, str],
     place: Distributed,
-    *,
-    batch_size: int,
-    num_workers: int,
-    exclude: bool,
-) -> tuple[SetFeatures | None, dict[Path, str]]:
-    """The features of all volumes, on rank 0 (None on others), and what was left out with its reason.
+) -> SetFeatures | None:
+    """The features of all volumes, on rank 0 (None on others).
 
-    To be called on every rank. volumes: each with `path`, `key()` and `read()`, as `SetVolume` has them.
-    Raises UserError: volumes that can't be read, all of them in one, unless `exclude`; or fewer than two are left.
+    To be called on every rank. volumes: each with `path`, `key()` and `read()`, as `SetVolume` has them. excluded: gets
+    the files that are left out, with the reason.
+    Raises UserError: volumes that can't be read, all of them in one, unless `exclude_unreadable`; or fewer than two are
+    left.
     """
     work = Work(
         label=f"{network.name}: {label}",
         key=methodcaller("key"),
         read=methodcaller("read"),
         compute=partial(compute_features, network, place.device),
-        cache=ResultCache(cache_dir, network.name, {**network.settings, "version": VERSION}),
-        batch_size=batch_size,
+        cache=ResultCache(cache_folder(cfg), network.name, {**network.settings, "version": VERSION}),
+        batch_size=cfg.batch_size,
     )
-    results, refused = do_work(work, volumes, place, num_workers)
-    reasons = {item.item.path: item.reason for item in refused}
-    check_refused(reasons, len(volumes), label, exclude)
+    results, refused = do_work(work, volumes, place, cfg.num_workers)
+    reasons = {volume.path: reason for volume, reason in refused.items()}
+    check_refused(reasons, len(volumes), label, cfg.exclude_unreadable)
+    excluded.update(reasons)
     if not place.is_main:
-        return None, reasons
+        return None
     kept = [(volume, result) for volume, result in zip(volumes, results, strict=True) if result is not None]
     planes = {}
     for plane in network.planes:
@@ -77,7 +79,7 @@ def extract(
             )
         planes[plane] = torch.stack(features)  # (N, S, F)
     ranges = tuple((float(result[RANGE][0]), float(result[RANGE][1])) for _, result in kept)
-    return SetFeatures(tuple(volume for volume, _ in kept), planes, ranges), reasons
+    return SetFeatures(tuple(volume for volume, _ in kept), planes, ranges)
 
 
 def compute_features(network: FeatureNetwork, device: torch.device, volumes: Tensor) -> list[Arrays]:

@@ -11,13 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from evaluation.comparison.pairs import PairScores
-from evaluation.metrics.distances import (
-    frechet_distance,
-    median_bandwidth,
-    mmd_from_kernels,
-    nearest,
-    rbf_kernel,
-)
+from evaluation.metrics.distances import frechet_distance, median_bandwidth, mmd_from_kernels, nearest, rbf_kernel
 from evaluation.metrics.intervals import bootstrap_interval, random_halves, subsampling_interval
 from evaluation.metrics.manifolds import precision_recall_density_coverage
 from evaluation.results.results import Figure, Floor

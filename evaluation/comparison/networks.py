@@ -11,8 +11,7 @@ Nothing is downloaded: a number must not depend on whether a server answered. do
 """
 
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,44 +168,13 @@ class RandomFeatures(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A network with a weight file. build: (path of the file, slices per plane) -> network."""
-
-    files: Sequence[str]
-    planes: Sequence[str]
-    build: Callable[[Path, int], FeatureNetwork]
-
-
-def _medicalnet(path: Path, num_slices: int) -> FeatureNetwork:
-    try:
-        net = torch.hub.load(str(HUB_FOLDER), "medicalnet_resnet50", source="local", weights_dir=path.parent)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    description = "MedicalNet ResNet-50, global average pool"
-    return VolumeFeatures("medicalnet_resnet50", description, net, {"weights_sha256": file_sha256(path)})
-
-
-def _imagenet(path: Path, num_slices: int) -> FeatureNetwork:
-    net = load_resnet50(path)
-    settings = {"weights_sha256": file_sha256(path)}
-    description = "ResNet-50 trained on ImageNet"
-    return SliceFeatures(
-        "imagenet_resnet50", description, net, settings, num_slices, mean=IMAGENET_MEAN, std=IMAGENET_STD
-    )
-
-
-def _radimagenet(path: Path, num_slices: int) -> FeatureNetwork:
-    settings = {"weights_sha256": file_sha256(path)}
-    description = "ResNet-50 trained on RadImageNet"
-    return SliceFeatures("radimagenet_resnet50", description, load_resnet50(path), settings, num_slices)
-
-
-PRETRAINED = {
-    "medicalnet_resnet50": Pretrained(("resnet_50.pth",), (VOLUME,), _medicalnet),
-    "imagenet_resnet50": Pretrained(("resnet50-11ad3fa6.pth", "resnet50-0676ba61.pth"), PLANES, _imagenet),
-    "radimagenet_resnet50": Pretrained(("RadImageNet-ResNet50.pt", "ResNet50.pt"), PLANES, _radimagenet),
+# Of the pretrained networks the names that their file may have, and the planes of their features.
+WEIGHT_FILES = {
+    "medicalnet_resnet50": ("resnet_50.pth",),
+    "imagenet_resnet50": ("resnet50-11ad3fa6.pth", "resnet50-0676ba61.pth"),
+    "radimagenet_resnet50": ("RadImageNet-ResNet50.pt", "ResNet50.pt"),
 }
+PLANES_OF = {"medicalnet_resnet50": (VOLUME,), "imagenet_resnet50": PLANES, "radimagenet_resnet50": PLANES}
 RANDOM = {"random_3d": (VOLUME,), "random_2d": PLANES}
 
 
@@ -219,8 +187,8 @@ def build_networks(
     network's.
     """
     if list(names) == ["auto"]:
-        names = [name for name in PRETRAINED if find_weights(name, weights_dir) is not None]
-        planes = {plane for name in names for plane in PRETRAINED[name].planes}
+        names = [name for name in WEIGHT_FILES if find_weights(name, weights_dir) is not None]
+        planes = {plane for name in names for plane in PLANES_OF[name]}
         names += [name for name, of_random in RANDOM.items() if not planes.issuperset(of_random)]
     return [_build(name, weights_dir, num_slices).to(device) for name in dict.fromkeys(names)]
 
@@ -234,7 +202,7 @@ def describe_networks(networks: Sequence[FeatureNetwork], device: torch.device) 
 def find_weights(name: str, weights_dir: str | Path | None) -> Path | None:
     """The weight file of a pretrained network: in the folder, in torch hub's cache, or where MedicalNet's lie."""
     return next(
-        (p for folder in _folders(weights_dir) for f in PRETRAINED[name].files if (p := folder / f).is_file()), None
+        (p for folder in _folders(weights_dir) for f in WEIGHT_FILES[name] if (p := folder / f).is_file()), None
     )
 
 
@@ -261,11 +229,25 @@ def _build(name: str, weights_dir: str | Path | None, num_slices: int) -> Featur
     path = find_weights(name, weights_dir)
     if path is None:
         raise UserError(
-            f"networks: {name} needs {' or '.join(PRETRAINED[name].files)}, which is in none of "
+            f"networks: {name} needs {' or '.join(WEIGHT_FILES[name])}, which is in none of "
             f"{', '.join(map(str, _folders(weights_dir)))}: put it there, or name its folder with --weights-dir "
             "(docs/evaluation.md says where it is had)"
         )
-    return PRETRAINED[name].build(path, num_slices)
+    settings = {"weights_sha256": file_sha256(path)}
+    if name == "medicalnet_resnet50":
+        return VolumeFeatures(name, "MedicalNet ResNet-50, global average pool", _medicalnet(path), settings)
+    net = load_resnet50(path)
+    if name == "radimagenet_resnet50":
+        return SliceFeatures(name, "ResNet-50 trained on RadImageNet", net, settings, num_slices)
+    description = "ResNet-50 trained on ImageNet"
+    return SliceFeatures(name, description, net, settings, num_slices, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _medicalnet(path: Path) -> nn.Module:
+    try:
+        return torch.hub.load(str(HUB_FOLDER), "medicalnet_resnet50", source="local", weights_dir=path.parent)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def load_resnet50(path: Path) -> nn.Module:

@@ -79,7 +79,7 @@ def pair_scores(cfg: DictConfig, volumes: Sequence[SetVolume], label: str, place
     )
     found, refused = do_work(work, items, place, cfg.num_workers)
     if refused:  # they could be read for their features
-        raise UserError(list_refused({pair.item.path: pair.reason for pair in refused}, f"pairs of {label}"))
+        raise UserError(list_refused({pair.path: reason for pair, reason in refused.items()}, f"pairs of {label}"))
     scores = [float(arrays["ms_ssim"]) for arrays in found] if place.is_main else []
     return PairScores(pairs, torch.tensor(scores, dtype=torch.float64), len(volumes))
 

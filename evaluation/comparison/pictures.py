@@ -43,8 +43,7 @@ def nearest_picture(
 
 def _slices(volume: SetVolume) -> list[np.ndarray]:
     spacing = read_header(volume.path).spacing_mm if volume.resample is None else volume.resample.spacing_mm
-    pictures = central_slices(volume.read(), spacing)
-    return [pictures[plane] for plane in PLANES]
+    return list(central_slices(volume.read(), spacing).values())
 
 
 def _save_pairs(cfg: DictConfig, stem: str, rows: Sequence, roles: tuple[str, str], caption: str) -> Picture:

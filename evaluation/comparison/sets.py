@@ -4,10 +4,8 @@ A set is given as a folder, all of whose `*.nii.gz` are one class, or as a datas
 Generated volumes may also lie in one folder for all classes: the JSON beside each tells its class.
 """
 
-import contextlib
 import hashlib
 import json
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,14 +21,13 @@ from dataset.checking.examine import format_numbers, format_size
 from dataset.preparation.recipe import Recipe, prepare
 from dataset.preparation.sources import Scan
 from dataset.volumes.index import list_volumes, read_dataset_json
-from dataset.volumes.intensity import MODEL_RANGE, RANGE_TOLERANCE, check_intensity_range, to_model_range
-from dataset.volumes.volume_io import Header, read_header, read_volume, tensor_to_nifti
+from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range, to_model_range
+from dataset.volumes.volume_io import Header, nifti_to_tensor, read_header, read_volume, tensor_to_nifti
 from evaluation.generation.record import read_record
 
 ALL = "all classes"  # the name of all groups together
 SAME_SPACING = 0.01  # relative difference that rounding and class tables make
 MIN_VOLUMES = 2  # of a set: a covariance, and a pair
-SAMPLED = 4  # volumes of a set whose range is looked at before any work
 MOST_SHOWN = 5  # files in a message
 OTHER_RANGE = (
     "if all files have this scale, declare it (real_range=[{found_low:g},{found_high:g}], or generated_range for "
@@ -100,9 +97,10 @@ class SetVolume:
         # The way that training data are brought to a spacing and size, so that both sets get the same.
         recipe = Recipe(window=MODEL_RANGE, spacing_mm=self.resample.spacing_mm, size=self.resample.shape)
         try:
-            return prepare(Scan(tensor_to_nifti(data[0]).numpy(), volume.affine), recipe).data
+            prepared = prepare(Scan(tensor_to_nifti(data[0]).numpy(), volume.affine), recipe).data  # (X, Y, Z)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
+        return nifti_to_tensor(torch.from_numpy(prepared))[None].contiguous()
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,20 @@ def list_set(path: str | Path, option: str) -> dict[str, list[Path]]:
         return read_dataset_json(path)
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
+
+
+def groups_of_one_set(
+    path: str, option: str, role: str, intensity_range: Sequence[float], folder_name: str
+) -> list[Group]:
+    """The classes of a dataset JSON, or a folder as one class `folder_name`, each with the one set `role`.
+
+    UserError names the option.
+    """
+    intensity_range = check_intensity_range(intensity_range)
+    return [
+        Group(name or folder_name, {role: tuple(SetVolume(file, intensity_range) for file in files)})
+        for name, files in list_set(path, option).items()
+    ]
 
 
 def group_volumes(
@@ -225,7 +237,7 @@ def _check_group(group: Group) -> None:
                 raise UserError(f"{volume.path}: is both a {other} and a {role} volume: sets must not share files")
 
 
-# ------------------------------------------------------------------------------------------------ geometry and range
+# ------------------------------------------------------------------------------------------------------------ geometry
 
 
 def read_headers(groups: Sequence[Group]) -> tuple[dict[Path, Grid], dict[Path, str]]:
@@ -293,54 +305,6 @@ def on_one_grid(
             )
         result.append(group)
     return result
-
-
-def sample_ranges(group: Group) -> dict[str, list[tuple[float, float]]]:
-    """Lowest and highest value, after conversion to [-1, 1], of a few volumes of each set that can be read."""
-    ranges: dict[str, list[tuple[float, float]]] = {role: [] for role in group.sets}
-    for role, volumes in group.sets.items():
-        for volume in volumes[:: max(1, len(volumes) // SAMPLED)][:SAMPLED]:
-            with contextlib.suppress(UserError):  # all of those are listed when all are read
-                data = replace(volume, resample=None).read()
-                ranges[role].append((float(data.min()), float(data.max())))
-    return {role: found for role, found in ranges.items() if found}
-
-
-def check_ranges(group: Group, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> list[str]:
-    """Warnings where the darkest or brightest values of two sets differ by more than a quarter of the range.
-
-    ranges: role -> lowest and highest value of volumes after conversion to [-1, 1], as `sample_ranges` gives.
-    UserError where a set must have another scale than was assumed: it is brighter than others at its darkest, or has
-    nothing in the lower half of the range.
-    """
-    assumed = [role for role in ranges if not all(volume.is_range_stated for volume in group.sets[role])]
-    warnings = []
-    for i, which in enumerate(("darkest", "brightest")):
-        ends = {role: statistics.median(values[i] for values in found) for role, found in ranges.items()}
-        role, other = max(ends, key=ends.get), min(ends, key=ends.get)
-        if ends[role] - ends[other] <= (MODEL_RANGE[1] - MODEL_RANGE[0]) / 4:
-            continue
-        found = (
-            f"{group.name}: the {which} voxels of {role} volumes are {ends[role]:.3g}, those of {other} ones "
-            f"{ends[other]:.3g} (of -1 ... 1)"
-        )
-        if which == "darkest" and role in assumed:
-            raise UserError(f"{found}: their scales differ, {_range_advice(role, ranges)}")
-        warnings.append(f"{found}: sets of other content, or a range that is not the one that was stated")
-    middle = sum(MODEL_RANGE) / 2
-    for role in assumed:
-        if min(low for low, _ in ranges[role]) > middle - RANGE_TOLERANCE < max(high for _, high in ranges[role]):
-            raise UserError(
-                f"{group.name}: the {role} volumes have nothing in the lower half of the range -1 ... 1: "
-                f"{_range_advice(role, ranges)}"
-            )
-    return warnings
-
-
-def _range_advice(role: str, ranges: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    option = "generated_range" if role == "generated" else "real_range"
-    highest = max(high for _, high in ranges[role])
-    return f"give the range that the {role} files have, e.g. {option}=[0,1] (highest found {highest:.3g})"
 
 
 def list_refused(refused: Mapping[Path, str], what: str) -> str:

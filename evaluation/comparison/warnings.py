@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from evaluation.comparison.features import SetFeatures
 from evaluation.comparison.figures import Memorisation, median
 from evaluation.metrics.distances import nearest
 from evaluation.results.results import Figure
@@ -69,18 +70,17 @@ def memorisation_warnings(group: str, network: str, found: Memorisation, figures
     return warnings
 
 
-def content_warnings(
-    group: str, real: Tensor, generated: Tensor, ranges: dict[str, Sequence[tuple[float, float]]]
-) -> list[str]:
-    """Volumes of one value, volumes that are there twice, generated ones that are real. Features (N, F), (M, F)."""
+def content_warnings(group: str, plane: str, real: SetFeatures, generated: SetFeatures) -> list[str]:
+    """Volumes of one value, volumes that are there twice, generated ones that are real, by the features of a plane."""
     warnings = []
-    for role, features in (("real", real), ("generated", generated)):
-        if blank := sum(low == high for low, high in ranges[role]):
+    x, y = (found.planes[plane].flatten(1) for found in (real, generated))  # (N, S·F), (M, S·F)
+    for role, features, ranges in (("real", x, real.ranges), ("generated", y, generated.ranges)):
+        if blank := sum(low == high for low, high in ranges):
             warnings.append(f"{group}: {blank} of {len(features)} {role} volumes have one value everywhere")
         if repeated := len(features) - len(features.unique(dim=0)):
             warnings.append(f"{group}: {repeated} of {len(features)} {role} volumes are copies of others of the set")
-    between = nearest(real, generated)[0]  # of each real volume
-    usual = median(torch.cdist(real[:USUAL], real[:USUAL]).flatten())
+    between = nearest(x, y)[0]  # of each real volume
+    usual = median(torch.cdist(x[:USUAL], x[:USUAL]).flatten())
     if same := int((between <= SAME * usual).sum()):
         warnings.append(
             f"{group}: {same} of {len(real)} real volumes are among the generated ones: distances mean nothing"

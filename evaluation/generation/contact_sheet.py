@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from common.errors import UserError
 from common.log import get_logger
 from dataset.volumes.intensity import MODEL_RANGE, to_model_range
-from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
-from dataset.volumes.volume_io import read_volume
+from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid, with_square_pixels
+from dataset.volumes.volume_io import int16_read_back, read_volume
 from evaluation.generation.record import read_record
+from evaluation.generation.requests import Request
 
 SHEET_NAME = "contact_sheet.png"
 MOST_OF_A_KIND = 8  # rows of a class and size
 MOST_ROWS = 160  # about as high as picture viewers can take
+
+Slices = dict[Path, list[np.ndarray]]  # of a volume's file its slices by plane, in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,28 @@ class Shown:
     value_range: tuple[float, float]  # drawn black and white
 
 
-def update_contact_sheet(folder: Path) -> Path | None:
+def keep_slices(made: Slices, request: Request, values: Tensor, dtype: str) -> None:
+    """Keeps what a sheet shows of a volume that was just written, so that its file need not be read.
+
+    Only of volumes that a sheet can show, and no more than the rows of one sheet: the rest is read.
+    values: (1, D, H, W) in the units of the request, as they were given to `write_volume` with this type.
+    """
+    if request.sample >= MOST_OF_A_KIND or len(made) >= MOST_ROWS:
+        return
+    slices = central_slices(values)
+    for plane, picture in slices.items():
+        if dtype == "int16":
+            picture = int16_read_back(picture, request.intensity_range, request.is_hounsfield)
+        picture = torch.from_numpy(np.ascontiguousarray(picture))
+        slices[plane] = to_model_range(picture, request.intensity_range, request.path).numpy()
+    spacing_mm = np.float32(request.spacing_mm).tolist()  # as a header holds it
+    made[request.path] = list(with_square_pixels(slices, spacing_mm).values())
+
+
+def update_contact_sheet(folder: Path, made: Slices) -> Path | None:
     """Draws the sheet of a folder unless it is newer than every volume; None for a folder without volumes.
 
+    made: what `keep_slices` kept of volumes that this process has written; others are read from their files.
     Volumes without a sound record, and those that can't be read or hold other values than it says, are left out with a
     warning: they are not of this program's making.
     """
@@ -53,7 +77,7 @@ def update_contact_sheet(folder: Path) -> Path | None:
         if len(same) > MOST_OF_A_KIND:
             labels[0] += f"\n({MOST_OF_A_KIND} of {len(same)})"
         chosen += zip(same, labels, strict=False)
-    rows = [(label, slices) for shown, label in chosen[:MOST_ROWS] if (slices := _slices(shown))]
+    rows = [(label, slices) for shown, label in chosen[:MOST_ROWS] if (slices := _slices(shown, made))]
     if not rows:
         return None
     title = f"{folder.name}: {len(rows)} of {len(volumes)} volumes"
@@ -76,13 +100,14 @@ def _described(path: Path) -> Shown | None:
     return Shown(path, (record["class_id"], record["class_name"], *record["voxels"]), record["sample"], (low, high))
 
 
-def _slices(shown: Shown) -> list[np.ndarray]:
+def _slices(shown: Shown, made: Slices) -> list[np.ndarray]:
     """The three slices; none, with a warning, for a volume that can't be drawn."""
+    if shown.path in made:
+        return made[shown.path]
     try:
         volume = read_volume(shown.path)
         data = to_model_range(volume.data, shown.value_range, shown.path)
     except UserError as error:
         get_logger().warning("%s leaves out a volume: %s", SHEET_NAME, error)
         return []
-    pictures = central_slices(data, volume.header.spacing_mm)
-    return [pictures[plane] for plane in PLANES]
+    return list(central_slices(data, volume.header.spacing_mm).values())

@@ -67,9 +67,10 @@ def list_requests(cfg: DictConfig) -> list[Request]:
     requests: list[Request] = []
     asked_by: dict[object, Entry] = {}  # path, or what the noise depends on
     for entry, row in entries:
-        for request in _requests_of(cfg, entry, row, intensities[row.id]):
-            if len(requests) == MOST_VOLUMES:
-                raise UserError(f"{entry.where}more than {MOST_VOLUMES:,} volumes are asked for: do it in several runs")
+        sizes = _sizes(cfg, entry, row)
+        if len(requests) + len(sizes) * len(entry.seeds) * entry.num_samples > MOST_VOLUMES:
+            raise UserError(f"{entry.where}more than {MOST_VOLUMES:,} volumes are asked for: do it in several runs")
+        for request in _requests_of(cfg, entry, row, sizes, intensities[row.id]):
             for key in (request.path, noise_key(request)):
                 if key in asked_by:
                     raise UserError(
@@ -124,8 +125,10 @@ def _class_row(cfg: DictConfig, entry: Entry) -> DictConfig:
     raise UserError(f"{entry.where or 'classes: '}no class {entry.class_key!r}{hint} the config knows {known}")
 
 
-def _requests_of(cfg: DictConfig, entry: Entry, row: DictConfig, intensity: Intensity | None) -> Iterator[Request]:
-    for grid, spacing_mm in _sizes(cfg, entry, row):
+def _requests_of(
+    cfg: DictConfig, entry: Entry, row: DictConfig, sizes: Sequence[tuple[Triple, Spacing]], intensity: Intensity | None
+) -> Iterator[Request]:
+    for grid, spacing_mm in sizes:
         d, h, w = (side * cfg.downsample for side in grid)
         is_whole = math.prod(grid) <= cfg.max_single_pass**3 or max(h, w, d) <= cfg.tile
         decoding, tile = ("exact", None) if is_whole or cfg.decoding == "exact" else (cfg.decoding, cfg.tile)
@@ -221,7 +224,7 @@ def _words(numbers: Sequence[float]) -> str:
     return " ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
 
 
-# Names, batches, noise
+# Names, noise
 
 
 def class_intensities(cfg: DictConfig, ids: Collection[int]) -> dict[int, Intensity | None]:
@@ -238,14 +241,6 @@ def class_intensities(cfg: DictConfig, ids: Collection[int]) -> dict[int, Intens
 def seed_folder(cfg: DictConfig, seed: int) -> Path:
     """OUT/seed_S, the folder of all volumes of a seed."""
     return Path(cfg.output_dir) / f"seed_{seed}"
-
-
-def batches_of_one_grid(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
-    """Batches of at most `batch_size` volumes, each of one latent grid; classes and seeds may be mixed."""
-    by_grid: dict[Triple, list[Request]] = {}
-    for request in requests:
-        by_grid.setdefault(request.grid, []).append(request)
-    return [same[i : i + batch_size] for same in by_grid.values() for i in range(0, len(same), batch_size)]
 
 
 def noise_key(request: Request) -> tuple[int, ...]:

@@ -29,25 +29,19 @@ from common.errors import UserError
 from common.log import get_logger
 from common.precision import autocast, clock
 from common.processes import PATIENCE, Distributed, cleanup, setup
-from config.cli import GENERATION_FLAGS, parse_command_line
 from config.loading import require, save_config
-from config.schema import GenerationConfig
+from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
 from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.schedule import Progress
-from evaluation.generation.contact_sheet import update_contact_sheet
+from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
 from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
-from evaluation.generation.requests import Request, batches_of_one_grid, list_requests, noise_generator, seed_folder
+from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder
 
 SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
-
-
-def run(argv: Sequence[str] | None, default_config: str, description: str) -> None:
-    """The generation scripts, which differ only in the config they start from."""
-    generate(parse_command_line(argv, GenerationConfig, default_config, description, GENERATION_FLAGS))
 
 
 def generate(cfg: DictConfig) -> list[Path]:
@@ -76,6 +70,7 @@ def generate(cfg: DictConfig) -> list[Path]:
         )
 
         # Sample and decode.
+        made: Slices = {}
         if todo:
             place.on_main(lambda: _check_disk(cfg, todo))
             autoencoder, model = load_models(cfg, place.device)
@@ -85,14 +80,14 @@ def generate(cfg: DictConfig) -> list[Path]:
                     autoencoder, request.grid, request.tile, place.device, _max_bytes(cfg), cfg.precision, where
                 )
             place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
-            batches = batches_of_one_grid(todo, cfg.batch_size)[place.rank :: place.world_size]
-            _generate_batches(cfg, model, autoencoder, batches, settings, place)
+            batches = batches_of_one_shape(todo, [request.grid for request in todo], cfg.batch_size)
+            _generate_batches(cfg, model, autoencoder, batches[place.rank :: place.world_size], settings, made, place)
             place.barrier()
 
         # Show what is there.
         if place.is_main:
             for folder in folders:
-                update_contact_sheet(folder)
+                update_contact_sheet(folder, made)
         return [request.path for request in requests]
     finally:
         cleanup()
@@ -102,16 +97,8 @@ def _missing(requests: Sequence[Request], settings: dict[str, Any], place: Distr
     """The volumes that are not done, on every rank; each rank reads its share of what is there."""
     mine = range(place.rank, len(requests), place.world_size)
     bar = tqdm(mine, desc="reading what is there", unit="volume", delay=3, leave=False, disable=not place.is_main)
-    missing, message = [], None
-    try:
-        missing = [i for i in bar if not is_done(requests[i], settings)]
-    except UserError as error:
-        message = str(error)
-    gathered = place.gather((missing, message))
-    for _, message in gathered:
-        if message is not None:
-            raise UserError(message)
-    return [requests[i] for i in sorted(i for part, _ in gathered for i in part)]
+    missing = place.on_all(lambda: [i for i in bar if not is_done(requests[i], settings)])
+    return [requests[i] for i in sorted(i for part in missing for i in part)]
 
 
 def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
@@ -137,9 +124,10 @@ def _generate_batches(
     autoencoder: nn.Module,
     batches: list[list[Request]],
     settings: dict[str, Any],
+    made: Slices,
     place: Distributed,
 ) -> None:
-    """Samples, decodes and writes this process's volumes."""
+    """Samples, decodes and writes this process's volumes; their slices go to `made`."""
     diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(place.device)
     # The bar counts volumes, and moves with every sampling step of a batch.
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} volumes [{elapsed}<{remaining}{postfix}]"
@@ -168,15 +156,16 @@ def _generate_batches(
                     )
                 # The record first: a volume is only taken for done beside the record of how it was made.
                 write_record(request, settings, describe_run(cfg, place, sampling_s, decoding_s))
-                _write(cfg, request, volume)
+                keep_slices(made, request, _write(cfg, request, volume), cfg.output_dtype)
             done += len(batch)
 
 
-def _write(cfg: DictConfig, request: Request, volume: Tensor) -> None:
-    """Writes a volume (1, D, H, W) of [-1, 1] in the units and the type of the request."""
-    volume = from_model_range(volume, request.intensity_range)
+def _write(cfg: DictConfig, request: Request, volume: Tensor) -> Tensor:
+    """Writes a volume (1, D, H, W) of [-1, 1] in the units of the request, and returns it in these."""
+    values = from_model_range(volume, request.intensity_range)
     affine = affine_from_spacing(request.spacing_mm)
-    write_volume(request.path, volume, affine, cfg.output_dtype, request.intensity_range, request.is_hounsfield)
+    write_volume(request.path, values, affine, cfg.output_dtype, request.intensity_range, request.is_hounsfield)
+    return values
 
 
 def _max_bytes(cfg: DictConfig) -> int | None:

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,73 +80,64 @@ class Work:
     batch_size: int = 1
 
 
-@dataclass(frozen=True)
-class Refused:
-    """An item that could not be read, and why."""
-
-    item: Any
-    reason: str
-
-
-class _Reader:
-    """(key, tensor or None where the results are there, reason why it can't be read)."""
-
-    def __init__(self, work: Work) -> None:
-        self.key, self.read, self.cache = work.key, work.read, work.cache
-
-    def __call__(self, item: Any) -> tuple[str | None, Tensor | None, str | None]:
-        try:
-            key = self.key(item)
-            return key, None if self.cache.get(key) is not None else self.read(item), None
-        except UserError as error:
-            return None, None, str(error)
-
-
 def do_work(
     work: Work, items: Sequence[Any], place: Distributed, num_workers: int
-) -> tuple[list[Arrays | None], list[Refused]]:
-    """The results of all items, those that are there from the cache, and the items that can't be read.
+) -> tuple[list[Arrays | None], dict[Any, str]]:
+    """The results of all items, those that are there from the cache, and why the others can't be read, by item.
 
     To be called on every rank; each does its share, and rank 0 gets the results (the others a list of None). Results
     are kept as soon as they are there, so a killed run goes on.
     """
     mine = range(place.rank, len(items), place.world_size)
-    keys: dict[int, str] = {}
-    refused: dict[int, str] = {}
-    waiting: list[tuple[str, Tensor]] = []
-    message = None
-
-    def compute() -> None:
-        for (key, _), arrays in zip(waiting, work.compute(torch.stack([t for _, t in waiting])), strict=True):
-            work.cache.put(key, arrays)
-        waiting.clear()
-
-    try:
-        read = map_in_processes(_Reader(work), [items[i] for i in mine], num_workers, work.label, show=place.is_main)
-        for position, (key, tensor, reason) in read:
-            if reason is not None:
-                refused[mine[position]] = reason
-                continue
-            keys[mine[position]] = key
-            if tensor is None or key in [other for other, _ in waiting]:
-                continue
-            if waiting and waiting[0][1].shape != tensor.shape:
-                compute()
-            waiting.append((key, tensor))
-            if len(waiting) == work.batch_size:
-                compute()
-        if waiting:
-            compute()
-    except UserError as error:  # on every rank, or the others would wait for this one
-        message = str(error)
-
-    gathered = place.gather((keys, refused, message))
-    for *_, message in gathered:
-        if message is not None:
-            raise UserError(message)
-    keys = {i: key for part, _, _ in gathered for i, key in part.items()}
-    refused = {i: reason for _, part, _ in gathered for i, reason in part.items()}
+    shares = place.on_all(lambda: _do_share(work, {i: items[i] for i in mine}, num_workers, place.is_main))
+    keys = {i: key for of_rank, _ in shares for i, key in of_rank.items()}
+    refused = {i: reason for _, of_rank in shares for i, reason in of_rank.items()}
     results = [work.cache.get(keys[i]) if place.is_main and i in keys else None for i in range(len(items))]
     if place.is_main and (lost := [i for i in keys if results[i] is None]):
         raise UserError(f"{work.cache.folder}: the results of {len(lost)} volumes are gone: start again")
-    return results, [Refused(items[i], refused[i]) for i in sorted(refused)]
+    return results, {items[i]: refused[i] for i in sorted(refused)}
+
+
+def _do_share(
+    work: Work, items: Mapping[int, Any], num_workers: int, show: bool
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Leaves the results of these items in the cache. Returns by the item's number its key, or why it can't be read."""
+    numbers = list(items)
+    keys: dict[int, str] = {}
+    refused: dict[int, str] = {}
+    waiting: dict[str, Tensor] = {}  # of one shape, to be computed together
+
+    def compute() -> None:
+        if waiting:
+            for key, arrays in zip(waiting, work.compute(torch.stack([*waiting.values()])), strict=True):
+                work.cache.put(key, arrays)
+            waiting.clear()
+
+    read = partial(_read, work.key, work.read, work.cache)
+    for position, (key, tensor, reason) in map_in_processes(
+        read, [*items.values()], num_workers, work.label, show=show
+    ):
+        if reason is not None:
+            refused[numbers[position]] = reason
+            continue
+        keys[numbers[position]] = key
+        if tensor is None or key in waiting:
+            continue
+        if waiting and next(iter(waiting.values())).shape != tensor.shape:
+            compute()
+        waiting[key] = tensor
+        if len(waiting) == work.batch_size:
+            compute()
+    compute()
+    return keys, refused
+
+
+def _read(
+    key_of: Callable[[Any], str], read: Callable[[Any], Tensor], cache: ResultCache, item: Any
+) -> tuple[str | None, Tensor | None, str | None]:
+    """Key, tensor (None where the results are there), and the reason why it can't be read; in a loading process."""
+    try:
+        key = key_of(item)
+        return key, None if cache.get(key) is not None else read(item), None
+    except UserError as error:
+        return None, None, str(error)

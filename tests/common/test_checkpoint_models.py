@@ -16,7 +16,8 @@ from AutoEncoder.model.autoencoder import Autoencoder
 from common.checkpoint_files import load_checkpoint, newest_checkpoint
 from common.errors import UserError
 from config.loading import load_config
-from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig
+from config.schema.autoencoder import AutoencoderConfig
+from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from ddpm.checkpoint import build_biflownet, load_biflownet, load_biflownet_weights
 from train.autoencoder.model import build_autoencoder
 

@@ -11,26 +11,21 @@ from torch.distributed.run import get_args_parser
 
 from common.errors import UserError
 from common.script import run_script
-from config.cli import (
-    BIFLOWNET_FLAGS,
-    GENERATION_FLAGS,
-    GENERATION_METRICS_FLAGS,
-    LATENT_FLAGS,
-    RECONSTRUCTION_FLAGS,
-    VALIDITY_FLAGS,
-    Flag,
-    parse_command_line,
-)
+from config.cli import parse_command_line
 from config.loading import load_config
-from config.schema import (
-    AutoencoderConfig,
-    BiFlowNetConfig,
-    GenerationConfig,
+from config.schema.autoencoder import AutoencoderConfig, LatentConfig
+from config.schema.benchmark import SCHEMAS
+from config.schema.data import CheckConfig, PhantomConfig, PreprocessConfig
+from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.schema.evaluation import (
+    DemoConfig,
     GenerationMetricsConfig,
-    LatentConfig,
     ReconstructionConfig,
+    ReportConfig,
+    SamplingStudyConfig,
     ValidityConfig,
 )
+from config.schema.option import options_of
 
 ROOT = Path(__file__).parents[2]
 BIFLOWNET_COMMAND = (
@@ -47,7 +42,7 @@ GENERATION_COMMAND = (
 
 
 def parse_biflownet(line: str) -> DictConfig:
-    return parse_command_line(line.split(), BiFlowNetConfig, "BiFlowNet_8x.yaml", "", BIFLOWNET_FLAGS)
+    return parse_command_line(line.split(), BiFlowNetConfig, "BiFlowNet_8x.yaml", "")
 
 
 def test_official_biflownet_command():
@@ -58,7 +53,7 @@ def test_official_biflownet_command():
 
 
 def test_official_generation_command():
-    cfg = parse_command_line(GENERATION_COMMAND.split(), GenerationConfig, "generation_8x.yaml", "", GENERATION_FLAGS)
+    cfg = parse_command_line(GENERATION_COMMAND.split(), GenerationConfig, "generation_8x.yaml", "")
     assert (cfg.sampling_strategy, cfg.ddim_steps, cfg.seed, cfg.output_dir) == ("ddim", 50, 5, "out")
     assert cfg.dim_mults == [1, 1, 2, 4, 8]
     assert len(cfg.classes) == 7
@@ -66,13 +61,12 @@ def test_official_generation_command():
 
 def test_official_latent_command():
     line = "--data-path J --AE-ckpt C --batch-size 4"
-    cfg = parse_command_line(line.split(), LatentConfig, None, "", LATENT_FLAGS)
+    cfg = parse_command_line(line.split(), LatentConfig, None, "")
     assert (cfg.data_path, cfg.AE_ckpt, cfg.batch_size) == ("J", "C", 4)
 
 
 def test_negative_numbers_are_values():
-    flags = (*LATENT_FLAGS, Flag("--intensity-range"))
-    cfg = parse_command_line("--intensity-range -1 1 --AE-ckpt C".split(), LatentConfig, None, "", flags)
+    cfg = parse_command_line("--intensity-range -1 1 --AE-ckpt C".split(), LatentConfig, None, "")
     assert (cfg.intensity_range, cfg.AE_ckpt) == ([-1, 1], "C")
 
 
@@ -133,40 +127,103 @@ def test_bad_command_lines(line, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("schema", "flags"),
+    "schema",
     [
-        (AutoencoderConfig, ()),
-        (LatentConfig, LATENT_FLAGS),
-        (BiFlowNetConfig, BIFLOWNET_FLAGS),
-        (GenerationConfig, GENERATION_FLAGS),
-        (ReconstructionConfig, RECONSTRUCTION_FLAGS),
-        (GenerationMetricsConfig, GENERATION_METRICS_FLAGS),
-        (ValidityConfig, VALIDITY_FLAGS),
+        AutoencoderConfig,
+        LatentConfig,
+        BiFlowNetConfig,
+        GenerationConfig,
+        ReconstructionConfig,
+        GenerationMetricsConfig,
+        ValidityConfig,
     ],
 )
-def test_help_shows_every_key(schema, flags, capsys):
+def test_help_shows_every_key(schema, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_command_line(["--help"], schema, None, "What the script does.", flags)
+        parse_command_line(["--help"], schema, None, "What the script does.")
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "What the script does." in text
     cfg = load_config(schema, None)
     keys = [f"{top}.{name}" for top in cfg for name in cfg[top]] if schema is AutoencoderConfig else list(cfg)
-    shown = {flag.target: flag.name for flag in flags}
+    shown = {option.name: option.flag for option in options_of(schema) if option.flag}
     assert [key for key in keys if f"  {shown.get(key, key + '=')}" not in text] == []
 
 
-def test_every_flag_is_a_key():
-    for schema, flags in [
-        (LatentConfig, LATENT_FLAGS),
-        (BiFlowNetConfig, BIFLOWNET_FLAGS),
-        (GenerationConfig, GENERATION_FLAGS),
-        (ReconstructionConfig, RECONSTRUCTION_FLAGS),
-        (GenerationMetricsConfig, GENERATION_METRICS_FLAGS),
-        (ValidityConfig, VALIDITY_FLAGS),
-    ]:
-        assert {flag.target for flag in flags} <= set(load_config(schema, None))
-    assert Flag("--a-b", key="c").target == "c"
+EVALUATION_FLAGS = (
+    "output-dir cache-dir weights-dir real-range exclude-unreadable num-resamples num-workers seed device "
+)
+BENCHMARK_FLAGS = "size repetitions json "
+FEATURE_FLAGS = "networks slices batch-size num-pairs num-halvings "
+# The flags of the scripts, without dashes; those of the paper's release are spelled as it has them.
+PUBLISHED_FLAGS = {
+    AutoencoderConfig: "",
+    PreprocessConfig: "input output-dir preset name class-id select assume-orientation spacing size multiple "
+    "interpolation modality window percentiles num-workers dry-run",
+    LatentConfig: "data-path AE-ckpt batch-size num-workers device sliding-window intensity-range",
+    BiFlowNetConfig: "data-path results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn "
+    "patch-size num-dit enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution "
+    "log-every ckpt-every ckpt vq-size max-steps run-name device channels-last compile gradient-checkpointing",
+    GenerationConfig: "classes AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn "
+    "sampling-strategy ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta "
+    "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
+    "channels-last compile",
+    ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
+    GenerationMetricsConfig: EVALUATION_FLAGS
+    + FEATURE_FLAGS
+    + "real generated training generated-range resample ignore-spacing neighbours num-pictures",
+    ValidityConfig: EVALUATION_FLAGS + FEATURE_FLAGS + "real other AE-ckpt",
+    CheckConfig: "intensity-range patch-size subject-pattern num-workers seed num-pictures picture report",
+    PhantomConfig: "output-dir num-per-class num-held-out size seed",
+    ReportConfig: "input-dir output title",
+    DemoConfig: "output-dir short",
+    SamplingStudyConfig: "demo output-dir strategies steps seeds num-samples device",
+    SCHEMAS["data"]: BENCHMARK_FLAGS + "items num-workers folder",
+    SCHEMAS["codebook"]: BENCHMARK_FLAGS + "device",
+    SCHEMAS["autoencoder"]: BENCHMARK_FLAGS + "batch-size no-perceptual compile device",
+    SCHEMAS["biflownet"]: BENCHMARK_FLAGS + "grid batch-size compile device",
+    SCHEMAS["sample"]: BENCHMARK_FLAGS + "grid batch-size compile device",
+    SCHEMAS["decode"]: BENCHMARK_FLAGS + "grid max-memory tile AE-ckpt latents device",
+    SCHEMAS["write"]: BENCHMARK_FLAGS + "folder",
+    SCHEMAS["scaling"]: BENCHMARK_FLAGS + "loop config processes device",
+}
+
+
+@pytest.mark.parametrize("schema", PUBLISHED_FLAGS, ids=lambda schema: schema.__name__)
+def test_flags_are_the_published_ones(schema):
+    found = {option.flag for option in options_of(schema) if option.flag}
+    assert found - {"JSON", "PART"} == {f"--{name}" for name in PUBLISHED_FLAGS[schema].split()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "data.json --seed 3 --intensity-range -1 1",
+        "--intensity-range -1 1 data.json --seed 3",
+        "--seed 3 intensity_range=[-1,1] data.json",
+        "json=data.json --seed 3",
+    ],
+)
+def test_positional_arguments_stand_anywhere(line):
+    cfg = parse_command_line(line.split(), CheckConfig, None, "")
+    assert (cfg.json, cfg.seed, cfg.intensity_range) == ("data.json", 3, [-1, 1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--seed 3", "the following arguments are required: JSON; --help lists"),
+        ("a.json b.json", "override 'b.json': expected key=value"),
+    ],
+)
+def test_wrong_positional_arguments(line, message):
+    with pytest.raises(UserError, match=message):
+        parse_command_line(line.split(), CheckConfig, None, "")
+
+
+def test_a_script_may_have_its_own_config_flag():
+    cfg = parse_command_line(["scaling", "--config", "none.yaml"], SCHEMAS["scaling"], None, "")
+    assert (cfg.part, cfg.config) == ("scaling", "none.yaml")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +270,6 @@ def test_commands_for_several_gpus_and_nodes_are_understood(script):
     assert words[0] == f"train/{script}"
     run = get_args_parser().parse_args([*launcher[1:], *words])
     assert run.training_script_args == words[1:]
-    schema, flags = (AutoencoderConfig, ()) if script == "train_PatchVolume.py" else (BiFlowNetConfig, BIFLOWNET_FLAGS)
-    cfg = parse_command_line(words[1:], schema, None, "", flags)
-    assert "bf16" in (cfg.amp_dtype if flags else cfg.model.precision)
+    schema = AutoencoderConfig if script == "train_PatchVolume.py" else BiFlowNetConfig
+    cfg = parse_command_line(words[1:], schema, None, "")
+    assert "bf16" in (cfg.model.precision if schema is AutoencoderConfig else cfg.amp_dtype)

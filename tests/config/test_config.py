@@ -12,7 +12,11 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, require, save_config
-from config.schema import AutoencoderConfig, BiFlowNetConfig, GenerationConfig, LatentConfig, PreprocessConfig
+from config.schema.autoencoder import AutoencoderConfig, LatentConfig
+from config.schema.data import PreprocessConfig
+from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.schema.option import EXTENDS, FREE, keys_of
+from config.write_base_files import BASE_FILES
 
 SCHEMAS = {"base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig, "BiFlowNet": BiFlowNetConfig}
 SCHEMAS |= {"generation": GenerationConfig, "classes": PreprocessConfig, "preprocess": PreprocessConfig}
@@ -121,6 +125,13 @@ def test_base_files_hold_every_key_with_its_default_and_a_comment(name):
         assert set(pick(written)) == set(pick(defaults))
     values = [line for line in path.read_text().splitlines() if ": " in line and not line.strip().startswith("#")]
     assert [line for line in values if "#" not in line] == []
+
+
+@pytest.mark.parametrize("base", BASE_FILES, ids=lambda base: base.name)
+def test_base_files_are_those_of_the_schema(base):
+    written = (CONFIG_FOLDER / base.name).read_text()
+    assert written == base.text(), "python -m config.write_base_files"
+    assert max(map(len, written.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(("name", "batch_size", "precision", "lr", "start", "downsample", "stage"), AUTOENCODER_VALUES)
@@ -378,6 +389,32 @@ def test_require_names_every_missing_key():
     assert "AE_ckpt (--AE-ckpt VALUE)" in message
     assert "ckpt (--ckpt" not in message
     assert "dataset.root_dir" in error_of(require, load_config(AutoencoderConfig, None), "dataset.root_dir")
+
+
+# -------------------------------------------------------------------------------------------------- resuming
+
+RESUMABLE = [
+    (
+        BiFlowNetConfig,
+        [FREE],
+        "results_dir run_name num_workers channels_last compile gradient_checkpointing cache cache_dir cache_limit_gb "
+        "log_every ckpt_every keep_checkpoints preview preview_steps",
+    ),
+    (BiFlowNetConfig, [EXTENDS], "ckpt epochs max_steps data_path AE_ckpt device model"),
+    (
+        AutoencoderConfig,
+        [FREE, EXTENDS],
+        "model.max_steps model.max_epochs model.num_workers model.gpus model.accelerator model.checkpoint_every "
+        "model.val_every model.log_every model.log_volume_every model.channels_last model.compile "
+        "model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.resume_from_checkpoint "
+        "dataset.cache dataset.cache_dir dataset.cache_limit_gb",
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "resume", "keys"), RESUMABLE)
+def test_what_a_resumed_run_may_change(schema, resume, keys):
+    assert keys_of(schema, *resume) == set(keys.split())
 
 
 # ---------------------------------------------------------------------------------------------------- saving

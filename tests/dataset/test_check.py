@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from common.errors import UserError
-from dataset import check
-from dataset.check import choose_pictures, find_subjects, main, summarise
+from dataset.check import main
+from dataset.checking import report as check
 from dataset.checking.examine import examine_volume
+from dataset.checking.report import choose_pictures, find_subjects, summarise
 from dataset.volumes.volume_io import write_latent, write_volume
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,11 +94,17 @@ def test_problems(sound):
     ("arguments", "message"),
     [
         (["{folder}/none.json"], "none.json: no such dataset JSON"),
-        (["{json}", "--patch-size", "0"], "--patch-size 0: at least 1 is needed"),
-        (["{json}", "--patch-size", "x"], "--patch-size: invalid int value"),
-        (["{json}", "--nothing"], "unrecognized arguments: --nothing"),
-        (["{json}", "--intensity-range", "1", "0"], "dataset.intensity_range is [1.0, 0.0]"),
-        (["{json}", "--subject-pattern", "("], "'(': not a regular expression"),
+        (["{json}", "--patch-size", "0"], "patch_size must be at least 1, got 0"),
+        (["{json}", "--patch-size", "x"], "option patch_size: patch_size must be a whole number, got 'x'"),
+        (["{json}", "--nothing"], "unknown flag --nothing"),
+        (
+            ["{json}", "--intensity-range", "1", "0"],
+            "must be two numbers, the lower one first, got [1.0, 0.0]",
+        ),
+        (
+            ["{json}", "--subject-pattern", "("],
+            "subject_pattern must be a regular expression that Python can",
+        ),
         ([], "the following arguments are required: JSON"),
     ],
 )

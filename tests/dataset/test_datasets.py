@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from dataset.order.epochs import EpochSampler, SampleKey
-from dataset.Singleres_dataset import Singleres_dataset, read_latent_record
+from dataset.Singleres_dataset import Singleres_dataset
 from dataset.tr_generate import GenerateTrData_dataset
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.index import latent_folder
+from dataset.volumes.latent_record import read_latent_record
 from dataset.volumes.volume_io import tensor_to_nifti, write_latent, write_volume
 from dataset.vqgan import CropRule, VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x

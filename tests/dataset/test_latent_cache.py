@@ -21,9 +21,9 @@ from dataset.cache.latents import LatentCache
 from dataset.order.epochs import EpochSampler
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import list_volumes
+from dataset.volumes.latent_record import start_folder
 from dataset.volumes.volume_io import read_latent, write_latent
 from train.diffusion.batches import CacheLoader, GlobalBatchSampler, close_loader, endless, make_cache, make_loader
-from train.latents.record import start_folder
 
 SHAPE = (4, 2, 3, 5)
 GRID = SHAPE[1:]

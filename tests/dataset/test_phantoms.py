@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from dataset.phantoms import CLASSES, make_phantom, write_phantoms
+from dataset.preparation.phantoms import CLASSES, make_phantom, write_phantoms
 from dataset.volumes.index import read_class_json, read_dataset_json
 from dataset.volumes.volume_io import read_header, read_model_volume, tensor_to_nifti
 

@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import write_series
-from test_sources import write_nifti
+from nifti_files import write_nifti
 
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema import GenerationConfig, PreprocessConfig
+from config.schema.data import PreprocessConfig
+from config.schema.diffusion import GenerationConfig
 from dataset.preparation import prepared_folder
 from dataset.preparation.manifest import MANIFEST_NAME, read_manifest
+from dataset.preparation.preprocessing import resolve_target
 from dataset.preparation.sources import find_sources
-from dataset.preprocess import main, resolve_target
+from dataset.preprocess import main
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.index import read_class_json, read_dataset_json
 from dataset.volumes.volume_io import nifti_to_tensor, read_model_volume, read_volume, write_volume

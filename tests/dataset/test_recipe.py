@@ -7,7 +7,6 @@ import pytest
 from common.errors import UserError
 from dataset.preparation.recipe import Recipe, coarse_foreground, describe, find_intensity, prepare
 from dataset.preparation.sources import Scan
-from dataset.volumes.volume_io import tensor_to_nifti
 
 CT = Recipe(window=(-1000, 1000), unit="HU", multiple=1)
 MR = Recipe(percentiles=(0.5, 99.5), multiple=1)
@@ -25,11 +24,11 @@ def ball(shape=(40, 40, 40), middle=(20, 20, 20), radius=8, inside=100.0, outsid
 
 
 def prepared(data, recipe, affine=None):
-    """The result with its voxels as (X, Y, Z)."""
+    """The result, and its voxels (X, Y, Z)."""
     result = prepare(Scan(data, np.eye(4) if affine is None else affine), recipe)
-    assert result.data.shape[0] == 1
-    assert result.data.dtype.is_floating_point
-    return result, tensor_to_nifti(result.data[0]).numpy()
+    assert result.data.ndim == 3
+    assert result.data.dtype == np.float32
+    return result, result.data
 
 
 # Intensities

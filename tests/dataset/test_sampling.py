@@ -6,15 +6,8 @@ import torch
 
 from common.errors import UserError
 from dataset.cache.crops import CroppedVolume, decode, encode, find_foreground
-from dataset.order.epochs import (
-    MAX_DRAWS,
-    EpochSampler,
-    SampleKey,
-    augment,
-    centre_crop_start,
-    random_crop,
-    sample_generator,
-)
+from dataset.order.epochs import EpochSampler, SampleKey, sample_generator
+from dataset.order.random_crops import MAX_DRAWS, augment, centre_crop_start, random_crop
 from dataset.volumes.intensity import foreground
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config
-from config.schema import GenerationConfig
-from config.validation import SAMPLING_STRATEGIES
+from config.schema.diffusion import SAMPLING_STRATEGIES, GenerationConfig
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import SAMPLERS, get_sampler
 from ddpm.schedule import cosine_betas, noise_schedule, trailing_timesteps

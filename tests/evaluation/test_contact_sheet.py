@@ -73,6 +73,31 @@ def test_contact_sheet_is_drawn_when_a_volume_is_newer(models, tmp_path, monkeyp
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("denormalize", [False, True])
+@pytest.mark.parametrize("output_dtype", ["float32", "int16"])
+def test_contact_sheet_of_new_volumes_is_that_of_their_files(models, tmp_path, monkeypatch, output_dtype, denormalize):
+    """The slices are those in memory. HU are whole numbers in int16, percentiles are [0, 1]."""
+    seen = drawn(monkeypatch)
+    classes = [row(0, "Chest", CUBE, spacing=(0.7, 1.3, 2.1)), row(1, "Head", CUBE)]
+    values = {"output_dtype": output_dtype, "ddim_steps": 1, "num_samples": 2}
+    if denormalize:
+        kinds = {"Chest": [Intensity("window", -150.0, 250.0, "HU")], "Head": [Intensity("percentiles", 3, 70)]}
+        values["denormalize"] = str(prepared(tmp_path, **kinds))
+    read = contact_sheet.read_volume
+    monkeypatch.setattr(contact_sheet, "read_volume", lambda path: pytest.fail("reads what it has just written"))
+    generate(config(models, tmp_path / "out", classes, **values))
+    sheet = tmp_path / "out" / "seed_0" / "contact_sheet.png"
+    of_memory = sheet.read_bytes()
+    sheet.unlink()
+    monkeypatch.setattr(contact_sheet, "read_volume", read)
+    generate(config(models, tmp_path / "out", classes, **values))
+    assert sheet.read_bytes() == of_memory
+    (_, rows, _), (_, again, _) = seen
+    for (label, pictures), (other, of_files) in zip(rows, again, strict=True):
+        assert label == other
+        assert all(map(np.array_equal, pictures, of_files))
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -10,10 +10,10 @@ from torchvision.models import resnet50
 
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER
 from common.errors import UserError
-from config.validation import FEATURE_NETWORKS
+from config.schema.evaluation import FEATURE_NETWORKS
 from evaluation.comparison.networks import (
-    PRETRAINED,
     RANDOM,
+    WEIGHT_FILES,
     RandomFeatures,
     SliceFeatures,
     VolumeFeatures,
@@ -43,7 +43,7 @@ def volumes() -> torch.Tensor:
 
 
 def test_the_options_name_every_network():
-    assert set(FEATURE_NETWORKS) == {*PRETRAINED, *RANDOM}
+    assert set(FEATURE_NETWORKS) == {*WEIGHT_FILES, *RANDOM}
 
 
 # Random -------------------------------------------------------------------------------------------------------------
@@ -226,9 +226,9 @@ def test_medicalnet_is_read_from_its_file(tmp_path, volumes):
         torch.testing.assert_close(network(volumes)["volume"][:, 0], expected)
 
 
-@pytest.mark.parametrize("name", PRETRAINED)
+@pytest.mark.parametrize("name", WEIGHT_FILES)
 def test_a_network_asked_for_by_name_without_its_file_says_what_and_where(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name} needs {PRETRAINED[name].files[0]}.*none of {tmp_path}.*--weights-dir"):
+    with pytest.raises(UserError, match=f"{name} needs {WEIGHT_FILES[name][0]}.*none of {tmp_path}.*--weights-dir"):
         build_networks([name], tmp_path, 2, CPU)
 
 

@@ -16,7 +16,7 @@ from AutoEncoder.model.autoencoder import Autoencoder
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from config.loading import load_config
-from config.schema import GenerationConfig
+from config.schema.diffusion import GenerationConfig
 from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
 from evaluation import class_conditional_generation, class_conditional_generation_4x

@@ -9,9 +9,8 @@ from matplotlib.image import imread
 
 from AutoEncoder.model.codebook import codebook_usage, perplexity
 from common.errors import UserError
-from dataset.volumes.pictures import central_slices, save_slice_grid
+from dataset.volumes.pictures import central_slices, save_comparison, save_slice_grid
 from evaluation.metrics.reconstruction import l1, psnr
-from evaluation.results.pictures import save_comparison
 
 # PSNR ---------------------------------------------------------------------------------------------------------------
 

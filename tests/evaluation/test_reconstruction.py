@@ -29,12 +29,12 @@ from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.model.codebook import codebook_usage, perplexity
 from dataset.volumes.intensity import foreground
 from dataset.volumes.volume_io import read_volume
-from evaluation import reconstruction
+from evaluation.autoencoding import reconstruction
 from evaluation.autoencoding.measures import COUNTS, VOLUME_METRICS, measure, reconstruct, summarise
+from evaluation.autoencoding.reconstruction import evaluate
 from evaluation.metrics.intervals import bootstrap_interval
 from evaluation.metrics.reconstruction import l1, ms_ssim, psnr, ssim
 from evaluation.metrics.seams import seam_index
-from evaluation.reconstruction import evaluate
 
 ROOT = Path(__file__).parents[2]
 LITTLE = 8_000_000  # bytes: enough for small blocks only

@@ -31,12 +31,13 @@ from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.script import run_script
 from dataset.volumes.volume_io import read_volume
-from evaluation import reconstruction
 from evaluation.autoencoding import plan as reconstruction_checks
+from evaluation.autoencoding import reconstruction
 from evaluation.autoencoding import tables as reconstruction_results
 from evaluation.autoencoding.measures import reconstruct
 from evaluation.autoencoding.plan import short_names
-from evaluation.reconstruction import evaluate, main
+from evaluation.autoencoding.reconstruction import evaluate
+from evaluation.reconstruction import main
 from evaluation.results.results import file_names
 
 ROOT = Path(__file__).parents[2]

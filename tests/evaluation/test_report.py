@@ -15,10 +15,10 @@ from report_results import EVIL, STAGES, write_all
 from common.errors import UserError
 from common.script import run_script
 from evaluation import report
-from evaluation.results.content import png_size
-from evaluation.results.curves import plot
+from evaluation.report_page.content import png_size
+from evaluation.report_page.curves import plot
+from evaluation.report_page.tables import RANDOM, figure_table, number
 from evaluation.results.results import Curves, Figure, Floor, Results, Series
-from evaluation.results.tables import RANDOM, figure_table, number
 
 VOID = {"meta", "link", "img", "path", "circle", "br"}  # elements that nothing closes
 

@@ -11,7 +11,7 @@ import pytest
 from report_results import EVIL, write_all
 
 from evaluation import report
-from evaluation.results.tables import RANDOM
+from evaluation.report_page.tables import RANDOM
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NARROW = 400  # pixels

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_generation import CUBE, TIMESTEPS, config, row, save_models
+from generation_models import CUBE, TIMESTEPS, config, row, save_models
 
 from common.errors import UserError
 from config.loading import save_config
 from dataset import phantoms
-from evaluation import sampling_study
+from evaluation.demonstration.figures import distance_to_real, features, load_generated
+from evaluation.generation import sampling_study
 from evaluation.generation.run import generate
-from evaluation.results.demo_figures import distance_to_real, features, load_generated
-from evaluation.sampling_study import Run, main, planned_runs, table
+from evaluation.generation.sampling_study import Run, planned_runs, table
+from evaluation.sampling_study import main
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_the_distance_is_that_of_the_demos_report(demo, study, tmp_path):
     generate(config(demo, tmp_path, classes, ddim_steps=2, seed=1, num_samples=2, batch_size=4))
     made, asked = load_generated(tmp_path / "seed_1", ["CTChest", "MRBrain"])
     real, labels = sampling_study.load_classes(demo / "phantoms" / "held_out")
-    # Latents on the border between two codes may round to either, see tests/test_generation.py.
+    # Latents on the border between two codes may round to either, see tests/evaluation/test_generation.py.
     assert entry["mmd"] == pytest.approx(distance_to_real(features(real), features(made)), abs=1e-3)
     squares = [
         (features(made)[asked == i].mean(0) - features(real)[labels == i].mean(0)).square().mean() for i in (0, 1)
@@ -125,11 +126,11 @@ def test_results_of_other_settings_are_not_mixed(demo, study, tmp_path, option):
     ("options", "message"),
     [
         (["--demo", "nowhere"], "nowhere: no finished demo here"),
-        (["--num-samples", "1"], "--num-samples 1: at least 2"),
+        (["--num-samples", "1"], "num_samples must be at least 2, got 1"),
         (["--num-samples", "5"], "--num-samples 5: the demo has fewer training phantoms"),
         (["--steps", "13"], "--steps 13: each has to lie between 1 and the 12 timesteps"),
-        (["--seeds", "-1", "--steps", "2"], "--seeds -1: a seed is at least 0"),
-        (["--device", "tpu"], "device: got 'tpu'"),
+        (["--seeds", "-1", "--steps", "2"], "seeds must be one or more, each at least 0, got [-1]"),
+        (["--device", "tpu"], "device must be one of auto | cpu | cuda, got 'tpu'"),
     ],
 )
 def test_mistakes_are_one_line(demo, tmp_path, options, message):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import evaluation.benchmark as benchmark
 from AutoEncoder.model.codebook import Codebook
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.errors import UserError
 from evaluation.benchmark import main
 from evaluation.benchmarks import autoencoder, biflownet, codebook, measuring, scaling, training, write
+from evaluation.benchmarks import running as benchmark
 from evaluation.benchmarks.measuring import count_flops, kept_gb, matmul_rate, relative_error
 from train import train_BiFlowNet_SingleRes, train_PatchVolume
 
@@ -109,7 +109,18 @@ def test_no_write_is_timed_where_voxels_differ(monkeypatch):
     ("loop", "script"), [("biflownet", train_BiFlowNet_SingleRes), ("autoencoder", train_PatchVolume)]
 )
 def test_scaling(tmp_path, monkeypatch, loop, script):
-    """The commands are those of the training scripts: run here, by one process, as starting more takes long."""
+    """The commands are those of the training scripts: run here, by one process, as starting more takes long.
+
+    The demo's configs with smaller grids and batches.
+    """
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "BiFlowNet.yaml").write_text(
+        "defaults: [/demo/BiFlowNet@_global_, _self_]\nresolution: [8, 8, 8]\nbatch_size: 1\n"
+    )
+    (tmp_path / "demo" / "PatchVolume.yaml").write_text(
+        "defaults: [/demo/PatchVolume@_global_, _self_]\nmodel: {batch_size: 1, num_workers: 0, n_codes: 32}\n"
+    )
+    monkeypatch.setattr(scaling, "CONFIG_FOLDER", tmp_path)
     asked, turn = [], threading.Lock()
 
     def run_here(command, **options):
@@ -150,10 +161,10 @@ def test_a_script_that_fails_is_one_error(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["biflownet", "--batch-size", "0"], "--batch-size 0"),
+        (["biflownet", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["biflownet", "--grid", "8", "8", "12"], r"--grid \(8, 8, 12\): multiples of \(8, 8, 8\) are needed"),
-        (["autoencoder", "--batch-size", "0"], "--batch-size 0"),
-        (["scaling", "--processes", "1"], "--processes 1: at least 2"),
+        (["autoencoder", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["scaling", "--processes", "1"], "processes must be at least 2, got 1"),
     ],
 )
 def test_mistakes(words, message):

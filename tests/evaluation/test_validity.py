@@ -12,13 +12,14 @@ from AutoEncoder.checkpoint import load_autoencoder
 from common.errors import UserError
 from dataset import phantoms
 from dataset.volumes.volume_io import read_volume
-from evaluation import validity
+from evaluation.comparison import validity
 from evaluation.comparison.degradations import DEGRADATIONS, NOISE, Degraded, ReconstructedFeatures
 from evaluation.comparison.networks import RandomFeatures, VolumeFeatures
 from evaluation.comparison.sets import SetVolume
 from evaluation.results.results import read_results
 from evaluation.validity import main
 
+FEW_PAIRS = ("--num-pairs", "3")  # for tests that look at other figures
 FAST = "--num-workers 0 --device cpu --num-resamples 40 --num-halvings 4 --slices 4 --num-pairs 30".split()
 
 
@@ -26,7 +27,7 @@ FAST = "--num-workers 0 --device cpu --num-resamples 40 --num-halvings 4 --slice
 def made(tmp_path_factory):
     """Phantoms of two classes, 12 each."""
     folder = tmp_path_factory.mktemp("phantoms")
-    phantoms.main(["--output-dir", str(folder), "--num-per-class", "12", "--size", "48"])
+    phantoms.main(["--output-dir", str(folder), "--num-per-class", "12", "--num-held-out", "0", "--size", "48"])
     return folder
 
 
@@ -91,7 +92,15 @@ def test_features_that_see_nothing_fail_the_checks(tmp_path, made, monkeypatch, 
 
 def test_a_class_is_compared_with_the_folder_that_is_given(tmp_path, made, monkeypatch):
     status, results = run(
-        tmp_path, made / "CTChest", "--other", made / "MRBrain", "--networks", "random_3d", "--num-halvings", "2"
+        tmp_path,
+        made / "CTChest",
+        "--other",
+        made / "MRBrain",
+        "--networks",
+        "random_3d",
+        "--num-halvings",
+        "2",
+        *FEW_PAIRS,
     )
     metrics = {f["metric"]: f["value"] for f in results["figures"]}
     assert metrics["FID of a half: other"] > metrics["FID of a half: real"]
@@ -102,13 +111,13 @@ def test_a_class_is_compared_with_the_folder_that_is_given(tmp_path, made, monke
 def test_a_small_other_set_makes_all_parts_small(tmp_path):
     write_set(tmp_path / "other", range(50, 52))
     real = write_set(tmp_path / "real", range(8))
-    _, results = run(tmp_path, real, "--other", tmp_path / "other", "--networks", "random_3d")
+    _, results = run(tmp_path, real, "--other", tmp_path / "other", "--networks", "random_3d", *FEW_PAIRS)
     num = {f["metric"]: f["num"] for f in results["figures"] if f["metric"].startswith("FID of a half")}
     assert num == dict.fromkeys(("FID of a half: other", "FID of a half: real"), {"of each": 2})
 
 
 def test_one_class_alone_is_compared_with_no_other(tmp_path):
-    _, results = run(tmp_path, write_set(tmp_path / "real", range(6)), "--networks", "random_3d")
+    _, results = run(tmp_path, write_set(tmp_path / "real", range(6)), "--networks", "random_3d", *FEW_PAIRS)
     assert not [f for f in results["figures"] if "other" in f["metric"]]
     assert [row[2] for row in results["tables"][0]["rows"]][:2] == ["more noise is farther", "more blur is farther"]
 

@@ -7,9 +7,9 @@ import pytest
 from generation_models import CUBE, WIDE, config, row
 
 from common.errors import UserError
-from config.cli import GENERATION_FLAGS, parse_command_line
+from config.cli import parse_command_line
 from config.loading import load_config
-from config.schema import GenerationConfig
+from config.schema.diffusion import GenerationConfig
 from evaluation.generation.request_file import parse_seeds, read_request_file
 from evaluation.generation.requests import list_requests
 from evaluation.generation.run import generate
@@ -82,7 +82,7 @@ def test_flags_and_overrides_side_by_side():
         "--AE-ckpt a --model-ckpt b --output-dir o --classes CTLegs 6 num_samples=2 --resolution 64 128 256 seeds=0-1"
     )
     line += " --spacing 1 1 2.5 --output-dtype int16"
-    cfg = parse_command_line(line.split(), GenerationConfig, "generation_8x.yaml", "", GENERATION_FLAGS)
+    cfg = parse_command_line(line.split(), GenerationConfig, "generation_8x.yaml", "")
     assert (cfg.class_names, cfg.resolution, cfg.spacing) == (["CTLegs", "6"], [64, 128, 256], [1, 1, 2.5])
     assert (cfg.num_samples, cfg.seeds, cfg.output_dtype, len(cfg.classes)) == (2, "0-1", "int16", 7)
     requests = list_requests(cfg)
@@ -95,7 +95,7 @@ def test_flags_and_overrides_side_by_side():
 
 def test_list_flag_without_values():
     with pytest.raises(UserError, match="argument --classes: expected at least one argument"):
-        parse_command_line(["--classes", "seed=3"], GenerationConfig, None, "", GENERATION_FLAGS)
+        parse_command_line(["--classes", "seed=3"], GenerationConfig, None, "")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_lists_of_the_documentation(tmp_path):
         path = tmp_path / f"list.{suffix}"
         path.write_text(block)
         line = f"--AE-ckpt a --model-ckpt b --output-dir out --requests {path}"
-        cfg = parse_command_line(line.split(), GenerationConfig, "generation_8x.yaml", "", GENERATION_FLAGS)
+        cfg = parse_command_line(line.split(), GenerationConfig, "generation_8x.yaml", "")
         names.append([request.path for request in list_requests(cfg)])
     assert names[0] == names[1]
     assert [len(names[0]), names[0][0].name] == [31, "CTLegs_256x256x512.nii.gz"]

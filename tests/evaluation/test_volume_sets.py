@@ -11,16 +11,15 @@ from evaluation_sets import blob, write_json, write_record, write_set
 from common.errors import UserError
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.volume_io import read_volume, write_volume
+from evaluation.comparison.ranges import check_ranges, sample_ranges
 from evaluation.comparison.sets import (
     Grid,
     Group,
     SetVolume,
-    check_ranges,
     group_volumes,
     list_refused,
     on_one_grid,
     read_headers,
-    sample_ranges,
     without,
 )
 

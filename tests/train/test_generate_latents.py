@@ -21,12 +21,14 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import save_checkpoint
 from common.errors import UserError
 from config.loading import load_config
-from config.schema import LatentConfig
+from config.schema.autoencoder import LatentConfig
 from dataset.checking import before_training as sample_check
+from dataset.order.batches import batches_of_one_shape
 from dataset.volumes import volume_io
 from dataset.volumes.volume_io import read_latent, read_volume, write_latent, write_volume
-from train import generate_training_latent
-from train.generate_training_latent import batches_of_one_shape, generate_latents, main
+from train.generate_training_latent import main
+from train.latents import encoding
+from train.latents.encoding import generate_latents
 
 ROOT = Path(__file__).resolve().parents[2]
 fork = multiprocessing.get_context("fork")  # children share the loaded modules and, where patched, the patches
@@ -170,7 +172,7 @@ def test_intensity_range_comes_from_the_checkpoint_unless_given(tmp_path, checkp
     ],
 )
 def test_batches_hold_one_shape(shapes, batch_size, expected):
-    assert batches_of_one_shape([(letter,) for letter in shapes], batch_size) == expected
+    assert batches_of_one_shape(range(len(shapes)), [(letter,) for letter in shapes], batch_size) == expected
 
 
 # Interruptions ------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def test_sigkill_and_again_gives_the_same_as_one_go(dataset, checkpoint, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(volume_io, "write_atomically", dying_write)
-        patch.setattr("train.latents.record.write_atomically", dying_write)
+        patch.setattr("dataset.volumes.latent_record.write_atomically", dying_write)
         child = fork.Process(target=generate_latents, args=(config(dataset, checkpoint),))
         child.start()
         child.join()
@@ -237,7 +239,7 @@ def test_processes_share_the_volumes_out(dataset, checkpoint, monkeypatch, tmp_p
     def rank(number: int) -> None:
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(number)
         written = []
-        generate_training_latent.write_latent = lambda path, latent: written.append(path) or write_latent(path, latent)
+        encoding.write_latent = lambda path, latent: written.append(path) or write_latent(path, latent)
         generate_latents(config(dataset, checkpoint))
         (tmp_path / f"rank{number}").write_text(str(len(written)))
 

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from AutoEncoder.model.codebook import Codebook, codebook_usage, perplexity
 from common.memory import resident_memory_gb
 from config.loading import load_config
-from config.schema import AutoencoderConfig
+from config.schema.autoencoder import AutoencoderConfig
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_volume
 from dataset.vqgan_4x import VQGANDataset_4x

@@ -11,14 +11,11 @@ from AutoEncoder.checkpoint import load_autoencoder_weights
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import newest_checkpoint
 from common.errors import UserError
-from config.schema import AutoencoderConfig
+from config.schema.autoencoder import AutoencoderConfig
+from config.schema.option import EXTENDS, FREE, keys_of
 
 # What may differ when a run goes on: how long, where and how fast it runs, how it reads its data, how often it reports.
-CHANGEABLE = (
-    "max_steps max_epochs num_workers gpus accelerator checkpoint_every val_every log_every log_volume_every "
-    "channels_last compile gradient_checkpointing perceptual_weights default_root_dir resume_from_checkpoint "
-    "cache cache_dir cache_limit_gb"
-).split()
+CHANGEABLE = keys_of(AutoencoderConfig, FREE, EXTENDS)
 
 
 def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logging.Logger) -> tuple[Path | None, int]:
@@ -91,7 +88,7 @@ def _check_same_run(cfg: DictConfig, root: Path, logger: logging.Logger) -> None
         f"{table}.{key} ({before[table][key]} -> {value})"
         for table in cfg
         for key, value in cfg[table].items()
-        if key not in CHANGEABLE and before[table][key] != value
+        if f"{table}.{key}" not in CHANGEABLE and before[table][key] != value
     ]
     if changed:
         raise UserError(

@@ -24,28 +24,13 @@ from common.checkpoint_files import newest_checkpoint
 from common.errors import UserError
 from common.files import lock_folder
 from config.loading import save_config
+from config.schema.diffusion import BiFlowNetConfig
+from config.schema.option import FREE, keys_of
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_PREFIX = "BiFlowNet_"
 # Keys that cannot change a single weight, rounding aside. Runs that differ only here are the same run.
-IRRELEVANT_KEYS = frozenset(
-    {
-        "results_dir",
-        "run_name",
-        "num_workers",
-        "channels_last",
-        "compile",
-        "gradient_checkpointing",
-        "cache",
-        "cache_dir",
-        "cache_limit_gb",
-        "log_every",
-        "ckpt_every",
-        "keep_checkpoints",
-        "preview",
-        "preview_steps",
-    }
-)
+IRRELEVANT_KEYS = keys_of(BiFlowNetConfig, FREE)
 
 
 def open_run_folder(config: dict, name: str = "BiFlowNet") -> Path:

@@ -14,6 +14,8 @@ from torch import nn
 from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.optimiser import build_adam
+from config.schema.diffusion import BiFlowNetConfig
+from config.schema.option import EXTENDS, keys_of
 from ddpm.checkpoint import load_biflownet_weights
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import IRRELEVANT_KEYS, step_of
@@ -22,7 +24,7 @@ from train.loop.rng import random_state, restore_random_state
 # Scale of the fp16 loss below which halving it further cannot help: the gradients themselves are not finite.
 SMALLEST_LOSS_SCALE = 2.0**-10
 # Keys that a user changes on purpose to train a checkpoint further.
-EXTENDING_KEYS = frozenset({"ckpt", "epochs", "max_steps", "data_path", "AE_ckpt", "device", "model"})
+EXTENDING_KEYS = keys_of(BiFlowNetConfig, EXTENDS)
 
 
 @dataclass(frozen=True)

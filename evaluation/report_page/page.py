@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from evaluation.results.content import Part, Png
-from evaluation.results.curves import plot
-from evaluation.results.tables import figure_table, scrolled, text_table
+from evaluation.report_page.content import Part, Png
+from evaluation.report_page.curves import plot
+from evaluation.report_page.tables import figure_table, scrolled, text_table
 
 NO_GROUP = "All volumes"
 
@@ -59,12 +59,12 @@ def _making(parts: Sequence[Part]) -> str:
     """Date, command, device and versions of every part."""
     blocks = []
     for part in parts:
-        device = part.results.settings.get("device")
+        making, device = part.making, part.results.settings.get("device")
         entries = {
-            "Measured": escape(part.created_utc.replace("T", " ").replace("+00:00", " UTC")),
-            "Command": f"<code>{escape(part.command)}</code>",
+            "Measured": escape(making.created_utc.replace("T", " ").replace("+00:00", " UTC")),
+            "Command": f"<code>{escape(making.command)}</code>",
             **({"Device": escape(_shown(device))} if device is not None else {}),
-            "Versions": ", ".join(f"{escape(name)}&nbsp;{escape(found)}" for name, found in part.versions.items()),
+            "Versions": ", ".join(f"{escape(name)}&nbsp;{escape(found)}" for name, found in making.versions.items()),
         }
         lines = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in entries.items())
         blocks.append(f'<div class="making"><p>{_heading(part)}</p><dl>{lines}</dl></div>')

@@ -28,23 +28,21 @@ class Png:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One KIND.json: what was found, how it was made, and the pictures it names."""
+class Making:
+    """How a KIND.json was made: its keys beside those of Results."""
 
     created_utc: str
     command: str
     versions: Mapping[str, str]
-    results: Results
-    pictures: Sequence[Png]
 
 
 @dataclass(frozen=True)
-class _Making:
-    """The keys of the JSON beside those of Results."""
+class Part:
+    """One KIND.json: how it was made, what was found, and the pictures it names."""
 
-    created_utc: str
-    command: str
-    versions: Mapping[str, str]
+    making: Making
+    results: Results
+    pictures: Sequence[Png]
 
 
 def read_parts(folder: Path) -> list[Part]:
@@ -58,7 +56,7 @@ def read_parts(folder: Path) -> list[Part]:
 
 def _read_part(path: Path) -> Part:
     content = read_results(path)
-    made = typed(content, _Making, f"{path}: ")
+    making = typed(content, Making, f"{path}: ")
     results = typed(content, Results, f"{path}: ")
     if results.kind != path.stem:
         raise UserError(f"{path}: kind is {results.kind!r}, the name says {path.stem!r}: rename the file")
@@ -71,7 +69,7 @@ def _read_part(path: Path) -> Part:
         if any(len(row) != len(table.columns) for row in table.rows):
             raise UserError(f"{path}: tables[{i}].rows: each needs {len(table.columns)} cells, one for each column")
     pictures = [_read_picture(path, picture) for picture in results.pictures]
-    return Part(made.created_utc, made.command, made.versions, results, pictures)
+    return Part(making, results, pictures)
 
 
 def _check_lengths(curves: Curves, place: str) -> None:

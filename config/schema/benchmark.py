@@ -1,0 +1,101 @@
+"""Options of the parts of evaluation/benchmark.py."""
+
+from dataclasses import dataclass
+
+from config.schema.option import Rule, at_least, device_flag, flag, key, one_of
+
+PARTS = ("data", "codebook", "autoencoder", "biflownet", "sample", "decode", "write", "scaling")
+three = Rule(lambda value: len(value) == 3, "three whole numbers z x y")
+
+
+def batch_key(default: int, meaning: str) -> int:
+    return flag(default, meaning, at_least(1))
+
+
+def grid_key(default: str) -> list[int] | None:
+    return flag(None, f"latent grid z x y; null = {default} at paper size", three)
+
+
+def compile_key() -> bool:
+    return flag(False, "also measure torch.compile, which takes minutes first")
+
+
+@dataclass
+class BenchmarkConfig:
+    """What all parts have."""
+
+    part: str | None = key(None, "what is measured", one_of(*PARTS), flag="PART")
+    size: str = flag("paper", "paper | tiny: in seconds, shows that it runs", one_of("paper", "tiny"))
+    repetitions: int = flag(5, "of which the median counts", at_least(1))
+    json: str | None = flag(None, "file for the figures")
+
+
+@dataclass
+class DataBenchmark(BenchmarkConfig):
+    items: str = flag("patches", "what is loaded: patches | latents", one_of("patches", "latents"))
+    num_workers: int = flag(2, "processes, or threads, that load", at_least(1))
+    folder: str | None = flag(None, "where the files lie or are made; null = a temporary folder")
+
+
+@dataclass
+class CodebookBenchmark(BenchmarkConfig):
+    device: str = device_flag()
+
+
+@dataclass
+class AutoencoderBenchmark(BenchmarkConfig):
+    batch_size: int = batch_key(1, "patches of a step")
+    no_perceptual: bool = flag(False, "leaves the perceptual network out of all ways")
+    compile: bool = compile_key()
+    device: str = device_flag()
+
+
+@dataclass
+class BiFlowNetBenchmark(BenchmarkConfig):
+    grid: list[int] | None = grid_key("16 16 16")
+    batch_size: int = batch_key(1, "latents of a step")
+    compile: bool = compile_key()
+    device: str = device_flag()
+
+
+@dataclass
+class SampleBenchmark(BenchmarkConfig):
+    grid: list[int] | None = grid_key("32 32 32")
+    batch_size: int = batch_key(4, "latents of the batched way")
+    compile: bool = compile_key()
+    device: str = device_flag()
+
+
+@dataclass
+class DecodeBenchmark(BenchmarkConfig):
+    grid: list[int] | None = grid_key("16 16 16")
+    max_memory: float | None = flag(None, "GB of the way with little memory; null = 1 at paper size")
+    tile: int | None = flag(None, "edge of a tile in voxels; null = half the volume")
+    AE_ckpt: str | None = flag(None, "a trained autoencoder; needs latents")
+    latents: str | None = flag(None, "folder of its latents, of which the first is decoded")
+    device: str = device_flag()
+
+
+@dataclass
+class WriteBenchmark(BenchmarkConfig):
+    folder: str | None = flag(None, "where files are written; null = a temporary folder")
+
+
+@dataclass
+class ScalingBenchmark(BenchmarkConfig):
+    loop: str = flag("biflownet", "biflownet | autoencoder", one_of("biflownet", "autoencoder"))
+    config: str | None = flag(None, "of the training script; null = the demo's, small networks")
+    processes: int = flag(2, "processes beside one", at_least(2))
+    device: str = device_flag()
+
+
+SCHEMAS = {
+    "data": DataBenchmark,
+    "codebook": CodebookBenchmark,
+    "autoencoder": AutoencoderBenchmark,
+    "biflownet": BiFlowNetBenchmark,
+    "sample": SampleBenchmark,
+    "decode": DecodeBenchmark,
+    "write": WriteBenchmark,
+    "scaling": ScalingBenchmark,
+}

@@ -1,0 +1,201 @@
+"""Options of BiFlowNet's training and of generation; the keys are the published flags with underscores."""
+
+from dataclasses import dataclass
+
+from config.schema.data import SUB_VOLUME, VolumeClass, is_grid, voxel_size
+from config.schema.option import (
+    EXTENDS,
+    FREE,
+    Rule,
+    at_least,
+    below_one,
+    betas,
+    device_flag,
+    flag,
+    fraction,
+    key,
+    not_negative,
+    one_of,
+    positive,
+    positive_triple,
+)
+
+SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
+widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
+switches = Rule(lambda value: set(value) <= {0, 1}, "0 or 1 per level")
+token = Rule(lambda value: value > 0 and SUB_VOLUME % value == 0, f"a divisor of the sub-volume edge {SUB_VOLUME}")
+
+
+@dataclass
+class DiffusionModelConfig:
+    """What makes the diffusion model; training and generation have to agree on it."""
+
+    volume_channels: int = flag(
+        8, "channels of a latent; the autoencoder's embedding_dim", at_least(1), section="Model"
+    )
+    model_dim: int = flag(72, "width of the first level; a multiple of 6 and of resnet_groups", at_least(1))
+    dim_mults: list[int] = flag([1, 1, 2, 4, 8], "width of each level as a multiple of model_dim", widths)
+    use_attn: list[int] = flag([0, 0, 0, 1, 1], "1 for each level with attention", switches)
+    patch_size: int = flag(1, "edge of a token in latent voxels (8x: 1, 4x: 2)", token)
+    num_dit: int = flag(1, "DiT blocks in the middle of the intra-patch flow", at_least(1))
+    vq_size: int = flag(64, "latent grid size that the resolution condition counts as 1", at_least(1))
+    num_classes: int = flag(7, "number of classes; ids are 0 ... num_classes - 1", at_least(1))
+    resnet_groups: int = key(24, "groups of each GroupNorm", at_least(1))
+    dit_num_heads: int = key(8, "attention heads of a DiT block", at_least(1))
+    attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each", at_least(1))
+    timesteps: int = flag(1000, "diffusion steps of the training", at_least(1))
+
+
+@dataclass
+class BiFlowNetConfig(DiffusionModelConfig):
+    """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
+
+    data_path: str | None = flag(
+        None, "JSON file: class id -> folder of latents; required", resume=EXTENDS, section="Files"
+    )
+    AE_ckpt: str | None = flag(
+        None, "autoencoder checkpoint, checked against the latents; null = no previews", resume=EXTENDS
+    )
+    results_dir: str = flag("results", "folder that gets the run folders NNN-BiFlowNet", resume=FREE)
+    run_name: str | None = flag(
+        None, "run folder inside results_dir; null = continue the same config or start a new one", resume=FREE
+    )
+    ckpt: str | None = flag(
+        None, "BiFlowNet checkpoint to continue exactly; null = the run folder's newest, if any", resume=EXTENDS
+    )
+
+    model: str = flag("BiFlowNet", "name of the model, part of the run folder's name", resume=EXTENDS, section="Model")
+
+    loss_type: str = flag("l1", "l1 | l2", one_of("l1", "l2"), section="Diffusion")
+    label_dropout: float = key(
+        0.0, "share of labels replaced by a null label, for guidance; 0 = no null label", below_one
+    )
+
+    epochs: int = flag(1000, "epochs after which training ends", at_least(1), resume=EXTENDS, section="Optimisation")
+    max_steps: int | None = flag(
+        None, "optimiser steps after which training ends; null = epochs alone decide", at_least(1), resume=EXTENDS
+    )
+    batch_size: int = flag(16, "latents per process and step", at_least(1))
+    lr: float = key(1e-4, "learning rate of Adam", positive)
+    adam_betas: list[float] = key([0.9, 0.999], "Adam betas", betas)
+    lr_schedule: str = key(
+        "constant", "constant | cosine (falls to 0 over the whole training)", one_of("constant", "cosine")
+    )
+    lr_warmup: int = key(0, "optimiser steps over which the learning rate rises linearly from 0", not_negative)
+    grad_clip: float = key(0.0, "largest gradient norm; 0 = no clipping", not_negative)
+    enable_amp: bool = key(False, "mixed precision", flag="--enable_amp")
+    amp_dtype: str = key(
+        "fp16", "type of mixed precision: fp16 (with a gradient scaler) | bf16", one_of("fp16", "bf16")
+    )
+    channels_last: bool = flag(
+        False, "channels-last memory layout of the network; rounding aside, nothing changes", resume=FREE
+    )
+    compile: bool = flag(False, "torch.compile of the network: minutes at first, then faster steps", resume=FREE)
+    gradient_checkpointing: bool = flag(
+        False, "keep less for the backward pass and compute it again: less memory, about a third more work", resume=FREE
+    )
+    ema_decay: float = key(0.995, "decay of the averaged weights", below_one)
+    ema_every: int = key(10, "optimiser steps between updates of the averaged weights", at_least(1))
+    ema_start: int = key(2000, "optimiser step before which the averaged weights are a plain copy", not_negative)
+
+    resolution: list[int] = flag(
+        [32, 32, 32],
+        "latent grid (z, x, y); multiples of 8",
+        Rule(is_grid, f"three positive multiples of {SUB_VOLUME}"),
+        section="Run",
+    )
+    cache: str = key(
+        "float32", "uncompressed copies of the latents, exact: float32 | none", one_of("float32", "none"), resume=FREE
+    )
+    cache_dir: str | None = key(
+        None, "folder for these copies; null = FOLDER_cache beside each folder of latents", resume=FREE
+    )
+    cache_limit_gb: float | None = key(
+        None, "largest size of these copies in GB; null = what the disk holds", positive, resume=FREE
+    )
+    global_seed: int = flag(0, "seed of weights, data order, noise and timesteps", not_negative)
+    num_workers: int = flag(
+        8, "threads that load from the cache; processes without it; 0 = load when needed", not_negative, resume=FREE
+    )
+    device: str = device_flag(EXTENDS)
+    log_every: int = flag(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
+    ckpt_every: int = flag(500, "optimiser steps between checkpoints", at_least(1), resume=FREE)
+    keep_checkpoints: int = key(6, "newest checkpoints kept; 0 = all", not_negative, resume=FREE)
+    preview: bool = key(True, "sample one volume per checkpoint into samples/", resume=FREE)
+    preview_steps: int = key(10, "DDIM steps of a preview", at_least(1), resume=FREE)
+
+
+@dataclass
+class GenerationConfig(DiffusionModelConfig):
+    """Class-conditional generation (evaluation/class_conditional_generation.py and _4x.py)."""
+
+    AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required", section="Files")
+    model_ckpt: str | None = flag(None, "BiFlowNet checkpoint; required")
+    output_dir: str | None = flag(None, "folder that gets seed_S/NAME_XxYxZ.nii.gz; required")
+    loss_type: str = flag("l1", "l1 | l2; has no effect on sampling", one_of("l1", "l2"), section="Model")
+    denormalize: str | None = flag(
+        None,
+        "JSON of prepared volumes (class id -> folder): writes in their units, HU or 0 ... 1; null = -1 ... 1",
+        section="Files",
+    )
+    output_dtype: str = flag(
+        "float32", "type of the voxels: float32 | int16 (whole HU, otherwise scaled codes)", one_of("float32", "int16")
+    )
+
+    class_names: list[str] = key(
+        [],
+        "names or ids of the classes to generate; empty = all of the table",
+        flag="--classes",
+        section="Requests (docs/generation.md)",
+    )
+    resolution: list[int] | None = flag(
+        None,
+        "voxels z y x of every volume; null = the sizes of the class table",
+        positive_triple("three whole numbers above 0, z y x in voxels"),
+    )
+    spacing: list[float] | None = flag(None, "voxel size x y z in mm; null = that of the class table", voxel_size)
+    seeds: str | None = flag(None, "seeds in place of seed, e.g. 0-9 (both included) or 0-3,7; null = seed alone")
+    requests: str | None = flag(
+        None, "YAML or CSV list of requests in place of class_names: class, seed, num_samples, resolution, spacing"
+    )
+
+    sampling_strategy: str = flag(
+        "ddpm", "ddpm (all timesteps) | ddim | dpm++ | unipc", one_of(*SAMPLING_STRATEGIES), section="Sampling"
+    )
+    ddim_steps: int = key(100, "steps of ddim, dpm++ and unipc; at most timesteps", at_least(1), flag="--ddim_steps")
+    eta: float = flag(0.0, "noise of ddim alone: 0 = deterministic, 1 = as much as ddpm", fraction)
+    guidance_scale: float = flag(
+        1.0, "classifier-free guidance; 1 = off, others need a model trained with label_dropout", not_negative
+    )
+    seed: int = flag(0, "seed of the noise", not_negative)
+    num_samples: int = flag(1, "volumes per class, grid and seed", at_least(1))
+    batch_size: int = flag(1, "latents sampled together", at_least(1))
+
+    precision: str = flag(
+        "32",
+        "32 | bf16 | 16: mixed precision of both networks; codes and noise schedule stay in 32",
+        one_of("32", "bf16", "16"),
+        section="Speed",
+    )
+    channels_last: bool = flag(False, "channels-last memory layout of both networks; rounding aside, no image changes")
+    compile: bool = flag(False, "torch.compile of the diffusion network: minutes at first, then faster steps")
+    device: str = device_flag()
+
+    downsample: int = key(8, "compression of the autoencoder: 8 | 4", one_of(8, 4), section="Decoding")
+    decoding: str = flag(
+        "exact",
+        "exact (as in one pass, no seams) | blended (overlapping tiles) | tiles (as the official release, seams)",
+        one_of("exact", "blended", "tiles"),
+    )
+    max_memory: float | None = flag(
+        None,
+        "GB that decoding may take; changes no image, only time; null = 80 % of what a GPU has free, 50 % on CPU",
+        positive,
+    )
+    max_single_pass: int = key(
+        32, "blended and tiles: latents up to this many voxels cubed are decoded whole", at_least(1)
+    )
+    tile: int = key(256, "blended and tiles: edge of a tile in image voxels", at_least(1))
+    classes: list[VolumeClass] = key(
+        [], "what to generate: id, name, grids (z, x, y) and spacings_mm (x, y, z) of each class"
+    )

@@ -1,0 +1,123 @@
+"""Options of the evaluations, of their report, of the demo and of the study on it."""
+
+from dataclasses import dataclass
+
+from config.schema.diffusion import SAMPLING_STRATEGIES
+from config.schema.option import Rule, at_least, device_flag, flag, interval, not_negative, one_of, positive
+
+FEATURE_NETWORKS = (  # those of evaluation/comparison/networks.py
+    "medicalnet_resnet50",
+    "imagenet_resnet50",
+    "radimagenet_resnet50",
+    "random_3d",
+    "random_2d",
+)
+known_networks = Rule(
+    lambda value: value == ["auto"] or (value and set(value) <= set(FEATURE_NETWORKS)),
+    f"auto, or some of {' '.join(FEATURE_NETWORKS)}",
+)
+some_samplers = Rule(
+    lambda value: value and set(value) <= set(SAMPLING_STRATEGIES), f"some of {' '.join(SAMPLING_STRATEGIES)}"
+)
+some_seeds = Rule(lambda value: value and min(value) >= 0, "one or more, each at least 0")
+
+
+@dataclass
+class EvaluationConfig:
+    """What all evaluations have in common."""
+
+    output_dir: str | None = flag(None, "folder that gets the results, the pictures and the cache; required")
+    cache_dir: str | None = flag(None, "folder for what was computed of each volume; null = OUTPUT_DIR/cache")
+    weights_dir: str | None = flag(None, "folder with pretrained networks' weight files; null = torch hub's cache")
+    real_range: list[float] = flag([-1.0, 1.0], "lowest and highest intensity of the real files", interval)
+    exclude_unreadable: bool = flag(False, "true: files that can't be read are left out and listed; false: an error")
+    num_resamples: int = flag(200, "resamples of the bootstrap, for 95 % intervals; at least 20", at_least(20))
+    num_workers: int = flag(4, "loading processes, at most one per core; 0 = load in the main process", not_negative)
+    seed: int = flag(0, "seed of resamples, halvings and pairs", not_negative)
+    device: str = device_flag()
+
+
+@dataclass
+class ReconstructionConfig(EvaluationConfig):
+    """How well autoencoders reconstruct volumes that they were not trained on (evaluation/reconstruction.py)."""
+
+    data: str | None = flag(None, "folder or dataset JSON of held-out volumes; required")
+    AE_ckpt: list[str] = flag([], "autoencoder checkpoints, e.g. of stage 1 and of stage 2, compared in this order")
+    lpips: str = flag("auto", "auto (where VGG-16's weight file is there) | on | off", one_of("auto", "on", "off"))
+    max_memory: float | None = flag(None, "GB that decoding may take; null = most of what is free", positive)
+    num_pictures: int = flag(4, "volumes of each class in the pictures", not_negative)
+
+
+@dataclass
+class FeatureConfig(EvaluationConfig):
+    """What evaluations on features have in common."""
+
+    networks: list[str] = flag(
+        ["auto"],
+        "medicalnet_resnet50, imagenet_resnet50, radimagenet_resnet50, random_3d, random_2d; auto = all whose weight "
+        "file is there, random ones in place of what has none",
+        known_networks,
+    )
+    slices: int = flag(16, "slices of each plane for networks on slices; all, where a volume has fewer", at_least(1))
+    batch_size: int = flag(4, "volumes that go through a network together", at_least(1))
+    num_halvings: int = flag(10, "random halvings of the real set for the floor", at_least(1))
+    num_pairs: int = flag(
+        100, "pairs of volumes of each set for the diversity; all, where there are fewer", at_least(1)
+    )
+
+
+@dataclass
+class GenerationMetricsConfig(FeatureConfig):
+    """How near generated volumes are to real ones (evaluation/generation_metrics.py)."""
+
+    real: str | None = flag(None, "folder or dataset JSON of real volumes that were not trained on; required")
+    generated: str | None = flag(None, "folder (all classes may be in one) or dataset JSON; required")
+    training: str | None = flag(None, "folder or dataset JSON of the training volumes; null = no memorisation check")
+    generated_range: list[float] | None = flag(
+        None,
+        "lowest and highest intensity of generated files; null = as the JSON beside each says, else -1 1",
+        interval,
+    )
+    resample: bool = flag(False, "brings all volumes to the spacing and size that most real ones of their class have")
+    ignore_spacing: bool = flag(False, "compares voxels whatever their size in mm and the direction of the axes")
+    neighbours: int = flag(5, "nearest neighbours of precision, recall, density and coverage", at_least(1))
+    num_pictures: int = flag(4, "volumes of each set and class in the pictures", not_negative)
+
+
+@dataclass
+class ValidityConfig(FeatureConfig):
+    """Whether the distances see what they should (evaluation/validity.py)."""
+
+    real: str | None = flag(None, "folder or dataset JSON of real volumes; required")
+    other: str | None = flag(None, "folder of volumes of another class or modality; null = another class of real")
+    AE_ckpt: str | None = flag(None, "autoencoder whose reconstructions are to be nearer than other; null = none")
+
+
+@dataclass
+class ReportConfig:
+    """The page of what evaluations found (evaluation/report.py)."""
+
+    input_dir: str | None = flag(None, "folder of the results; required")
+    output: str | None = flag(None, "the page; null = report.html in the folder")
+    title: str = flag("3D MedDiffusion: evaluation", "title of the page")
+
+
+@dataclass
+class DemoConfig:
+    """The whole pipeline on phantoms (evaluation/demo.py)."""
+
+    output_dir: str = flag("demo", "folder of the demo")
+    short: bool = flag(False, "a few steps of each stage, figures are not judged")
+
+
+@dataclass
+class SamplingStudyConfig:
+    """Samplers and numbers of steps on a finished demo (evaluation/sampling_study.py)."""
+
+    demo: str = flag("demo", "folder of a finished demo")
+    output_dir: str | None = flag(None, "folder of the results; required")
+    strategies: list[str] = flag([*SAMPLING_STRATEGIES], "samplers", some_samplers)
+    steps: list[int] = flag([5, 10, 15, 25, 50, 100], "of all but ddpm, which takes every timestep")
+    seeds: list[int] = flag([0, 1, 2], "of the noise", some_seeds)
+    num_samples: int = flag(8, "volumes per class, run and seed; a distance needs two", at_least(2))
+    device: str = device_flag()

@@ -1,0 +1,228 @@
+"""Examines a whole data set and says what it found: table, problems, notes, report and picture."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import UserError
+from common.files import write_atomically
+from common.parallel import map_in_processes
+from dataset.checking.examine import (
+    NO_SUBJECT,
+    REMEDIES,
+    FileFacts,
+    Problem,
+    by_kind,
+    choose_sample,
+    examine_latent,
+    examine_volume,
+    format_numbers,
+    format_size,
+    holds_latents,
+    latent_set_problems,
+    volume_set_notes,
+    volume_set_problems,
+)
+from dataset.order.split import files_below, find_subject
+from dataset.volumes.index import read_dataset_folders, read_dataset_json
+from dataset.volumes.latent_record import RECORD_NAME
+from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
+from dataset.volumes.volume_io import read_latent, read_model_volume
+
+SHOWN = 5  # files of each kind of problem on the screen
+SHOWN_VALUES = 3  # sizes and spacings of each name
+KIND_SAMPLE = 8  # headers that decide whether files are latents
+VOLUME_TITLE = "Patient's right is right, front or head is up; sagittal: front is right"
+LATENT_TITLE = "Channel 0 of the latents, -1 black, 1 white"
+
+
+def check(cfg: DictConfig) -> bool:
+    """Checks the data set of a `CheckConfig`. Returns whether it has no problems."""
+    json_path = Path(cfg.json)
+    files, folders = read_dataset_json(json_path), read_dataset_folders(json_path)
+    is_latents = _is_latents(files, folders)
+    subjects, problems = find_subjects(folders, cfg.subject_pattern)
+
+    facts = examine(files, is_latents, list(cfg.intensity_range), cfg.num_workers)
+    problems += [problem for of_name in facts.values() for file in of_name for problem in file.problems]
+    if is_latents:
+        problems, notes = problems + latent_set_problems(facts), []
+    else:
+        problems += volume_set_problems(facts, list(cfg.intensity_range))
+        notes = volume_set_notes(facts, cfg.patch_size)
+
+    summaries = {name: summarise(of_name, is_latents) for name, of_name in facts.items()}
+    for name, count in subjects.items():
+        summaries[name]["subjects"] = count
+    console = Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False)
+    show(console, json_path, summaries, problems, notes)
+    if cfg.report is not None:
+        write_report(cfg, summaries, problems, notes)
+        _say(console, f"report: {cfg.report}")
+    picture = Path(cfg.picture) if cfg.picture else json_path.with_name(f"{json_path.stem}_check.png")
+    if draw(picture, facts, problems, is_latents, cfg):
+        _say(console, f"picture: {picture}")
+    return not problems
+
+
+def _is_latents(files: Mapping[str, Sequence[Path]], folders: Mapping[str, Sequence[Path]]) -> bool:
+    if any((folder / RECORD_NAME).is_file() for of_name in folders.values() for folder in of_name):
+        return True
+    return holds_latents([path for _, path in choose_sample(files, KIND_SAMPLE)])
+
+
+def find_subjects(folders: Mapping[str, Sequence[Path]], pattern: str | None) -> tuple[dict[str, int], list[Problem]]:
+    """Number of subjects of each name, and the files without one. Without a pattern both are empty."""
+    if pattern is None:
+        return {}, []
+    find = find_subject(pattern)
+    subjects: dict[str, set[str]] = {name: set() for name in folders}
+    problems = []
+    for name, of_name in folders.items():
+        for path, below in files_below(of_name).items():
+            try:
+                subjects[name].add(find(path, below))
+            except UserError:
+                problems.append(Problem(NO_SUBJECT, f"{pattern!r} finds nothing in {below!r}", path))
+    return {name: len(found) for name, found in subjects.items()}, problems
+
+
+def examine(
+    files: Mapping[str, Sequence[Path]], is_latents: bool, intensity_range: Sequence[float], num_workers: int
+) -> dict[str, list[FileFacts]]:
+    """What every file of each name holds; each file is read once, even if two names have it."""
+    paths = sorted({path for of_name in files.values() for path in of_name})
+    function = examine_latent if is_latents else partial(examine_volume, intensity_range=intensity_range)
+    found = dict(map_in_processes(function, paths, num_workers, "reading", "latent" if is_latents else "volume"))
+    by_path = {paths[index]: facts for index, facts in found.items()}
+    return {name: [by_path[path] for path in of_name] for name, of_name in files.items()}
+
+
+# What is shown
+
+
+def summarise(files: Sequence[FileFacts], is_latents: bool) -> dict[str, Any]:
+    """Figures of one name: counts of sizes and spacings, most frequent first, and intensities over its files."""
+    headers = [file.header for file in files if file.header]
+    sizes = Counter(format_size(header.latent_shape if is_latents else header.shape) for header in headers)
+    summary: dict[str, Any] = {"files": len(files), "sizes": dict(sizes.most_common())}
+    if not is_latents:
+        spacings = Counter(format_numbers(header.spacing_mm) for header in headers)
+        summary["spacings_mm"] = dict(spacings.most_common())
+    read = [file for file in files if file.low is not None]
+    if read:
+        summary["lowest"], summary["highest"] = min(file.low for file in read), max(file.high for file in read)
+        summary["median_of_means"] = median(file.mean for file in read)
+    if shares := [file.foreground for file in files if file.foreground is not None]:
+        summary["foreground"] = {"lowest": min(shares), "median": median(shares), "highest": max(shares)}
+    return summary
+
+
+def show(
+    console: Console, path: Path, summaries: Mapping[str, dict], problems: Sequence[Problem], notes: Sequence[str]
+) -> None:
+    """Prints table, problems and notes."""
+    first = next(iter(summaries.values()))
+    table = Table(title=str(path), title_justify="left")
+    columns = {"name": "left", "files": "right"}
+    columns |= {"subjects": "right"} if "subjects" in first else {}
+    columns |= {"size X×Y×Z": "left", "spacing mm": "left"} if "spacings_mm" in first else {"size C×d×h×w": "left"}
+    columns |= {"lowest": "right", "highest": "right", "median of means": "right"}
+    columns |= {"foreground": "right"} if "spacings_mm" in first else {}
+    for heading, side in columns.items():
+        table.add_column(heading, justify=side)
+    for name, summary in summaries.items():
+        cells = [name, str(summary["files"])]
+        cells += [str(summary["subjects"])] if "subjects" in summary else []
+        cells += [_counts(summary[key]) for key in ("sizes", "spacings_mm") if key in summary]
+        cells += [f"{summary[key]:.4g}" if key in summary else "–" for key in ("lowest", "highest", "median_of_means")]
+        if "spacings_mm" in summary:
+            shares = summary.get("foreground")
+            cells.append("–" if shares is None else f"{shares['lowest']:.0%}–{shares['highest']:.0%}")
+        table.add_row(*cells)
+    console.print(table)
+
+    for kind, found in by_kind(problems).items():
+        _say(console, f"PROBLEM {kind}: {len(found)}. What to do: {REMEDIES[kind]}")
+        for problem in found[:SHOWN]:
+            _say(console, f"    {problem}")
+        if len(found) > SHOWN:
+            _say(console, f"    … and {len(found) - SHOWN} more; --report FILE.json names all")
+    for note in notes:
+        _say(console, f"note: {note}")
+    _say(console, f"{len(problems)} problems" if problems else "no problems")
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    shown = [
+        value if len(counts) == 1 else f"{value} ({count})" for value, count in list(counts.items())[:SHOWN_VALUES]
+    ]
+    return "\n".join([*shown, "…"] if len(counts) > SHOWN_VALUES else shown) or "–"
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True)
+
+
+def write_report(
+    cfg: DictConfig, summaries: Mapping[str, dict], problems: Sequence[Problem], notes: Sequence[str]
+) -> None:
+    """Everything that was found as a JSON file; problems: kind -> what to do and each file."""
+    report = {
+        "json": cfg.json,
+        "intensity_range": list(cfg.intensity_range),
+        "names": summaries,
+        "problems": {
+            kind: {
+                "remedy": REMEDIES[kind],
+                "found": [{"file": problem.path and str(problem.path), "found": problem.found} for problem in found],
+            }
+            for kind, found in by_kind(problems).items()
+        },
+        "notes": list(notes),
+    }
+    write_atomically(cfg.report, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+# Picture
+
+
+def draw(
+    picture: Path,
+    facts: Mapping[str, Sequence[FileFacts]],
+    problems: Iterable[Problem],
+    is_latents: bool,
+    cfg: DictConfig,
+) -> bool:
+    """Draws the slices of some files of each name, none of which has a problem. False if there is nothing to draw."""
+    unfit = {problem.path for problem in problems}
+    sound = {name: [file.path for file in files if file.path not in unfit] for name, files in facts.items()}
+    rows = []
+    for name, path in choose_pictures(sound, cfg.num_pictures, cfg.seed):
+        data = read_latent(path)[0] if is_latents else read_model_volume(path, list(cfg.intensity_range)).data
+        slices: dict[str, np.ndarray] = central_slices(torch.as_tensor(data))
+        rows.append((f"{name}\n{path.name}", [slices[plane] for plane in PLANES]))
+    if rows:
+        columns = () if is_latents else PLANES
+        save_slice_grid(picture, rows, columns=columns, title=LATENT_TITLE if is_latents else VOLUME_TITLE)
+    return bool(rows)
+
+
+def choose_pictures(files: Mapping[str, Sequence[Path]], count: int, seed: int) -> list[tuple[str, Path]]:
+    """`count` files (name, path) at random, by turns of each name; sorted by name as in `files`."""
+    rng = np.random.default_rng(seed)
+    shuffled = {name: [of_name[i] for i in rng.permutation(len(of_name))] for name, of_name in files.items()}
+    turns = [(turn, name) for name, of_name in shuffled.items() for turn in range(len(of_name))]
+    chosen = sorted(turns, key=lambda place: place[0])[:count]
+    return [(name, shuffled[name][turn]) for name in files for turn, of in sorted(chosen) if of == name]

@@ -1,0 +1,81 @@
+"""Which part of a volume training takes, and how it is turned. All random numbers come from the caller's generator."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dataset.cache.crops import CroppedVolume
+from dataset.volumes.intensity import foreground
+
+MAX_DRAWS = 32  # crops tried before one is placed on a foreground voxel
+SPARSE_SHARE = 0.1  # a crop with a smaller share of foreground counts as mostly background
+
+
+def random_crop(
+    volume: CroppedVolume, size: Sequence[int], rng: np.random.Generator, background_keep: float = 1.0
+) -> tuple[tuple[int, int, int], torch.Tensor]:
+    """A random crop of `size` that holds at least one voxel of the foreground: where it begins, and (1, *size) of it.
+
+    Crops are drawn uniformly from those that overlap the foreground's box, hence uniformly among those with foreground.
+    Crops mostly of background (less than 10 % foreground) are kept with the probability `background_keep`. After a few
+    draws without success it takes the fullest crop seen, or places one on a known voxel of the foreground: there is no
+    endless redrawing. Only the crops that are drawn are read.
+
+    A volume shorter than `size` along an axis lies in the middle of its crops, with background around it.
+    """
+    size = np.array(size)
+    lowest, highest = _crop_starts(volume.shape, size)
+    if not np.array_equal(lowest, highest):
+        lowest = np.maximum(lowest, volume.foreground.first - size + 1)
+        highest = np.minimum(highest, volume.foreground.last)
+    if np.array_equal(lowest, highest):
+        return _as_tuple(lowest), volume.crop(lowest, size)
+    best_share, best = 0.0, None
+    for _ in range(MAX_DRAWS):
+        start = rng.integers(lowest, highest + 1)
+        crop = volume.crop(start, size)
+        share = np.count_nonzero(foreground(crop.numpy())) / crop.numel()  # several times as fast as with torch
+        if share >= SPARSE_SHARE or (share > 0 and rng.random() < background_keep):
+            return _as_tuple(start), crop
+        if share > best_share:
+            best_share, best = share, (_as_tuple(start), crop)
+    if best is not None:
+        return best
+    voxel = rng.choice(volume.foreground.voxels)
+    start = rng.integers(np.maximum(voxel - size + 1, lowest), np.minimum(voxel, highest) + 1)
+    return _as_tuple(start), volume.crop(start, size)
+
+
+def _crop_starts(shape: Sequence[int], size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and highest start of a crop; along an axis shorter than it the one that has the volume in its middle.
+
+    That start is negative: so many voxels of background come first.
+    """
+    spare = np.array(shape) - size
+    front = -(np.maximum(-spare, 0) // 2)
+    return front, np.where(spare > 0, spare, front)
+
+
+def centre_crop_start(shape: Sequence[int], size: Sequence[int]) -> tuple[int, int, int]:
+    """Where the crop of `size` in the middle of a volume begins."""
+    return tuple((extent - length) // 2 for extent, length in zip(shape, size, strict=True))
+
+
+def augment(data: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Flips of the NIfTI axes x and y (probability 1/2 each) and a quarter turn in their plane (probability 1/2).
+
+    data: (1, D, H, W); x and y are H and W. Where H and W differ there is no turn, since it would change the shape and
+    with it which volumes can share a batch.
+    """
+    flip_h, flip_w, turn = rng.random(3) < 0.5
+    flipped = [axis for axis, chosen in ((-2, flip_h), (-1, flip_w)) if chosen]
+    if flipped:
+        data = data.flip(flipped)
+    if turn and data.shape[-2] == data.shape[-1]:
+        data = data.rot90(1, (-2, -1))
+    return data.contiguous()
+
+
+def _as_tuple(start: np.ndarray) -> tuple[int, int, int]:
+    return tuple(int(first) for first in start)

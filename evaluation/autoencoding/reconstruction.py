@@ -1,0 +1,145 @@
+"""Reconstructs and measures held-out volumes by one or more autoencoders, shared out to the processes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from AutoEncoder.checkpoint import load_autoencoder
+from AutoEncoder.model.autoencoder import Autoencoder
+from AutoEncoder.model.lpips import MIN_EXTENT, TriplanarLPIPS
+from common.errors import UserError
+from common.log import get_logger
+from common.precision import exact_float32
+from common.processes import PATIENCE, cleanup, setup
+from config.loading import require
+from dataset.volumes.pictures import central_slices
+from evaluation.autoencoding.measures import COUNTS, measure, reconstruct
+from evaluation.autoencoding.plan import (
+    ROLE,
+    Checkpoint,
+    Plan,
+    load_lpips,
+    make_plan,
+    max_bytes,
+    read_all,
+    too_little,
+)
+from evaluation.autoencoding.tables import Measured, write_results
+from evaluation.comparison.sets import Group, SetVolume, list_refused
+from evaluation.results.results import Results, cache_folder, make_folders
+from evaluation.results.work import Arrays, ResultCache, Work, do_work
+
+VERSION = 1  # of what is kept of a volume; rises when the same settings give other numbers
+
+
+def evaluate(cfg: DictConfig) -> Results | None:
+    """Reconstructs and measures every volume that is not done yet; rank 0 writes the results and returns them.
+
+    Raises UserError, before anything is reconstructed, for whatever is wrong with options, checkpoints and volumes.
+    """
+    require(cfg, "data", "output_dir")
+    if not cfg.AE_ckpt:
+        raise UserError("required but not set: AE_ckpt: give one or more checkpoints with --AE-ckpt FILE [FILE ...]")
+    place = setup(cfg.device, PATIENCE)
+    try:
+        # What there is to do.
+        logger = get_logger(place.rank)
+        plan = place.on_main(lambda: make_plan(cfg, place.device))
+        place.on_main(lambda: make_folders(cfg, "reconstruction"), share=False)
+        groups, excluded = read_all(cfg, plan, place)
+        num_volumes = sum(len(group.sets[ROLE]) for group in groups)
+        logger.info("%d volumes of %d classes, %d checkpoints", num_volumes, len(groups), len(plan.checkpoints))
+
+        # Reconstruct and measure, one autoencoder after the other.
+        networks = Networks(cfg, place.device)
+        measured: Measured = {group.name: {} for group in groups}
+        for checkpoint in plan.checkpoints:
+            for group in groups:
+                work = Measurement(cfg, plan, checkpoint, group, networks).work()
+                arrays, refused = do_work(work, group.sets[ROLE], place, cfg.num_workers)
+                if refused:
+                    reasons = {volume.path: reason for volume, reason in refused.items()}
+                    raise UserError(list_refused(reasons, "volumes changed meanwhile and"))
+                measured[group.name][checkpoint.name] = arrays
+
+        # Write what was found.
+        return place.on_main(lambda: write_results(cfg, plan, groups, excluded, measured), share=False)
+    finally:
+        cleanup()
+
+
+class Networks:
+    """Loads networks when the first volume needs them, and holds one autoencoder at a time."""
+
+    def __init__(self, cfg: DictConfig, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        self._path: str | None = None
+        self._autoencoder: Autoencoder | None = None
+
+    def autoencoder(self, path: str) -> Autoencoder:
+        if self._path != path:
+            self._autoencoder = None  # before the next one takes its memory
+            self._autoencoder, self._path = load_autoencoder(path, self.device), path
+        return self._autoencoder
+
+    @cached_property
+    def lpips(self) -> TriplanarLPIPS:
+        return load_lpips(self.cfg).to(self.device)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Reconstructs and measures the volumes of a group by one checkpoint.
+
+    MS-SSIM takes as many scales as the smallest volume of the group allows, so that its values can be averaged. What
+    that volume is too small for is left out of the whole group.
+    """
+
+    cfg: DictConfig
+    plan: Plan
+    checkpoint: Checkpoint
+    group: Group
+    networks: Networks
+
+    def work(self) -> Work:
+        settings = {
+            "version": VERSION,
+            "checkpoint_sha256": self.checkpoint.sha256,
+            "lpips": self._lpips_hashes,
+            "num_scales": self.plan.num_scales(self.group),
+        }
+        cache = ResultCache(cache_folder(self.cfg), "reconstruction", settings)
+        label = f"{self.group.name} by {self.checkpoint.name}"
+        return Work(label, SetVolume.key, SetVolume.read, self.compute, cache)
+
+    @property
+    def _lpips_hashes(self) -> dict[str, str] | None:
+        return self.plan.lpips if self.plan.shortest_side(self.group) >= MIN_EXTENT else None
+
+    def compute(self, volumes: Tensor) -> list[Arrays]:
+        """(B, 1, D, H, W) in [-1, 1] -> of each its metrics, the counts of its codes, slices of its reconstruction.
+
+        In float32 without the rounding of TF32.
+        """
+        with exact_float32():
+            return [self._of_volume(volume.to(self.networks.device)) for volume in volumes]
+
+    def _of_volume(self, volume: Tensor) -> Arrays:
+        checkpoint = self.checkpoint
+        autoencoder = self.networks.autoencoder(checkpoint.path)
+        try:
+            found, codes = reconstruct(autoencoder, volume, max_bytes(self.cfg, volume.device))
+        except ValueError as error:  # less is free than when it was checked
+            raise too_little(checkpoint.path, error) from error
+        if not found.isfinite().all():
+            raise UserError(f"{checkpoint.path}: gives NaN: its training diverged, take an earlier checkpoint")
+        counts = torch.bincount(codes.flatten(), minlength=checkpoint.n_codes).cpu()
+        lpips = None if self._lpips_hashes is None else self.networks.lpips
+        num_scales = self.plan.num_scales(self.group)
+        metrics = measure(volume, found, counts, checkpoint.patch_size, num_scales, lpips)
+        slices = {plane: picture.astype(np.float16) for plane, picture in central_slices(found).items()}
+        return {**{name: np.asarray(value) for name, value in metrics.items()}, COUNTS: counts.numpy(), **slices}

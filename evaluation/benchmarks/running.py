@@ -1,0 +1,84 @@
+"""Runs a part of the benchmark, shows its table and writes its figures with the circumstances."""
+
+import json
+import platform
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from common.files import write_atomically
+from common.parallel import num_cores
+from evaluation.benchmarks.measuring import Report
+
+FILE_WIDTH = 120  # characters of a table that does not go to a terminal
+PACKAGES = ("torch", "numpy", "nibabel", "isal", "SimpleITK")
+
+
+def run(cfg: DictConfig, command: str) -> None:
+    """Measure the part of a config; `command` is noted among the circumstances."""
+    report: Report = import_module(f"evaluation.benchmarks.{cfg.part}").measure(cfg)
+    _show(report)
+    if cfg.json is not None:
+        content = {**_circumstances(cfg, command), **_figures(report)}
+        write_atomically(cfg.json, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _circumstances(cfg: DictConfig, command: str) -> dict[str, Any]:
+    return {
+        "part": cfg.part,
+        "size": cfg.size,
+        "command": command,
+        "cpu": _cpu_name(),
+        "cores": num_cores(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    rows = [
+        {
+            "name": row.name,
+            report.unit: row.count,
+            "seconds": row.seconds,
+            "median_seconds": median(row.seconds),
+            "per_second": row.rate,
+            "ratio": report.ratio(row),
+            "peak_gb": row.peak_gb,
+            "difference": row.difference,
+            "limit_share": row.limit_share,
+        }
+        for row in report.rows
+    ]
+    return {"unit": report.unit, "baseline": report.baseline, "rows": rows, **report.notes}
+
+
+def _show(report: Report) -> None:
+    further = {"peak GB": "peak_gb", "difference": "difference", "of limit": "limit_share"}
+    further = {
+        title: name for title, name in further.items() if any(getattr(row, name) is not None for row in report.rows)
+    }
+    table = Table("", report.unit, "seconds", f"{report.unit}/s", f"x {report.baseline}", *further, title=report.title)
+    for row in report.rows:
+        figures = (f"{row.count}", f"{median(row.seconds):.3g}", f"{row.rate:.4g}", f"{report.ratio(row):.3g}")
+        values = (getattr(row, name) for name in further.values())
+        table.add_row(row.name, *figures, *("-" if value is None else f"{value:.2g}" for value in values))
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    console.print(table)
+    for name, value in report.notes.items():
+        console.print(f"{name}: {value}", highlight=False)

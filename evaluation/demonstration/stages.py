@@ -1,0 +1,94 @@
+"""The commands of the demo: one real script after the other, and where each puts its results."""
+
+from pathlib import Path
+
+PHANTOMS = {False: (40, 16), True: (6, 6)}  # short? -> training and held-out phantoms per class
+# What --short changes; everything else is as in the demo proper.
+SHORT = {
+    "stage1": ["model.max_steps=12", "model.val_every=6", "model.discriminator_iter_start=6"]
+    + ["model.codebook_init_step=2"],
+    "stage2": ["model.max_steps=2", "model.val_every=2", "model.discriminator_iter_start=0"],
+    "biflownet": ["max_steps=4", "batch_size=2", "ckpt_every=2", "preview_steps=2"],
+    "generation": ["num_samples=2", "ddim_steps=2"],
+}
+
+
+class DemoPaths:
+    """Where each stage puts its results, below the folder of the demo."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.phantoms = output / "phantoms"
+        self.stage1_ckpt = output / "stage1" / "checkpoints" / "last.ckpt"
+        self.stage2_ckpt = output / "stage2" / "checkpoints" / "last.ckpt"
+        self.biflownet = output / "biflownet"
+        self.generated = output / "generated"
+        self.evaluation = output / "evaluation"
+
+
+Stages = dict[str, list[str]]  # title -> command, without the interpreter
+
+
+def training_stages(paths: DemoPaths, short: bool) -> Stages:
+    """Everything up to the trained diffusion model."""
+    training, held_out = PHANTOMS[short]
+    changed = SHORT if short else {name: [] for name in SHORT}
+    data = f"dataset.root_dir={paths.phantoms / 'PatchVolume_data.json'}"
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    return {
+        "phantoms: chests as CT, heads as MR": (
+            ["dataset/phantoms.py", "--output-dir", f"{paths.phantoms}"]
+            + ["--num-per-class", f"{training}", "--num-held-out", f"{held_out}"]
+        ),
+        "autoencoder, stage 1: patches": (
+            ["train/train_PatchVolume.py", "--config", "config/demo/PatchVolume.yaml", data]
+            + [f"model.default_root_dir={paths.output / 'stage1'}", *changed["stage1"]]
+        ),
+        "autoencoder, stage 2: whole volumes": (
+            ["train/train_PatchVolume_stage2.py", "--config", "config/demo/PatchVolume_s2.yaml", data]
+            + [f"model.default_root_dir={paths.output / 'stage2'}"]
+            + [f"model.resume_from_checkpoint={paths.stage1_ckpt}", *changed["stage2"]]
+        ),
+        "latents of all phantoms": (
+            ["train/generate_training_latent.py", "--data-path", f"{paths.phantoms / 'Singleres_dataset.json'}"]
+            + ["--AE-ckpt", f"{paths.stage2_ckpt}", "--batch-size", "4", "--num-workers", "0", "--device", "cpu"]
+        ),
+        "BiFlowNet, two processes under torchrun": (
+            [*torchrun, "train/train_BiFlowNet_SingleRes.py", "--config", "config/demo/BiFlowNet.yaml"]
+            + ["--AE-ckpt", f"{paths.stage2_ckpt}", "--data-path", f"{paths.phantoms / 'Singleres_latents.json'}"]
+            + ["--results-dir", f"{paths.output}", "--run-name", paths.biflownet.name, *changed["biflownet"]]
+        ),
+    }
+
+
+def evaluation_stages(paths: DemoPaths, model_ckpt: Path, short: bool) -> Stages:
+    """Sampling of every class with the trained models, figures that one can publish, and the page that shows them.
+
+    Phantoms' voxels have no common size in mm.
+    """
+    held_out = f"{paths.phantoms / 'held_out' / 'PatchVolume_data.json'}"
+    common = ["--output-dir", f"{paths.evaluation}", "--num-workers", "0", "--device", "cpu"]
+    features = [*common, "--slices", "4", "--num-resamples", "100"]
+    # What a few steps of training leave of an autoencoder is no nearer to real volumes than another class is.
+    judged = [] if short else ["--AE-ckpt", f"{paths.stage2_ckpt}"]
+    return {
+        "class-conditional generation": (
+            ["evaluation/class_conditional_generation_4x.py", "--config", "config/demo/generation.yaml"]
+            + ["--AE-ckpt", f"{paths.stage2_ckpt}", "--model-ckpt", f"{model_ckpt}"]
+            + ["--output-dir", f"{paths.generated}", "--seed", "0", *(SHORT["generation"] if short else [])]
+        ),
+        "evaluation: reconstruction by both stages": (
+            ["evaluation/reconstruction.py", "--data", held_out, *common]
+            + ["--AE-ckpt", f"{paths.stage1_ckpt}", f"{paths.stage2_ckpt}"]
+        ),
+        "evaluation: generated against real volumes": (
+            ["evaluation/generation_metrics.py", "--real", held_out, "--generated", f"{paths.generated}"]
+            + ["--training", f"{paths.phantoms / 'PatchVolume_data.json'}", "--ignore-spacing", *features]
+        ),
+        "evaluation: do the distances see what they should?": (
+            ["evaluation/validity.py", "--real", held_out, *features, *judged]
+        ),
+        "evaluation: report": (
+            ["evaluation/report.py", "--input-dir", f"{paths.evaluation}", "--title", "Demo on phantoms"]
+        ),
+    }

@@ -1,0 +1,265 @@
+"""Samples a demo's volumes by several samplers and numbers of steps, and measures how near to real ones they are."""
+
+import hashlib
+import io
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from AutoEncoder.decoding import decode
+from common.checkpoint_files import newest_checkpoint
+from common.errors import UserError
+from common.files import file_sha256, write_atomically
+from common.processes import choose_device
+from config.loading import load_config
+from config.schema.diffusion import GenerationConfig
+from dataset.order.batches import batches_of_one_shape
+from ddpm.diffusion import GaussianDiffusion
+from ddpm.samplers import SAMPLERS
+from evaluation.demonstration.figures import distance_to_real, features, load_classes
+from evaluation.demonstration.stages import DemoPaths
+from evaluation.generation.requests import Request, list_requests
+from evaluation.generation.run import load_models, sample_latents
+
+ALL_TIMESTEPS = "ddpm"  # takes every timestep, whatever --steps says: the reference
+BATCH_SIZE = 16  # latents sampled together; results do not depend on it
+MEASURES = {
+    "mmd": "distance to real (unbiased MMD, as in demo.json)",
+    "class_mean": "RMS difference of the class means, in intensities of [-1, 1]",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One sampler with one number of steps from one seed."""
+
+    steps: int  # first, so that sorting puts the cheapest runs first and partial results are useful
+    seed: int
+    strategy: str
+
+
+def run_study(cfg: DictConfig) -> None:
+    """Do the runs of a `SamplingStudyConfig` that are not there yet; write results, table and picture after each."""
+    study = Study(Path(cfg.demo), Path(cfg.output_dir), cfg.num_samples, choose_device(cfg.device))
+    runs = planned_runs(cfg.strategies, cfg.steps, cfg.seeds, study.cfg.timesteps)
+
+    todo = [run for run in runs if run not in study.results]
+    study.write()
+    with tqdm(total=sum(run.steps for run in todo), desc="sampling", unit="step") as bar:
+        for run in todo:
+            bar.set_postfix_str(f"{run.strategy} {run.steps}, seed {run.seed}")
+            study.results[run] = study.measure(run, bar)
+            study.write()
+
+
+def planned_runs(strategies: Sequence[str], steps: Sequence[int], seeds: Sequence[int], timesteps: int) -> list[Run]:
+    """Every combination once, the cheapest first; ddpm with all timesteps only."""
+    if min(steps) < 1 or max(steps) > timesteps:
+        raise UserError(f"--steps {' '.join(map(str, steps))}: each has to lie between 1 and the {timesteps} timesteps")
+    return sorted(
+        {
+            Run(count, seed, strategy)
+            for strategy in strategies
+            for count in ([timesteps] if strategy == ALL_TIMESTEPS else steps)
+            for seed in seeds
+        }
+    )
+
+
+class Study:
+    """The models and the real volumes of a demo, and the results so far.
+
+    Args:
+        demo: folder of evaluation/demo.py, finished.
+        output: folder of the results.
+        num_samples: volumes per class in each run.
+        device: where to sample.
+
+    Raises:
+        UserError: no finished demo there; results of other models, phantoms or settings in `output`.
+    """
+
+    def __init__(self, demo: Path, output: Path, num_samples: int, device: torch.device):
+        self.output, self.device = output, device
+        self.cfg = demo_config(demo, output, num_samples)
+        real, self.labels = load_classes(DemoPaths(demo).phantoms / "held_out")
+        training, training_labels = load_classes(DemoPaths(demo).phantoms)
+        self.real = features(real)
+        self.settings = {
+            "AE_sha256": file_sha256(self.cfg.AE_ckpt),
+            "model_sha256": file_sha256(self.cfg.model_ckpt),
+            "held_out_sha256": hashlib.sha256(real.numpy().tobytes()).hexdigest(),
+            "num_samples": num_samples,
+            "timesteps": self.cfg.timesteps,
+            "guidance_scale": self.cfg.guidance_scale,
+        }
+        self.results: dict[Run, dict[str, float]] = self._read()
+        self.floor = self._floor(features(training), training_labels, num_samples)
+        self.autoencoder, self.model = load_models(self.cfg, device)
+        self.diffusion = GaussianDiffusion(self.cfg.volume_channels, self.cfg.timesteps, self.cfg.loss_type).to(device)
+
+    def measure(self, run: Run, bar: tqdm) -> dict[str, float]:
+        """Sample, decode and compare one set of volumes."""
+        values = {"sampling_strategy": run.strategy, "ddim_steps": run.steps, "seed": run.seed, "eta": 0.0}
+        cfg = load_config(GenerationConfig, None, values={**OmegaConf.to_container(self.cfg), **values})
+        requests = list_requests(cfg)
+        begin = time.monotonic()
+        found: dict[Request, Tensor] = {}
+        start = bar.n
+        for batch in batches_of_one_shape(requests, [request.grid for request in requests], BATCH_SIZE):
+            done = len(found)
+
+            def show(step: int, num_steps: int, done: int = done, size: int = len(batch)) -> None:
+                bar.update(start + round(run.steps * (done + size * step / num_steps) / len(requests)) - bar.n)
+
+            latents = sample_latents(cfg, self.model, self.diffusion, batch, self.device, show)  # (B, C, d, h, w)
+            found |= dict(zip(batch, latents, strict=True))
+        seconds = time.monotonic() - begin
+        volumes = torch.stack(
+            [decode(self.autoencoder, found[r], r.decoding, r.tile) for r in requests]
+        )  # (N, 1, D, H, W)
+        if not volumes.isfinite().all():
+            raise UserError(f"{run.strategy} with {run.steps} steps gives NaN: the training of a model diverged")
+        asked = torch.tensor([request.class_id for request in requests])
+        return {**self._compare(features(volumes), asked), "sampling_seconds": seconds}
+
+    def _compare(self, made: Tensor, asked: Tensor) -> dict[str, float]:
+        """Both measures of features (N, F) of classes (N,) against the held-out phantoms."""
+        squares = [
+            (made[asked == label].mean(0) - self.real[self.labels == label].mean(0)).square().mean()
+            for label in self.labels.unique()
+        ]
+        return {"mmd": distance_to_real(self.real, made), "class_mean": torch.stack(squares).mean().sqrt().item()}
+
+    def _floor(self, training: Tensor, labels: Tensor, num_samples: int) -> list[dict[str, float]]:
+        """What real volumes get: disjoint sets of training phantoms, each as large as a run."""
+        by_class = [training[labels == label].split(num_samples) for label in self.labels.unique()]
+        sets = [chunks for chunks in zip(*by_class, strict=False) if all(len(c) == num_samples for c in chunks)]
+        if not sets:
+            raise UserError(f"--num-samples {num_samples}: the demo has fewer training phantoms per class: take fewer")
+        asked = self.labels.unique().repeat_interleave(num_samples)
+        return [self._compare(torch.cat(chunks), asked) for chunks in sets]
+
+    def _read(self) -> dict[Run, dict[str, float]]:
+        path = self.output / "sampling.json"
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            settings, runs = content["settings"], content["runs"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a result of this script: remove it or choose another --output-dir") from error
+        different = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
+        if different:
+            raise UserError(
+                f"{path}: these results were made with other settings ({', '.join(different)}): choose another "
+                "--output-dir"
+            )
+        names = Run.__dataclass_fields__
+        return {
+            Run(**{name: run[name] for name in names}): {key: run[key] for key in run if key not in names}
+            for run in runs
+        }
+
+    def write(self) -> None:
+        """Results, table and picture of what is there so far."""
+        runs = [{**asdict(run), **self.results[run]} for run in sorted(self.results)]
+        content = {"settings": self.settings, "real": self.floor, "runs": runs}
+        write_atomically(self.output / "sampling.json", (json.dumps(content, indent=2) + "\n").encode())
+        write_atomically(self.output / "sampling_table.md", table(self.results, self.floor).encode())
+        write_atomically(self.output / "sampling.png", picture(self.results, self.floor))
+
+
+def demo_config(demo: Path, output: Path, num_samples: int) -> DictConfig:
+    """How the demo generated its volumes, with its models where they are now."""
+    paths = DemoPaths(demo)
+    saved = paths.generated / "seed_0" / "config.yaml"
+    model_ckpt = newest_checkpoint(paths.biflownet / "checkpoints") if saved.exists() else None
+    if model_ckpt is None or not paths.stage2_ckpt.exists():
+        raise UserError(f"{demo}: no finished demo here: python evaluation/demo.py --output-dir {demo} makes one")
+    values: dict[str, Any] = {
+        "AE_ckpt": str(paths.stage2_ckpt),
+        "model_ckpt": str(model_ckpt),
+        "output_dir": str(output),
+        "num_samples": num_samples,
+    }
+    return load_config(GenerationConfig, saved, values=values)
+
+
+# ------------------------------------------------------------------------------------------------------- table, picture
+
+
+def over_seeds(results: dict[Run, dict[str, float]], measure: str) -> dict[tuple[str, int], tuple[float, float | None]]:
+    """Mean and standard deviation over the seeds for each (strategy, steps); None where there is one seed."""
+    values: dict[tuple[str, int], list[float]] = {}
+    for run in sorted(results):
+        values.setdefault((run.strategy, run.steps), []).append(results[run][measure])
+    return {key: mean_and_spread(found) for key, found in values.items()}
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation (of the sample); None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def table(results: dict[Run, dict[str, float]], floor: Sequence[dict[str, float]]) -> str:
+    """Markdown: steps x strategy for each measure, what real volumes get in the last row."""
+    strategies = [name for name in SAMPLERS if any(run.strategy == name for run in results)]
+    lines = []
+    for measure, meaning in MEASURES.items():
+        found = over_seeds(results, measure)
+        lines += [f"{meaning[0].upper()}{meaning[1:]}: mean ± standard deviation over the seeds.", ""]
+        lines += [f"| steps | {' | '.join(strategies)} |" if strategies else "| steps |"]
+        lines += [f"|---|{'---|' * len(strategies)}"]
+        for steps in sorted({steps for _, steps in found}):
+            cells = [_cell(found.get((name, steps))) for name in strategies]
+            lines.append(f"| {steps} | {' | '.join(cells)} |")
+        real = _cell(mean_and_spread([values[measure] for values in floor]))
+        lines += ["", f"Training phantoms in {len(floor)} sets of the same size: {real}", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: tuple[float, float | None] | None) -> str:
+    if value is None:
+        return ""
+    mean, spread = value
+    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
+
+
+def picture(results: dict[Run, dict[str, float]], floor: Sequence[dict[str, float]]) -> bytes:
+    """PNG: each measure against the number of steps; ddpm as a band, real volumes as a line."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    canvas = FigureCanvasAgg(figure)  # by hand, so that no global matplotlib state is touched
+    for axes, (measure, meaning) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+        found = over_seeds(results, measure)
+        for number, name in enumerate(name for name in SAMPLERS if name != ALL_TIMESTEPS):
+            points = [(steps, *found[strategy, steps]) for strategy, steps in sorted(found) if strategy == name]
+            if points:
+                steps, means, spreads = zip(*points, strict=True)
+                shifted = [count * 1.03 ** (number - 1) for count in steps]  # so that error bars don't hide each other
+                axes.errorbar(shifted, means, [s or 0 for s in spreads], marker="o", ms=4, capsize=2, label=name)
+        for (strategy, steps), (mean, spread) in found.items():
+            if strategy == ALL_TIMESTEPS:
+                low, high = mean - (spread or 0), mean + (spread or 0)
+                axes.axhspan(low, high, color="grey", alpha=0.3, label=f"ddpm, {steps} steps")
+                axes.axhline(mean, color="grey", lw=0.8)
+        real = statistics.fmean(values[measure] for values in floor)
+        axes.axhline(real, color="black", ls="--", lw=1, label="training phantoms")
+        axes.set_xscale("log")
+        axes.set_xlabel("steps")
+        axes.set_title(meaning, fontsize=9)
+        axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()

@@ -1,0 +1,25 @@
+"""Reads the results of a folder and writes their page."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from common.files import write_atomically
+from common.log import get_logger
+from evaluation.report_page.content import read_parts
+from evaluation.report_page.page import page
+
+REPORT_NAME = "report.html"
+
+
+def write_report(cfg: DictConfig) -> None:
+    """The page of a `ReportConfig`. UserError: there are no results, they or their pictures are damaged."""
+    folder = Path(cfg.input_dir)
+    output = folder / REPORT_NAME if cfg.output is None else Path(cfg.output)
+    parts = read_parts(folder)
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    text = page(parts, title=cfg.title, made=made, style=style)
+    write_atomically(output, text.encode(errors="replace"))  # JSON and command lines can hold halves of characters
+    get_logger().info("wrote %s", output)
