@@ -149,7 +149,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return max(steps)[2] if steps else None
 
 
-def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path, target: str) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path, target: str) -> None:
     """Loads a state dict whose names and shapes must all fit; the error names the first that does not."""
     problems = list(_misfits(model.state_dict(), state))
     if problems:

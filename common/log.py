@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 LOGGER_NAME = "train"
+# Modules that warn on their own have loggers named after themselves; what they say goes where the program's log goes.
+PACKAGES = ("AutoEncoder", "common", "config", "dataset", "ddpm", "evaluation")
 
 
 def get_logger(rank: int = 0, file: str | Path | None = None) -> logging.Logger:
-    """The training logger of this process.
+    """The log of this process.
 
     Rank 0 writes everything to the console (stderr) and, when given, appends to `file`; the other ranks write only
     warnings and errors, marked with their rank. Calling it again replaces the handlers of the call before.
@@ -18,23 +20,28 @@ def get_logger(rank: int = 0, file: str | Path | None = None) -> logging.Logger:
     logger = logging.getLogger(LOGGER_NAME)
     close_logger()
     logger.propagate = False
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     formatter = _Formatter("" if rank == 0 else f"rank {rank}: ")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None and rank == 0:
         handlers.append(logging.FileHandler(file, mode="a", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
-        logger.addHandler(handler)
+    for own in _loggers():
+        own.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        own.handlers.extend(handlers)
     return logger
 
 
 def close_logger() -> None:
-    """Close the training logger's files and take its handlers off."""
-    logger = logging.getLogger(LOGGER_NAME)
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    """Close the log's files and take its handlers off."""
+    for own in _loggers():
+        for handler in list(own.handlers):
+            own.removeHandler(handler)
+            handler.close()
+
+
+def _loggers() -> list[logging.Logger]:
+    return [logging.getLogger(name) for name in (LOGGER_NAME, *PACKAGES)]
 
 
 class _Formatter(logging.Formatter):

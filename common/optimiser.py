@@ -1,10 +1,10 @@
 """Adam, fused where it may be, and the learning-rate schedule; the trainings of both networks use them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def build_adam(
@@ -48,3 +48,10 @@ def learning_rate_factor(schedule: str, step: int, warm_up_steps: int, num_steps
     if schedule == "constant":
         return warm_up
     return warm_up * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - 1) / num_steps)))
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest_norm: float) -> Tensor:
+    """Norm of all gradients before they are scaled down to `largest_norm`; 0: they stay as they are."""
+    if largest_norm:
+        return nn.utils.clip_grad_norm_(parameters, largest_norm)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager
 
 import torch
 
-PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16, "fp16": torch.float16}  # as options spell them
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision "bf16" or "16" on this device; "32" is none."""
+    """Mixed precision "bf16" or "16" ("fp16") on this device; "32" is none."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 

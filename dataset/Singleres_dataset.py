@@ -1,6 +1,7 @@
 """Data of the latent diffusion model at one resolution: latents with their class, or the volumes to make them from."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
 from dataset.volumes.latent_record import read_latent_record
 from dataset.volumes.volume_io import read_header, read_latent, read_latent_header, read_model_volume
 
-RESOLUTION_UNIT = 64  # the model is told resolution / 64
-
 
 class Singleres_dataset(Dataset):
     """Latents of all classes, or with `generate_latents` the volumes that latents are made from.
@@ -28,11 +27,12 @@ class Singleres_dataset(Dataset):
         resolution: latent grid (z, x, y) that every latent must have.
         generate_latents: see Items.
         intensity_range: lowest and highest intensity of volume files.
+        vq_size: latent grid size that the model is told as 1.
         cache: where latents are read from; its `build(data.class_folders)` comes before the first item. None reads and
             checks the file for every item. The items are the same bit for bit.
 
     Items:
-        latents: (latent (C, d, h, w) float32, class id int64, resolution / 64 (3,) float32).
+        latents: (latent (C, d, h, w) float32, class id int64, resolution / vq_size (3,) float32).
         generate_latents: (volume (1, D, H, W) float32 in [-1, 1], path str).
 
     Attributes: `files`, `labels` and `shapes`, one entry per item; shapes are (C, d, h, w) of latents or (D, H, W) of
@@ -51,12 +51,14 @@ class Singleres_dataset(Dataset):
         generate_latents: bool = False,
         *,
         intensity_range: Sequence[float] = MODEL_RANGE,
+        vq_size: int = 64,
         cache: LatentCache | None = None,
     ):
         self.root_dir = Path(root_dir)
         self.resolution = tuple(int(extent) for extent in resolution)
         if len(self.resolution) != 3 or min(self.resolution) < 1:
             raise UserError(f"resolution {list(resolution)}: three positive numbers are needed, the latent grid z x y")
+        self.vq_size = vq_size
         self.generate_latents = generate_latents
         assert not (generate_latents and cache), "the cache is for latents"
         self.cache = cache
@@ -100,7 +102,7 @@ class Singleres_dataset(Dataset):
     @property
     def resolution_condition(self) -> torch.Tensor:
         """What the model is told of the resolution, (3,) float32."""
-        return torch.tensor(self.resolution, dtype=torch.float32) / RESOLUTION_UNIT
+        return torch.tensor(self.resolution, dtype=torch.float32) / self.vq_size
 
     def files_by_label(self) -> dict[int, list[Path]]:
         """The files of each class."""
@@ -108,6 +110,7 @@ class Singleres_dataset(Dataset):
             label: [f for f, of in zip(self.files, self.labels, strict=True) if of == label] for label in self.folders
         }
 
+    @cached_property
     def latent_records(self) -> dict[Path, dict[str, Any] | None]:
         """For each folder the record of the autoencoder that made its latents, None where there is none."""
         return {folder: read_latent_record(folder) for folders in self.folders.values() for folder in folders}

@@ -43,33 +43,52 @@ def build_biflownet(cfg: DictConfig, null_label: bool | None = None) -> BiFlowNe
         raise UserError(f"BiFlowNet config: {error}") from error
 
 
-def load_biflownet(cfg: DictConfig, path: str | Path, device: str | torch.device = "cpu") -> BiFlowNet:
+def load_biflownet(
+    cfg: DictConfig,
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    checkpoint: Mapping[str, Any] | None = None,
+) -> BiFlowNet:
     """Builds the model of a generation config with a checkpoint's EMA weights, frozen and in eval mode.
 
     Whether the model has the null label (which guidance needs) is read off the file.
+    checkpoint, errors: as of `load_biflownet_weights`.
     """
-    path = Path(path)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path) if checkpoint is None else checkpoint
     weights = _biflownet_weights(path, checkpoint, use_ema=True)
     model = build_biflownet(cfg, null_label=_has_null_label(checkpoint, weights, cfg.num_classes))
-    _load_biflownet_state(model, checkpoint, path, use_ema=True)
+    load_biflownet_weights(model, path, checkpoint=checkpoint)
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_biflownet_weights(model: BiFlowNet, path: str | Path, use_ema: bool = True) -> None:
+def load_biflownet_weights(
+    model: BiFlowNet, path: str | Path, use_ema: bool = True, checkpoint: Mapping[str, Any] | None = None
+) -> None:
     """Loads a checkpoint's averaged (or plain) weights into a model of the same shape.
 
     A model with a null label takes a file without one: its null row then stays as initialised, with a warning. The
     null row of a file is left aside by a model without one.
 
+    checkpoint: what the file holds, where it has been read already.
+
     Raises:
         UserError: unreadable file, an autoencoder checkpoint, or other shapes.
     """
-    path = Path(path)
-    _load_biflownet_state(model, load_checkpoint(path), path, use_ema)
+    checkpoint = load_checkpoint(path) if checkpoint is None else checkpoint
+    weights = _biflownet_weights(path, checkpoint, use_ema)
+    own, table = model.cond_emb.weight.detach(), weights["cond_emb.weight"]
+    if model.null_label is None and _has_null_label(checkpoint, weights, len(own)):
+        weights["cond_emb.weight"] = table[:-1]
+    elif model.null_label is not None and len(table) == len(own) - 1:
+        logger.warning("%s has no null label: the model's own null row stays as initialised", path)
+        weights["cond_emb.weight"] = torch.cat([table.to(own), own[-1:]])
+    args = checkpoint.get("args")
+    flags = [f"{name}={getattr(args, name)}" for name in SHAPE_FLAGS if hasattr(args, name)]
+    trained = f"; the file was trained with {', '.join(flags)}" if flags else ""
+    load_weights(model, weights, path, f"this BiFlowNet config{trained}")
 
 
-def _biflownet_weights(path: Path, checkpoint: Mapping[str, Any], use_ema: bool) -> dict[str, torch.Tensor]:
+def _biflownet_weights(path: str | Path, checkpoint: Mapping[str, Any], use_ema: bool) -> dict[str, torch.Tensor]:
     entry = "ema" if use_ema else "model"
     weights = checkpoint.get(entry)
     if not isinstance(weights, Mapping) or "cond_emb.weight" not in weights:
@@ -83,17 +102,3 @@ def _has_null_label(checkpoint: Mapping[str, Any], weights: Mapping[str, torch.T
     """Whether the class table has a row more than `num_classes`, and not because it was trained with more classes."""
     trained_with = getattr(checkpoint.get("args"), "num_classes", num_classes)
     return len(weights["cond_emb.weight"]) == num_classes + 1 and trained_with == num_classes
-
-
-def _load_biflownet_state(model: BiFlowNet, checkpoint: Mapping[str, Any], path: Path, use_ema: bool) -> None:
-    weights = _biflownet_weights(path, checkpoint, use_ema)
-    own, table = model.cond_emb.weight.detach(), weights["cond_emb.weight"]
-    if model.null_label is None and _has_null_label(checkpoint, weights, len(own)):
-        weights["cond_emb.weight"] = table[:-1]
-    elif model.null_label is not None and len(table) == len(own) - 1:
-        logger.warning("%s has no null label: the model's own null row stays as initialised", path)
-        weights["cond_emb.weight"] = torch.cat([table.to(own), own[-1:]])
-    args = checkpoint.get("args")
-    flags = [f"{name}={getattr(args, name)}" for name in SHAPE_FLAGS if hasattr(args, name)]
-    trained = f"; the file was trained with {', '.join(flags)}" if flags else ""
-    load_weights(model, weights, path, f"this BiFlowNet config{trained}")

@@ -11,12 +11,12 @@ from configs import tiny_autoencoder
 from omegaconf import DictConfig
 
 from AutoEncoder.checkpoint import build_autoencoder
-from common import log as logger
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.cli import BIFLOWNET_FLAGS, parse_command_line
 from config.schema import BiFlowNetConfig
 from dataset.volumes.volume_io import write_latent
 from train.diffusion import run_folder
+from train.loop.metrics_file import MetricsWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "train_BiFlowNet_SingleRes.py"
@@ -98,7 +98,7 @@ def crash_at(monkeypatch, step: int) -> None:
         if logged == step:
             raise RuntimeError("power cut")
 
-    monkeypatch.setattr(logger.MetricsWriter, "write", write)
+    monkeypatch.setattr(MetricsWriter, "write", write)
 
 
 def start(command: list[str], **environment: str) -> subprocess.Popen:

@@ -369,7 +369,7 @@ def test_resolution_is_checked(classes, resolution):
 def test_latent_records(classes):
     folder = classes.parent / "A_latents"
     (folder / "latents.json").write_text('{"autoencoder": "abc"}')
-    records = Singleres_dataset(classes, resolution=[2, 3, 3]).latent_records()
+    records = Singleres_dataset(classes, resolution=[2, 3, 3]).latent_records
     assert records == {folder: {"autoencoder": "abc"}, classes.parent / "B_latents": None}
     for content in ("{", "[1]"):
         (folder / "latents.json").write_text(content)

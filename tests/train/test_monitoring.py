@@ -21,6 +21,7 @@ from AutoEncoder.model.codebook import Codebook
 from common.memory import resident_memory_gb
 from config.loading import load_config
 from config.schema import AutoencoderConfig
+from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_volume
 from dataset.vqgan_4x import VQGANDataset_4x
 from train import train_BiFlowNet_SingleRes as biflownet
@@ -360,13 +361,13 @@ def test_biflownet_logs_its_speed_and_nothing_accumulates(latents, tmp_path, mon
 
 
 def test_biflownet_warns_of_waiting(latents, tmp_path, monkeypatch, capfd):
-    read = biflownet.Singleres_dataset.__getitem__
+    read = Singleres_dataset.__getitem__
 
     def slow(self, key):
         time.sleep(0.3)
         return read(self, key)
 
-    monkeypatch.setattr(biflownet.Singleres_dataset, "__getitem__", slow)
+    monkeypatch.setattr(Singleres_dataset, "__getitem__", slow)
     biflownet.train(runs.config(latents, tmp_path, max_steps=4, cache="none"))
     text = capfd.readouterr().err
     assert text.count("warning: step 3: data bound: training waits for its next batch in ") == 1

@@ -7,12 +7,13 @@ import pytest
 import torch
 from biflownet_runs import assert_same_training, checkpoint, crash_at
 
-import train.train_BiFlowNet_SingleRes as script
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
+from common import precision
 from common.errors import UserError
 from dataset.checking import before_training as sample_check
 from dataset.volumes.volume_io import write_latent
-from train.diffusion import run_folder
+from ddpm.diffusion import GaussianDiffusion
+from train.diffusion import run_folder, state
 from train.train_BiFlowNet_SingleRes import train
 
 
@@ -47,7 +48,7 @@ def test_option_has_an_effect(data, tmp_path, plain_loss, change):
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
 def test_mixed_precision_trains_and_resumes(data, tmp_path, monkeypatch, amp_dtype):
     """fp16 arithmetic takes seconds a step on a CPU, so bf16 stands in for it; the gradient scaler is the real one."""
-    monkeypatch.setitem(script.AMP_DTYPES, "fp16", torch.bfloat16)
+    monkeypatch.setitem(precision.PRECISIONS, "fp16", torch.bfloat16)
     options = {"enable_amp": True, "amp_dtype": amp_dtype, "grad_clip": 0.5, "max_steps": 3, "ckpt_every": 1}
     straight = train(runs.config(data, tmp_path / "straight", **options))
     plain = train(runs.config(data, tmp_path / "plain", **{**options, "enable_amp": False}))
@@ -82,7 +83,7 @@ def test_backward_runs_outside_autocast(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("enable_amp", [False, True])
 def test_gradients_are_clipped(data, tmp_path, monkeypatch, enable_amp):
     """What the optimiser gets has the given norm, not that of the scaled loss; without clipping a larger one."""
-    monkeypatch.setitem(script.AMP_DTYPES, "fp16", torch.bfloat16)
+    monkeypatch.setitem(precision.PRECISIONS, "fp16", torch.bfloat16)
     norms = []
 
     def step(self, closure=None) -> None:
@@ -98,9 +99,9 @@ def test_gradients_are_clipped(data, tmp_path, monkeypatch, enable_amp):
 
 def test_non_finite_gradient_stops_before_the_step(data, tmp_path, monkeypatch):
     """The loss is finite and its gradient is not: sqrt at zero."""
-    losses = script.GaussianDiffusion.p_losses
+    losses = GaussianDiffusion.p_losses
     monkeypatch.setattr(
-        script.GaussianDiffusion,
+        GaussianDiffusion,
         "p_losses",
         lambda *arguments, **options: (losses(*arguments, **options) * 0).sqrt() + 1,
     )
@@ -110,8 +111,8 @@ def test_non_finite_gradient_stops_before_the_step(data, tmp_path, monkeypatch):
 
 
 def test_gradient_overflow_at_every_scale_stops(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(script.AMP_DTYPES, "fp16", torch.bfloat16)
-    monkeypatch.setattr(script, "SMALLEST_LOSS_SCALE", 2.0**17)
+    monkeypatch.setitem(precision.PRECISIONS, "fp16", torch.bfloat16)
+    monkeypatch.setattr(state, "SMALLEST_LOSS_SCALE", 2.0**17)
     with pytest.raises(UserError, match="step 1: gradients overflow fp16 whatever the loss scale"):
         train(runs.config(data, tmp_path, enable_amp=True, amp_dtype="fp16"))
 
@@ -203,7 +204,7 @@ def test_truncated_latent_is_named_in_one_line(tmp_path, cache, num_workers, mon
 def test_a_sample_is_read_whole_before_the_model_is_built(tmp_path, monkeypatch, value, message):
     data = runs.make_latents(tmp_path)
     write_latent(data.parent / "class0_latents" / "0.nii.gz", torch.full((4, *runs.GRID), value))
-    monkeypatch.delattr(script, "build_biflownet")
+    monkeypatch.setattr("ddpm.checkpoint.build_biflownet", lambda cfg: pytest.fail("built"))
     with pytest.raises(UserError, match=rf"{message}.*`python dataset/check\.py {data}` reads all") as refused:
         train(runs.config(data, tmp_path / "results"))
     assert "\n" not in str(refused.value)

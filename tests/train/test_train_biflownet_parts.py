@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import biflownet_runs as runs
 import pytest
@@ -19,7 +20,7 @@ from dataset.order.epochs import EpochSampler
 from ddpm.diffusion import GaussianDiffusion
 from train.diffusion import run_folder
 from train.diffusion.batches import GlobalBatchSampler
-from train.diffusion.draws import _mix, draw
+from train.diffusion.draws import _mix, draw_dropped, draw_noise, sample_generators
 from train.diffusion.preview import write_preview
 from train.loop.metrics_file import MetricsWriter
 
@@ -72,7 +73,7 @@ def test_results_folder_that_is_a_file(tmp_path):
 
 def test_locked_folder_is_refused_until_its_process_ends(tmp_path):
     """Held by another process, as a torchrun worker that outlived its launcher would."""
-    code = "import sys, pathlib; from dataset.locks import lock_folder as lock; "
+    code = "import sys, pathlib; from common.files import lock_folder as lock; "
     code += "held = lock(pathlib.Path(sys.argv[1]), 'training'); print('held', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=runs.ROOT, **pipes)
@@ -114,21 +115,29 @@ def test_two_ranks_see_the_global_batches_of_one(samples_seen):
         assert share == [[batch[position] for position in positions] for batch in whole]
 
 
+def draw(seed, step, positions, shape, num_timesteps, dropout) -> SimpleNamespace:
+    """As the loop draws."""
+    generators = sample_generators(seed, step, positions, CPU)
+    timesteps = GaussianDiffusion(1, num_timesteps).draw_timesteps(generators)
+    is_dropped = draw_dropped(generators, dropout)
+    return SimpleNamespace(timesteps=timesteps, is_dropped=is_dropped, noise=draw_noise(generators, shape))
+
+
 def test_draws_depend_on_seed_step_and_position_only():
-    whole = draw(3, 7, range(4), (2, 8, 8, 8), 1000, 0.5, CPU)
-    part = draw(3, 7, [3, 1], (2, 8, 8, 8), 1000, 0.5, CPU)
+    whole = draw(3, 7, range(4), (2, 8, 8, 8), 1000, 0.5)
+    part = draw(3, 7, [3, 1], (2, 8, 8, 8), 1000, 0.5)
     assert torch.equal(part.noise, whole.noise[[3, 1]])
     assert torch.equal(part.timesteps, whole.timesteps[[3, 1]])
     assert torch.equal(part.is_dropped, whole.is_dropped[[3, 1]])
     assert len({noise.sum().item() for noise in whole.noise}) == 4
     for other in ((4, 7), (3, 8), (-3, 7)):
-        assert not torch.equal(draw(*other, range(4), (2, 8, 8, 8), 1000, 0.5, CPU).noise, whole.noise)
+        assert not torch.equal(draw(*other, range(4), (2, 8, 8, 8), 1000, 0.5).noise, whole.noise)
 
 
 def test_draws_are_those_of_the_functions_of_torch():
     """Runs of before go on with the same values."""
     for shape in ((2, 8, 8, 8), (3,)):
-        draws = draw(3, 7, [0, 5], shape, 1000, 0.5, CPU)
+        draws = draw(3, 7, [0, 5], shape, 1000, 0.5)
         for place, position in enumerate([0, 5]):
             generator = torch.Generator().manual_seed(_mix(3, 7, position))
             assert draws.timesteps[place] == torch.randint(1000, (), generator=generator)
@@ -137,13 +146,13 @@ def test_draws_are_those_of_the_functions_of_torch():
 
 
 def test_draws_have_their_distributions():
-    draws = draw(0, 1, range(2000), (8,), 10, 0.25, CPU)
+    draws = draw(0, 1, range(2000), (8,), 10, 0.25)
     assert draws.noise.shape == (2000, 8)
     assert draws.noise.mean().item() == pytest.approx(0, abs=0.03)
     assert draws.noise.std().item() == pytest.approx(1, abs=0.03)
     assert torch.bincount(draws.timesteps, minlength=10).float().div(2000).sub(0.1).abs().max() < 0.03
     assert draws.is_dropped.float().mean().item() == pytest.approx(0.25, abs=0.04)
-    assert not draw(0, 1, range(100), (8,), 10, 0.0, CPU).is_dropped.any()
+    assert not draw(0, 1, range(100), (8,), 10, 0.0).is_dropped.any()
 
 
 # --------------------------------------------------------------------------------------------------------- preview

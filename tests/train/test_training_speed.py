@@ -12,15 +12,19 @@ import torch
 from biflownet_runs import assert_same_training, checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train.train_BiFlowNet_SingleRes as script
+from common import precision
 from common.errors import UserError
+from dataset.Singleres_dataset import Singleres_dataset
 from ddpm import diffusion
 from ddpm.BiFlowNet import BiFlowNet
-from train.diffusion import agreement, preview, run_folder, saving
+from ddpm.diffusion import GaussianDiffusion
+from train.diffusion import agreement, preview, run_folder, saving, training
 from train.diffusion.saving import Saving
 from train.diffusion.state import TrainingState
+from train.loop import session
 from train.loop.background import BackgroundWork
 from train.loop.metrics_file import MetricsWriter
+from train.loop.session import Session
 from train.loop.step_flags import StepFlags
 from train.train_BiFlowNet_SingleRes import train
 
@@ -48,13 +52,13 @@ def late_flags(monkeypatch) -> None:
 
 def poison_step(monkeypatch, step: int) -> None:
     """Let the loss of one step be NaN."""
-    losses, calls = script.GaussianDiffusion.p_losses, []
+    losses, calls = GaussianDiffusion.p_losses, []
 
     def p_losses(*arguments, **options):
         calls.append(1)
         return losses(*arguments, **options) * (torch.nan if len(calls) == step else 1)
 
-    monkeypatch.setattr(script.GaussianDiffusion, "p_losses", p_losses)
+    monkeypatch.setattr(GaussianDiffusion, "p_losses", p_losses)
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
@@ -63,8 +67,8 @@ def test_a_bad_step_is_named_one_step_late_and_nothing_is_saved_of_it(
 ):
     """The files are those of step 3, which changed no weight."""
     batches, models = [], []
-    wrapped = script.wrapped
-    monkeypatch.setattr(script, "wrapped", lambda model, *rest: models.append(model) or wrapped(model, *rest))
+    parallel = Session.parallel
+    monkeypatch.setattr(Session, "parallel", lambda self, model: models.append(model) or parallel(self, model))
     exchange = agreement.Agreement.exchange
     monkeypatch.setattr(
         agreement.Agreement,
@@ -75,7 +79,7 @@ def test_a_bad_step_is_named_one_step_late_and_nothing_is_saved_of_it(
     with pytest.raises(UserError, match="step 3: the loss is not finite, .*rank 0: loss nan, files ") as refused:
         train(runs.config(data, tmp_path, log_every=log_every))
     assert len(batches) == (3 if log_every == 1 else 4)  # logging waits for the flags
-    files = script.Singleres_dataset(data, list(runs.GRID)).files
+    files = Singleres_dataset(data, list(runs.GRID)).files
     assert all(str(files[index]) in str(refused.value) for index in batches[2].tolist())
     run = tmp_path / "000-BiFlowNet"
     assert [run_folder.step_of(path) for path in run_folder.list_checkpoints(run)] == [2]
@@ -101,8 +105,8 @@ def test_late_flags_train_the_same(data, tmp_path, monkeypatch):
 
 def test_a_signal_stops_one_step_later(data, tmp_path, monkeypatch, late_flags):
     advance, stops = TrainingState.advance, []
-    request = script.StopRequest
-    monkeypatch.setattr(script, "StopRequest", lambda: stops.append(request()) or stops[0])
+    request = session.StopRequest
+    monkeypatch.setattr(session, "StopRequest", lambda: stops.append(request()) or stops[0])
 
     def advance_and_ask(self, *arguments) -> None:
         advance(self, *arguments)
@@ -128,7 +132,7 @@ class NoReading(TorchDispatchMode):
 @pytest.mark.parametrize("options", [{}, {"enable_amp": True, "amp_dtype": "fp16", "grad_clip": 0.5}])
 def test_steps_read_no_value(data, tmp_path, monkeypatch, late_flags, options):
     """From the second step's batch to the third's; StepFlags itself may read, as its copy is done by then."""
-    monkeypatch.setitem(script.AMP_DTYPES, "fp16", torch.bfloat16)
+    monkeypatch.setitem(precision.PRECISIONS, "fp16", torch.bfloat16)
     monkeypatch.setattr(diffusion, "check_conditions", lambda *_: None)  # not on a GPU
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self, read=torch.Tensor.tolist: outside(lambda: read(self)))
     mode, steps = NoReading(), []
@@ -137,7 +141,7 @@ def test_steps_read_no_value(data, tmp_path, monkeypatch, late_flags, options):
         with torch.utils._python_dispatch._disable_current_modes():
             return function()
 
-    draw = script.draw
+    draw = training.sample_generators
 
     def draw_and_watch(seed, step, *arguments):
         if step == 2:
@@ -147,7 +151,7 @@ def test_steps_read_no_value(data, tmp_path, monkeypatch, late_flags, options):
         steps.append(step)
         return draw(seed, step, *arguments)
 
-    monkeypatch.setattr(script, "draw", draw_and_watch)
+    monkeypatch.setattr(training, "sample_generators", draw_and_watch)
     train(runs.config(data, tmp_path, log_every=100, ckpt_every=100, max_steps=4, label_dropout=0.5, **options))
     assert steps == [1, 2, 3, 4]
 

@@ -1,4 +1,4 @@
-"""The order in which a run sees its latents: shuffled by (seed, epoch), split over ranks, resumable within an epoch."""
+"""A run's batches of latents: shuffled by (seed, epoch), split over ranks, resumable within an epoch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dataset.cache.latents import LatentCache
 from dataset.order.epochs import EpochSampler, SampleKey
 from dataset.Singleres_dataset import Singleres_dataset
+from train.loop.session import Session
 from train.loop.signals import ignore_signals
 
 
@@ -135,7 +137,7 @@ def make_cache(cfg: DictConfig, logger: logging.Logger) -> LatentCache | None:
 def make_loader(
     dataset: Singleres_dataset, sampler: Iterable[list[SampleKey]], num_workers: int, pin_memory: bool
 ) -> DataLoader | CacheLoader:
-    """Batches [index (B,), latent (B, C, d, h, w), class id (B,), resolution / 64 (B, 3)].
+    """Batches [index (B,), latent (B, C, d, h, w), class id (B,), resolution / vq_size (B, 3)].
 
     sampler: the samples of each batch of a pass.
     num_workers: processes that load, or with a cache threads; 0: neither. The order of batches is the same.
@@ -164,8 +166,76 @@ def close_loader(loader: DataLoader | CacheLoader) -> None:
         loader._iterator._shutdown_workers()
 
 
-def endless(loader: DataLoader | CacheLoader, start_epoch: Callable[[], None]) -> Iterator[list[Any]]:
-    """Batches, epoch after epoch; `start_epoch` is called before each to say where it begins."""
-    while True:
-        start_epoch()
-        yield from loader
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch, on the CPU."""
+
+    indices: Tensor  # (B,) of the data set, by which a failing batch's files can be named
+    latents: Tensor  # (B, C, d, h, w), normalised
+    conditions: dict[str, Tensor]  # what the denoiser is given beside (x, t), (B, …) each
+
+    def to(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents and conditions on a device, copied beside its work where they lie in pinned memory."""
+        conditions = {name: value.to(device, non_blocking=True) for name, value in self.conditions.items()}
+        return self.latents.to(device, non_blocking=True), conditions
+
+
+class LatentBatches:
+    """Latents of one size with their conditions, epoch after epoch.
+
+    Args:
+        dataset: its cache, if it has one, has to be built before the first batch.
+        batch_size: latents per rank and step.
+        seed: of the order.
+        num_workers: see `make_loader`.
+        here: this process, whose end ends what loads.
+
+    Attributes:
+        global_batch: latents per step over all ranks.
+        num_samples: latents in all.
+        positions: place of each sample of this rank's batch in the global batch.
+        files: of the data set, by index.
+    """
+
+    def __init__(self, dataset: Singleres_dataset, batch_size: int, seed: int, num_workers: int, here: Session) -> None:
+        ranks = here.distributed
+        order = EpochSampler(len(dataset), seed=seed, drop_last=True, rank=ranks.rank, world_size=ranks.world_size)
+        self._dataset, self._num_workers = dataset, num_workers
+        self._sampler = GlobalBatchSampler(order, batch_size)
+        self._loader = make_loader(dataset, self._sampler, num_workers, pin_memory=here.device.type == "cuda")
+        here.closing.callback(close_loader, self._loader)
+        self.files = dataset.files
+        self.num_samples = len(dataset)
+        self.global_batch = batch_size * ranks.world_size
+        self.steps_per_epoch = self._sampler.steps_per_epoch
+        self.positions = self._sampler.positions
+
+    @property
+    def classes(self) -> list[int]:
+        """Class ids that there are latents of."""
+        return sorted(set(self._dataset.labels))
+
+    @property
+    def remedy_for_waiting(self) -> str:
+        """What to change where training waits for batches."""
+        cache = "none" if self._dataset.cache is None else "float32"
+        return f"raise num_workers (now {self._num_workers}), or set cache=float32 (now {cache}) with a fast cache_dir"
+
+    def build_cache(self, logger: logging.Logger) -> None:
+        """Copy into the cache what is not there yet, if there is one. Errors as of `LatentCache.build`."""
+        if self._dataset.cache is not None:
+            self._dataset.cache.build(self._dataset.class_folders, self._num_workers, logger)
+
+    def endless(self, position: Callable[[], tuple[int, int]]) -> Iterator[Batch]:
+        """Batches, epoch after epoch; `position` gives the epoch and how many of its samples, over all ranks, are done.
+
+        It is asked before each epoch.
+        """
+        while True:
+            self._sampler.start_at(*position())
+            yield from map(_as_batch, self._loader)  # unlike a loop it keeps no batch until the next one has come
+
+
+def _as_batch(item: list[Tensor]) -> Batch:
+    indices, latents, labels, resolution = item
+    return Batch(indices, latents, {"y": labels, "res": resolution})

@@ -10,9 +10,11 @@ from torch import nn
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common.errors import UserError
-from common.processes import Distributed
 from config.loading import require
+from dataset.checking.before_training import check_latents
 from dataset.Singleres_dataset import Singleres_dataset
+from train.diffusion.state import Origin
+from train.loop.session import Session
 
 MODELS = ("BiFlowNet",)
 
@@ -28,11 +30,11 @@ def check_options(cfg: DictConfig, logger: logging.Logger) -> None:
         logger.warning("preview has no effect: it needs the autoencoder, give --AE-ckpt (or say preview=false)")
 
 
-def check_data(cfg: DictConfig, dataset: Singleres_dataset, distributed: Distributed) -> None:
-    """Channels, class ids and number of latents fit the configuration; the data set itself checked the grid.
+def check_data(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> None:
+    """Channels, class ids and number of latents fit the configuration, and a few are sound.
 
     Raises:
-        UserError: naming the option that does not fit.
+        UserError: naming the option that does not fit, or the file.
     """
     if dataset.num_channels != cfg.volume_channels:
         raise UserError(
@@ -44,12 +46,14 @@ def check_data(cfg: DictConfig, dataset: Singleres_dataset, distributed: Distrib
             f"{cfg.data_path}: class id {max(dataset.labels)} is too high for num_classes {cfg.num_classes}; "
             f"give --num-classes {max(dataset.labels) + 1} or more"
         )
-    needed = cfg.batch_size * distributed.world_size
+    world_size = here.distributed.world_size
+    needed = cfg.batch_size * world_size
     if len(dataset) < needed:
         raise UserError(
-            f"world size that doesn't fit: {distributed.world_size} process(es) with batch_size {cfg.batch_size} take "
+            f"world size that doesn't fit: {world_size} process(es) with batch_size {cfg.batch_size} take "
             f"{needed} latents a step, {cfg.data_path} has {len(dataset)}; use fewer processes or a lower --batch-size"
         )
+    here.distributed.on_main(lambda: check_latents(cfg.data_path, dataset.files_by_label(), here.logger), share=False)
 
 
 def check_grid(cfg: DictConfig, model: nn.Module) -> None:
@@ -62,8 +66,8 @@ def check_grid(cfg: DictConfig, model: nn.Module) -> None:
         )
 
 
-def load_matching_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logger: logging.Logger) -> nn.Module | None:
-    """The autoencoder of `AE_ckpt`, on the CPU, if it is the one that all latents were made with; None without one.
+def find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> Origin:
+    """The autoencoder that made the latents, on rank 0: by their records, and `AE_ckpt` if it is that one.
 
     Each latent folder's `latents.json` says which autoencoder made it. Folders without one (made by other software)
     pass with a warning.
@@ -71,7 +75,11 @@ def load_matching_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logge
     Raises:
         UserError: folders of different autoencoders, another autoencoder than `AE_ckpt`, other channels.
     """
-    records = {folder: record or {} for folder, record in dataset.latent_records().items()}
+    return here.distributed.on_main(lambda: _find_autoencoder(cfg, dataset, here.logger), share=False) or Origin()
+
+
+def _find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logger: logging.Logger) -> Origin:
+    records = {folder: record or {} for folder, record in dataset.latent_records.items()}
     made_by = {folder: record.get("autoencoder") for folder, record in records.items()}
     known = [folder for folder, fingerprint in made_by.items() if fingerprint]
     for folder in known:
@@ -80,8 +88,9 @@ def load_matching_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logge
                 f"{folder}: latents of another autoencoder ({records[folder].get('checkpoint')}) than those in "
                 f"{known[0]} ({records[known[0]].get('checkpoint')}); encode all classes with one autoencoder"
             )
+    recorded = made_by[known[0]] if known else None
     if not cfg.AE_ckpt:
-        return None
+        return Origin(fingerprint=recorded)
     autoencoder = load_autoencoder(cfg.AE_ckpt)
     if autoencoder.embedding_dim != cfg.volume_channels:
         raise UserError(
@@ -90,18 +99,11 @@ def load_matching_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logge
         )
     for folder in set(made_by) - set(known):
         logger.warning("%s has no record of its autoencoder: whether --AE-ckpt made it is not checked", folder)
-    if known and latent_fingerprint(autoencoder) != made_by[known[0]]:
+    fingerprint = latent_fingerprint(autoencoder)
+    if recorded not in (None, fingerprint):
         raise UserError(
             f"{cfg.AE_ckpt}: not the autoencoder that made the latents in {known[0]} "
             f"({records[known[0]].get('checkpoint')}); give that one, or encode again with "
             "train/generate_training_latent.py"
         )
-    return autoencoder
-
-
-def known_autoencoder(dataset: Singleres_dataset, autoencoder: nn.Module | None) -> str | None:
-    """Fingerprint of the autoencoder that made the latents: by their records, else that of the given one."""
-    recorded = {(record or {}).get("autoencoder") for record in dataset.latent_records().values()} - {None}
-    if recorded:
-        return recorded.pop()
-    return None if autoencoder is None else latent_fingerprint(autoencoder)
+    return Origin(autoencoder, fingerprint)

@@ -1,58 +1,45 @@
 """The random part of a diffusion training step, drawn per sample.
 
 Each sample's draws come from a generator of its own, seeded by (global seed, step, place in the global batch). So a
-global batch gets the same timesteps, noise and dropped labels however it is split over processes, and a resumed run
-needs no generator state.
+global batch gets the same timesteps, noise and dropped conditions however it is split over processes, and a resumed
+run needs no generator state. A run's numbers depend on the order of its draws: timesteps (by the diffusion process),
+dropped conditions, noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Draws:
-    """The random values of one batch."""
-
-    timesteps: Tensor  # (B,) int64 in [0, T)
-    noise: Tensor  # (B, C, d, h, w) standard normal
-    is_dropped: Tensor  # (B,) bool: the label is replaced by the null label
-
-
-def draw(
-    seed: int,
-    step: int,
-    positions: Sequence[int],
-    shape: Sequence[int],
-    num_timesteps: int,
-    label_dropout: float,
-    device: torch.device,
-) -> Draws:
-    """Timestep, noise and label dropout for each sample of a batch.
+def sample_generators(seed: int, step: int, positions: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    """A generator for each sample of a batch (a GPU draws other values than a CPU).
 
     Args:
         seed: the run's global seed.
         step: optimiser step, counted from 1.
         positions: (B,) place of each sample in the global batch of this step.
-        shape: of one latent, (C, d, h, w).
-        num_timesteps: T.
-        label_dropout: probability of a dropped label.
-        device: where the values are drawn (a GPU draws other values than a CPU).
     """
-    timesteps = torch.empty(len(positions), dtype=torch.int64, device=device)
-    chances = torch.empty(len(positions), device=device)
-    noise = torch.empty(len(positions), *shape, device=device)
-    for place, position in enumerate(positions):  # in place: a small kernel less for each value, and no copies
-        generator = torch.Generator(device).manual_seed(_mix(seed, step, position))
-        timesteps[place].random_(num_timesteps, generator=generator)
+    return [torch.Generator(device).manual_seed(_mix(seed, step, position)) for position in positions]
+
+
+def draw_dropped(generators: Sequence[torch.Generator], share: float) -> Tensor:
+    """(B,) bool: whose conditions are dropped, each with the probability `share`."""
+    chances = torch.empty(len(generators), device=generators[0].device)
+    for place, generator in enumerate(generators):  # in place: a small kernel less for each value, and no copies
         chances[place].uniform_(generator=generator)
+    return chances < share
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (B, *shape), shape that of one latent (C, d, h, w)."""
+    noise = torch.empty(len(generators), *shape, device=generators[0].device)
+    for place, generator in enumerate(generators):
         noise[place].normal_(generator=generator)
-    return Draws(timesteps, noise, chances < label_dropout)
+    return noise
 
 
 def _mix(seed: int, step: int, position: int) -> int:

@@ -12,6 +12,7 @@ A repeated command finds its folder by `config.yaml`. Everything here runs on ra
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from common.checkpoint_files import newest_checkpoint
 from common.errors import UserError
+from common.files import lock_folder
 from config.loading import save_config
 
 CONFIG_FILE = "config.yaml"
@@ -68,6 +71,23 @@ def open_run_folder(config: dict, name: str = "BiFlowNet") -> Path:
             f"results_dir {results}: the run folder cannot be written ({error.strerror or error})"
         ) from error
     return folder
+
+
+def open_locked(config: dict, closing: contextlib.ExitStack) -> Path:
+    """`open_run_folder` for this configuration, locked until `closing` closes, without half-written files."""
+    folder = open_run_folder(config, config["model"])
+    closing.enter_context(lock_folder(folder, "training"))
+    remove_partial_files(folder)
+    return folder
+
+
+def find_checkpoint(folder: Path, given: str | None) -> Path | None:
+    """The run folder's newest whole checkpoint, else the one that the user gave, else None."""
+    newest = newest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        return None if given is None else Path(given)
+    set_aside_checkpoints_after(folder, step_of(newest))
+    return newest
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -6,10 +6,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+from torch import nn
+
 from common.checkpoint_files import save_checkpoint
 from train.diffusion import run_folder
+from train.diffusion.batches import LatentBatches
 from train.diffusion.preview import Previews
 from train.loop.background import BackgroundWork, snapshot
+from train.loop.session import Session
 
 
 class Saving:
@@ -29,6 +34,14 @@ class Saving:
         self._keep = keep
         self._previews = previews
         self._logger = logger
+
+    def check(self) -> None:
+        """Raise what went wrong with a checkpoint, without waiting for one that is being written."""
+        self._background.check()
+
+    def wait(self) -> None:
+        """Until all is written. Raises what went wrong."""
+        self._background.wait()
 
     def save(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
         """Take a checkpoint's content as it is now, and have it and then a preview of its averaged weights written.
@@ -50,3 +63,26 @@ class Saving:
         self._logger.info("saved %s", path)
         if self._previews is not None and preview_turn is not None:
             self._previews.write(step, preview_turn, content["ema"])
+
+
+def open_saving(
+    cfg: DictConfig,
+    folder: Path,
+    model: nn.Module,
+    batches: LatentBatches,
+    process: nn.Module,
+    autoencoder: nn.Module | None,
+    here: Session,
+) -> Saving:
+    """Checkpoints into `folder`, and previews where they are wanted and there is an autoencoder (on rank 0 alone).
+
+    model: the averaged one, of which previews take a copy.
+    """
+    background = here.closing.enter_context(BackgroundWork())
+    previews = None
+    if cfg.preview and autoencoder is not None:
+        previews = Previews(
+            folder / "samples", batches.classes, tuple(cfg.resolution), cfg.preview_steps, model, process, autoencoder,
+            here.device, here.logger, is_stopping=lambda: here.stop.received > 0,
+        )  # fmt: skip
+    return Saving(background, folder, cfg.keep_checkpoints, previews, here.logger)

@@ -8,16 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from torch import nn
 
 from common.checkpoint_files import load_checkpoint
+from common.errors import UserError
+from common.optimiser import build_adam
 from ddpm.checkpoint import load_biflownet_weights
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import IRRELEVANT_KEYS, step_of
 from train.loop.rng import random_state, restore_random_state
 
+# Scale of the fp16 loss below which halving it further cannot help: the gradients themselves are not finite.
+SMALLEST_LOSS_SCALE = 2.0**-10
 # Keys that a user changes on purpose to train a checkpoint further.
 EXTENDING_KEYS = frozenset({"ckpt", "epochs", "max_steps", "data_path", "AE_ckpt", "device", "model"})
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made the latents of a run: the autoencoder (where it was given), on the CPU, and its fingerprint."""
+
+    autoencoder: nn.Module | None = None
+    fingerprint: str | None = None  # None: not known
 
 
 @dataclass
@@ -32,6 +45,19 @@ class TrainingState:
     epoch: int = 0  # the epoch that the next step belongs to
     samples_seen: int = 0  # of this epoch, over all ranks
     autoencoder: str | None = None  # fingerprint of the autoencoder that made the latents, if known
+    _read: tuple[Path | None, dict | None] = (None, None)  # a checkpoint file's content, by its path
+
+    @classmethod
+    def start(cls, cfg: DictConfig, model: nn.Module, device: torch.device, autoencoder: str | None) -> TrainingState:
+        """That of a new run; `model` is on its device."""
+        use_scaler = cfg.enable_amp and cfg.amp_dtype == "fp16"
+        return cls(
+            model,
+            EMA(model, cfg.ema_decay, cfg.ema_every, cfg.ema_start),
+            build_adam(model.parameters(), cfg.lr, tuple(cfg.adam_betas), fused=True),
+            torch.amp.GradScaler(device.type, enabled=use_scaler),
+            autoencoder=autoencoder,
+        )
 
     def is_finished(self, epochs: int, max_steps: int | None) -> bool:
         """Whether the run has reached its last epoch or step."""
@@ -46,6 +72,22 @@ class TrainingState:
     def end_epoch_if_done(self, global_batch: int, num_samples: int) -> None:
         if self.samples_seen + global_batch > num_samples:
             self.epoch, self.samples_seen = self.epoch + 1, 0
+
+    def loss_scale(self) -> dict[str, float]:
+        """The fp16 loss scale, to be logged; nothing without one.
+
+        Raises:
+            UserError: it is so small that every step is skipped for gradients without end.
+        """
+        if not self.scaler.is_enabled():
+            return {}
+        scale = self.scaler.get_scale()
+        if scale < SMALLEST_LOSS_SCALE:
+            raise UserError(
+                f"step {self.step}: gradients overflow fp16 whatever the loss scale (now {scale:g}); use "
+                "amp_dtype=bf16, a lower lr or grad_clip=1"
+            )
+        return {"loss_scale": scale}
 
     def state_dict(self, config: dict, num_samples: int, global_batch: int) -> dict:
         """The content of a checkpoint file: the published keys, and what an exact resume needs besides."""
@@ -64,15 +106,26 @@ class TrainingState:
             "autoencoder": self.autoencoder,
         }
 
+    def check_fits(self, path: str | Path) -> None:
+        """Refuse a checkpoint file whose weights do not fit. What was read is kept for `load`: it may be gigabytes.
+
+        Raises:
+            UserError: as `load`.
+        """
+        self._read = Path(path), load_checkpoint(path)
+        load_biflownet_weights(self.model, path, use_ema=False, checkpoint=self._read[1])
+
     def load(self, path: Path, config: dict, num_samples: int, global_batch: int, logger: logging.Logger) -> None:
         """Take over a checkpoint file: one of ours exactly, an official one as far as it goes.
 
         Raises:
             UserError: the file is no BiFlowNet checkpoint, or one of another architecture.
         """
-        checkpoint = load_checkpoint(path)
-        load_biflownet_weights(self.model, path, use_ema=False)
-        load_biflownet_weights(self.ema.model, path, use_ema=True)
+        (known, checkpoint), self._read = self._read, (None, None)
+        if known != path:
+            checkpoint = load_checkpoint(path)
+        load_biflownet_weights(self.model, path, use_ema=False, checkpoint=checkpoint)
+        load_biflownet_weights(self.ema.model, path, use_ema=True, checkpoint=checkpoint)
         self._load_optimizer(checkpoint, path, logger)
         if self.scaler.is_enabled():
             if checkpoint.get("scaler"):

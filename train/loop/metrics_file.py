@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 from common.files import write_atomically
+from train.loop.early_warnings import DataBound
+from train.loop.session import Session
 
 
 class JsonLines:
@@ -55,6 +57,39 @@ class MetricsWriter:
     def close(self) -> None:
         self.lines.close()
         self.board.close()
+
+
+class RunLog:
+    """What a training loop tells of its logged steps: numbers to the files, a line to the log, a warning of waiting.
+
+    On rank 0 alone; elsewhere nothing is told. To be used in a `with` block.
+
+    Args:
+        folder, start_step: as of `MetricsWriter`.
+        remedy_for_waiting: what to change where training waits for its data.
+    """
+
+    def __init__(self, folder: Path, start_step: int, here: Session, remedy_for_waiting: str) -> None:
+        self._writer = MetricsWriter(folder, start_step) if here.is_main else None
+        self._logger = here.logger
+        self._data_bound = DataBound(remedy_for_waiting)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, step: int, epoch: int, scalars: dict[str, float]) -> None:
+        """Record `scalars` of optimiser step `step`; `data_wait` is among them."""
+        if self._writer is None:
+            return
+        self._writer.write(step, scalars)
+        shown = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        self._logger.info("step %07d epoch %d %s", step, epoch, shown)
+        if warning := self._data_bound.check(scalars["data_wait"]):
+            self._logger.warning("step %d: %s", step, warning)
 
 
 def _drop_steps_after(path: Path, step: int) -> None:

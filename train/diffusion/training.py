@@ -1,0 +1,171 @@
+"""The training loop of the diffusion models, whatever conditions them and whichever of their parts train."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from common.compilation import compiling
+from common.optimiser import clip_gradients, learning_rate_factor
+from common.precision import autocast
+from train.diffusion import run_folder
+from train.diffusion.agreement import Agreement
+from train.diffusion.batches import LatentBatches
+from train.diffusion.draws import draw_dropped, draw_noise, sample_generators
+from train.diffusion.saving import open_saving
+from train.diffusion.state import Origin, TrainingState
+from train.loop.meter import LoopMeter
+from train.loop.metrics_file import RunLog
+from train.loop.session import Session
+
+
+def fit(
+    cfg: DictConfig,
+    here: Session,
+    model: nn.Module,
+    trained: nn.Module,
+    batches: LatentBatches,
+    process: nn.Module,
+    origin: Origin,
+) -> dict:
+    """Train until `epochs` or `max_steps`, or until a signal asks to stop.
+
+    Args:
+        cfg: BiFlowNetConfig.
+        model: the denoiser, `model(x, t, **conditions)`, the same on every rank.
+        trained: the part of it whose parameters train, are averaged and saved; the model itself where all do.
+        batches: what it trains on, with the conditions that it is given.
+        process: the diffusion process: `draw_timesteps`, `p_losses`, `sample`.
+        origin: the autoencoder that made the latents.
+
+    Returns:
+        {"folder": the run folder, "step": optimiser steps done in all, "stopped_by": 0 or the signal's number,
+        "loss": mean since the last logged step, None if no step was logged}.
+
+    Raises:
+        UserError: a checkpoint or run folder that does not fit, or a loss that is not finite.
+    """
+    config = OmegaConf.to_container(cfg, resolve=True)
+    device, distributed, logger = here.device, here.distributed, here.logger
+    steps_to_do = min(cfg.epochs * batches.steps_per_epoch, cfg.max_steps or math.inf)
+
+    # Model; convolutions' results follow the layout of their weights
+    layout = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
+    model.to(device, memory_format=layout)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    process.to(device)
+    state = TrainingState.start(cfg, trained, device, origin.fingerprint)
+
+    # Run folder, and where to go on from
+    if cfg.ckpt:
+        state.check_fits(cfg.ckpt)  # before a folder is made
+    folder = distributed.on_main(lambda: run_folder.open_locked(config, here.closing))
+    here.log_to(folder / "log.txt")
+    resume_from = distributed.on_main(lambda: run_folder.find_checkpoint(folder, cfg.ckpt))
+    if resume_from is not None:
+        state.load(resume_from, config, batches.num_samples, batches.global_batch, logger)
+        logger.info("%s: going on from %s, step %d", folder, resume_from, state.step)
+    if state.is_finished(cfg.epochs, cfg.max_steps):
+        logger.info(
+            "%s is finished: step %d, epoch %d. To train on, give a larger max_steps or --epochs and --ckpt %s",
+            folder, state.step, state.epoch, resume_from,
+        )  # fmt: skip
+        return {"folder": folder, "step": state.step, "stopped_by": 0, "loss": None}
+
+    # Cache: as late as that, since reading all latents can take minutes
+    batches.build_cache(logger)
+
+    # Loop
+    logger.info(
+        "training in %s: %d latents, %d process(es) x %d, %d steps an epoch, %s steps in all, %s",
+        folder, batches.num_samples, distributed.world_size, cfg.batch_size, batches.steps_per_epoch, steps_to_do,
+        device,
+    )  # fmt: skip
+    run_log = here.closing.enter_context(RunLog(folder, state.step, here, batches.remedy_for_waiting))
+    here.closing.enter_context(logging_redirect_tqdm([logger]))
+    saving = open_saving(cfg, folder, state.ema.model, batches, process, origin.autoencoder, here)
+    hidden = None if here.is_main else True  # None: shown where stderr is a terminal
+    progress = here.closing.enter_context(tqdm(total=steps_to_do, initial=state.step, disable=hidden, unit="step"))
+    if cfg.compile:
+        model.compile(dynamic=False)  # in place: names stay as they are, and the averaged weights' copy is plain
+    denoiser = here.parallel(model.train())
+    optimizer, scaler, parameters = state.optimizer, state.scaler, list(trained.parameters())
+    agreement = Agreement(distributed, here.stop, batches.files, may_overflow=scaler.is_enabled())
+    mean_loss = None
+    losses, steps_logged = torch.zeros((), device=device), 0
+    meter = LoopMeter()
+    for batch in meter.timed(batches.endless(lambda: (state.epoch, state.samples_seen))):
+        # Learning rate; a checkpoint that could not be written ends the run
+        saving.check()
+        step, epoch = state.step + 1, state.epoch
+        learning_rate = cfg.lr * learning_rate_factor(cfg.lr_schedule, step, cfg.lr_warmup, steps_to_do)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        # Batch: timesteps, noise and dropped conditions depend on each sample's place in the global batch only
+        generators = sample_generators(cfg.global_seed, step, batches.positions, device)
+        timesteps = process.draw_timesteps(generators)  # (B,)
+        is_dropped = draw_dropped(generators, cfg.label_dropout)  # (B,)
+        noise = draw_noise(generators, batch.latents.shape[1:])  # (B, C, d, h, w)
+        latents, conditions = batch.to(device)  # (B, C, d, h, w), (B, …) each
+        conditions = model.drop_conditions(conditions, is_dropped)
+
+        # Loss and, outside autocast, backward
+        optimizer.zero_grad(set_to_none=True)
+        with compiling() if cfg.compile else contextlib.nullcontext():
+            with autocast(device, cfg.amp_dtype if cfg.enable_amp else "32"):
+                loss = process.p_losses(denoiser, latents, timesteps, noise=noise, conditions=conditions)
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = clip_gradients(parameters, cfg.grad_clip)
+
+        # Optimiser step, which leaves out what all ranks agree to be bad, and averaged weights
+        optimizer.found_inf = agreement.exchange(step, loss, grad_norm, batch.indices)
+        scaler.step(optimizer)
+        scaler.update()
+        state.ema.update(step)
+        state.advance(batches.global_batch, batches.num_samples)
+        is_finished = state.is_finished(cfg.epochs, cfg.max_steps)
+        progress.update()
+
+        # Nothing is written of a step that may be bad
+        is_due = step % cfg.ckpt_every == 0 or is_finished
+        if is_due or step % cfg.log_every == 0 or agreement.signal_number:
+            agreement.flush()
+
+        # Log
+        meter.count(batches.global_batch)
+        losses, steps_logged = losses + loss.detach(), steps_logged + 1
+        if step % cfg.log_every == 0 or is_finished:
+            mean_loss = distributed.mean(losses / steps_logged).item()
+            scalars = {"loss": mean_loss, "lr": learning_rate, "grad_norm": grad_norm.item()}
+            scalars |= meter.read(device, distributed.maximum) | state.loss_scale()
+            run_log.write(step, epoch, scalars)
+            losses, steps_logged = torch.zeros_like(losses), 0
+
+        # Checkpoint and preview, beside the next steps
+        if here.is_main and (is_due or agreement.signal_number):
+            preview_turn = step // cfg.ckpt_every if is_due and not agreement.signal_number else None
+            saving.save(step, state.state_dict(config, batches.num_samples, batches.global_batch), preview_turn)
+        if is_finished or agreement.signal_number:
+            break
+
+    # End
+    # No rank leaves before the last checkpoint is written: torchrun would end the others. The wait is short, as the
+    # last preview has its time limit too.
+    saving.wait()
+    distributed.barrier()
+    if is_finished:
+        logger.info("finished: %s, step %d", folder, state.step)
+    else:
+        name = signal.Signals(agreement.signal_number).name
+        logger.info("%s: stopped after step %d, checkpoint saved; the same command goes on", name, state.step)
+    stopped_by = 0 if is_finished else agreement.signal_number
+    return {"folder": folder, "step": state.step, "stopped_by": stopped_by, "loss": mean_loss}

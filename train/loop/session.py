@@ -1,0 +1,76 @@
+"""What every training process has from its start to its end: its place among the ranks, signals, the log."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.log import close_logger, get_logger
+from common.processes import Distributed, cleanup, setup
+from train.loop.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's training from start to end.
+
+    Attributes:
+        closing: closes what is given to it when the session ends, in reverse order, whatever happens.
+        stop: signals that ask to stop.
+    """
+
+    distributed: Distributed
+    stop: StopRequest
+    logger: logging.Logger
+    closing: contextlib.ExitStack
+
+    @property
+    def device(self) -> torch.device:
+        return self.distributed.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.distributed.is_main
+
+    def log_to(self, file: Path) -> None:
+        """Append the log to a file too."""
+        get_logger(self.distributed.rank, file)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over the ranks during backward; a lone process needs no wrapper."""
+        if self.distributed.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        self.closing.callback(_release, wrapped)
+        return wrapped
+
+
+@contextlib.contextmanager
+def session(device: str) -> Iterator[Session]:
+    """Join the other processes, for as long as the block lasts. device, errors: as `common.processes.setup`."""
+    with contextlib.ExitStack() as closing:
+        stop = closing.enter_context(StopRequest())
+        distributed = setup(device)
+        closing.callback(cleanup)
+        logger = get_logger(distributed.rank)
+        closing.callback(close_logger)
+        yield Session(distributed, stop, logger, closing)
+
+
+def _release(wrapped: DistributedDataParallel) -> None:
+    """End the reducer of a model before its process group.
+
+    Whoever lets go of the process group last ends its threads. The reducer would do so without letting others into the
+    interpreter, for which gloo's thread may be waiting to free the last barrier's tensors: for ever.
+    """
+    del wrapped.reducer, wrapped.logger
