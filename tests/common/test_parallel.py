@@ -5,9 +5,11 @@ import signal
 import time
 
 import pytest
+import torch
 
 from common.errors import UserError
 from common.parallel import map_in_processes, num_cores
+from common.processes import Distributed
 
 
 def square(number: int) -> tuple[int, int]:
@@ -60,3 +62,20 @@ def test_a_users_mistake_is_one_line(num_workers):
 def test_a_killed_process_is_named():
     with pytest.raises(UserError, match="adding: a process was killed, perhaps for want of memory"):
         list(map_in_processes(die, range(6), 2, "adding"))
+
+
+def test_a_mistake_on_any_rank_is_raised_on_all(monkeypatch):
+    alone = Distributed(0, 0, 1, torch.device("cpu"))
+    assert alone.on_all(lambda: 5) == [5]
+
+    def fail() -> None:
+        raise UserError("no such folder")
+
+    with pytest.raises(UserError, match="no such folder"):
+        alone.on_all(fail)
+    first = Distributed(0, 0, 2, torch.device("cpu"))
+    monkeypatch.setattr(Distributed, "gather", lambda self, item: [item, (6, None)])
+    assert first.on_all(lambda: 5) == [5, 6]
+    monkeypatch.setattr(Distributed, "gather", lambda self, item: [item, (None, "no space on the other")])
+    with pytest.raises(UserError, match="no space on the other"):
+        first.on_all(lambda: 5)
