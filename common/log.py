@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 LOGGER_NAME = "train"
-# Modules that warn on their own have loggers named after themselves; what they say goes where the program's log goes.
+# Modules that warn on their own have loggers named after themselves; their warnings go where the program's log goes.
 PACKAGES = ("AutoEncoder", "common", "config", "dataset", "ddpm", "evaluation")
 
 
@@ -20,6 +20,7 @@ def get_logger(rank: int = 0, file: str | Path | None = None) -> logging.Logger:
     logger = logging.getLogger(LOGGER_NAME)
     close_logger()
     logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     formatter = _Formatter("" if rank == 0 else f"rank {rank}: ")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None and rank == 0:
@@ -27,7 +28,6 @@ def get_logger(rank: int = 0, file: str | Path | None = None) -> logging.Logger:
     for handler in handlers:
         handler.setFormatter(formatter)
     for own in _loggers():
-        own.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         own.handlers.extend(handlers)
     return logger
 

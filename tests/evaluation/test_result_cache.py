@@ -41,7 +41,7 @@ class Numbers:
 
 def test_results_come_in_the_order_of_the_items_in_batches_of_one_shape(tmp_path):
     numbers = Numbers(tmp_path)
-    assert numbers.run([2, 4, 6, 1, 3]) == ([4, 8, 12, 2, 6], [])
+    assert numbers.run([2, 4, 6, 1, 3]) == ([4, 8, 12, 2, 6], {})
     assert numbers.computed == [[2, 4], [6], [1, 3]]
 
 
