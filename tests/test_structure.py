@@ -157,3 +157,10 @@ FILES_IN_README = re.findall(
 @pytest.mark.parametrize("name", sorted(set(FILES_IN_README)))
 def test_files_named_in_the_readme_exist(name):
     assert (ROOT / name).exists()
+
+
+def test_the_map_names_what_there_is():
+    text = (ROOT / "docs" / "map.md").read_text()
+    named = re.findall(r"`((?:AutoEncoder|common|config|dataset|ddpm|evaluation|tests|train)/[\w./]*)[`:]", text)
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / name).exists()] == []
