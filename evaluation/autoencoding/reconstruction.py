@@ -18,16 +18,7 @@ from common.processes import PATIENCE, cleanup, setup
 from config.loading import require
 from dataset.volumes.pictures import central_slices
 from evaluation.autoencoding.measures import COUNTS, measure, reconstruct
-from evaluation.autoencoding.plan import (
-    ROLE,
-    Checkpoint,
-    Plan,
-    load_lpips,
-    make_plan,
-    max_bytes,
-    read_all,
-    too_little,
-)
+from evaluation.autoencoding.plan import ROLE, Checkpoint, Plan, load_lpips, make_plan, max_bytes, read_all, too_little
 from evaluation.autoencoding.tables import Measured, write_results
 from evaluation.comparison.sets import Group, SetVolume, list_refused
 from evaluation.results.results import Results, cache_folder, make_folders

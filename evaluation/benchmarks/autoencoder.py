@@ -47,10 +47,7 @@ class Scale:
 # Restarted codes are drawn at random, and none would be the same in two ways.
 COMMON = ("model.no_random_restart=true", "model.discriminator_iter_start=0")
 TINY = ("model.n_hiddens=8", "model.num_groups=4", "model.n_codes=32", "model.embedding_dim=4", "model.disc_channels=4")
-SCALES = {
-    "paper": Scale("PatchVolume_8x.yaml", COMMON, 64),
-    "tiny": Scale("PatchVolume_4x.yaml", (*COMMON, *TINY), 16),
-}
+SCALES = {"paper": Scale("PatchVolume_8x.yaml", COMMON, 64), "tiny": Scale("PatchVolume_4x.yaml", (*COMMON, *TINY), 16)}
 
 
 def measure(cfg: DictConfig) -> Report:

@@ -29,12 +29,7 @@ from evaluation.comparison.pairs import PairScores, pair_scores
 from evaluation.comparison.pictures import nearest_picture, side_by_side
 from evaluation.comparison.ranges import check_ranges, sample_ranges
 from evaluation.comparison.sets import ALL, Group, group_volumes, on_one_grid, read_groups
-from evaluation.comparison.warnings import (
-    content_warnings,
-    distance_warnings,
-    diversity_warning,
-    memorisation_warnings,
-)
+from evaluation.comparison.warnings import content_warnings, distance_warnings, diversity_warning, memorisation_warnings
 from evaluation.metrics.reconstruction import num_scales_of
 from evaluation.results.results import (
     Figure,
@@ -215,10 +210,7 @@ def _all_classes(results: Results, found: dict[str, Sets]) -> dict[str, list[Set
 
 
 def add_memorisation(
-    cfg: DictConfig,
-    results: Results,
-    networks: Sequence[FeatureNetwork],
-    found: dict[str, dict[str, Sets]],
+    cfg: DictConfig, results: Results, networks: Sequence[FeatureNetwork], found: dict[str, dict[str, Sets]]
 ) -> None:
     """Figures, memorisation.csv, and the closest pairs as table and picture."""
     rows = []

@@ -20,12 +20,7 @@ from common.processes import PATIENCE, Distributed, cleanup, setup
 from config.loading import require
 from evaluation.comparison.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures
 from evaluation.comparison.features import SetFeatures, extract
-from evaluation.comparison.figures import (
-    Sampling,
-    diversity_figures,
-    memorisation_figures,
-    memorisation_of,
-)
+from evaluation.comparison.figures import Sampling, diversity_figures, memorisation_figures, memorisation_of
 from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks
 from evaluation.comparison.pairs import pair_scores
 from evaluation.comparison.sets import Group, SetVolume, groups_of_one_set, on_one_grid, read_groups

@@ -124,11 +124,7 @@ def distance_to_real(real_features: Tensor, other_features: Tensor) -> float:
 def reconstruction_figures(real: Tensor, before: Tensor, after: Tensor) -> dict[str, float]:
     """Mean PSNR over the held-out phantoms after both stages."""
     stage1, stage2 = (sum(map(psnr, x_hat, real)) / len(real) for x_hat in (before, after))
-    return {
-        "PSNR after stage 1, dB": stage1,
-        "PSNR after stage 2, dB": stage2,
-        "gain of stage 2, dB": stage2 - stage1,
-    }
+    return {"PSNR after stage 1, dB": stage1, "PSNR after stage 2, dB": stage2, "gain of stage 2, dB": stage2 - stage1}
 
 
 def generation_figures(
