@@ -112,10 +112,7 @@ class Measurement:
         return self.plan.lpips if self.plan.shortest_side(self.group) >= MIN_EXTENT else None
 
     def compute(self, volumes: Tensor) -> list[Arrays]:
-        """(B, 1, D, H, W) in [-1, 1] -> of each its metrics, the counts of its codes, slices of its reconstruction.
-
-        In float32 without the rounding of TF32.
-        """
+        """(B, 1, D, H, W) in [-1, 1] -> of each its metrics, the counts of its codes, slices of its reconstruction."""
         with exact_float32():
             return [self._of_volume(volume.to(self.networks.device)) for volume in volumes]
 
