@@ -22,7 +22,6 @@ from config.schema.benchmark import PARTS, SCHEMAS, BenchmarkConfig  # noqa: E40
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure one part, show its table and write its JSON."""
     words = list(map(str, sys.argv[1:] if argv is None else argv))
     part = next((word for word in words if word in PARTS), None)
     summaries = (f"  {name:12}{documentation(name).splitlines()[0]}" for name in PARTS)

@@ -69,7 +69,6 @@ def run_stage(number: int, title: str, command: Sequence[str]) -> None:
 
 
 def announce(line: str) -> None:
-    """A clear line in the output of all stages."""
     sys.stdout.write(f"== {line}\n")
     sys.stdout.flush()
 

@@ -23,7 +23,6 @@ from config.schema.evaluation import GenerationMetricsConfig  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, write the results and the pictures."""
     cfg = parse_command_line(argv, GenerationMetricsConfig, None, __doc__)
     from evaluation.comparison.generation_metrics import measure
 

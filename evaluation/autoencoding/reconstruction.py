@@ -53,8 +53,7 @@ def evaluate(cfg: DictConfig) -> Results | None:
                 work = Measurement(cfg, plan, checkpoint, group, networks).work()
                 arrays, refused = do_work(work, group.sets[ROLE], place, cfg.num_workers)
                 if refused:
-                    reasons = {volume.path: reason for volume, reason in refused.items()}
-                    raise UserError(list_refused(reasons, "volumes changed meanwhile and"))
+                    raise UserError(list_refused(refused, "volumes changed meanwhile and"))
                 measured[group.name][checkpoint.name] = arrays
 
         # Write what was found.
@@ -97,12 +96,8 @@ class Measurement:
     networks: Networks
 
     def work(self) -> Work:
-        settings = {
-            "version": VERSION,
-            "checkpoint_sha256": self.checkpoint.sha256,
-            "lpips": self._lpips_hashes,
-            "num_scales": self.plan.num_scales(self.group),
-        }
+        settings = {"version": VERSION, "checkpoint_sha256": self.checkpoint.sha256}
+        settings |= {"lpips": self._lpips_hashes, "num_scales": self.plan.num_scales(self.group)}
         cache = ResultCache(cache_folder(self.cfg), "reconstruction", settings)
         label = f"{self.group.name} by {self.checkpoint.name}"
         return Work(label, SetVolume.key, SetVolume.read, self.compute, cache)

@@ -28,12 +28,9 @@ def write_results(
 ) -> Results:
     """Writes everything into the output folder."""
     scales = {group.name: plan.num_scales(group) for group in groups}
-    settings = {
-        **OmegaConf.to_container(cfg, resolve=True),
-        "checkpoints": [asdict(checkpoint) for checkpoint in plan.checkpoints],
-        "lpips_weights": plan.lpips,
-        "num_scales": scales,
-    }
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings["checkpoints"] = [asdict(checkpoint) for checkpoint in plan.checkpoints]
+    settings |= {"lpips_weights": plan.lpips, "num_scales": scales}
     results = Results("reconstruction", settings, {}, warnings=[*plan.warnings, *size_warnings(plan, groups)])
     for group in groups:
         figures, notes = summarise(group.name, measured[group.name], cfg.num_resamples, cfg.seed)

@@ -131,9 +131,8 @@ class Pair:
     def way(self) -> Way:
         networks = [self.model, *self.model._perceptual]
         weights = [parameter for network in networks for parameter in network.parameters()]
-        if self.precision == "32":
-            return Way(self.gradient, self.step, weights, TOLERANCE)
-        return Way(self.gradient, self.step, weights, HALF_TOLERANCE, torch.bfloat16)
+        kind = (TOLERANCE, torch.float32) if self.precision == "32" else (HALF_TOLERANCE, torch.bfloat16)
+        return Way(self.gradient, self.step, weights, *kind)
 
     def generator_backward(self) -> None:
         with requires_grad(self.model.volume_discriminator, False):

@@ -25,7 +25,7 @@ class Way:
     step: Callable[[], None]
     weights: Sequence[Tensor]
     tolerance: float
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
 
 
 def compare_and_time(

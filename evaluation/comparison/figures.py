@@ -35,7 +35,6 @@ class Sampling:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Sampling":
-        """As the options of a script say."""
         return cls(cfg.num_resamples, cfg.num_halvings, cfg.seed)
 
 

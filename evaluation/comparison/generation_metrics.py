@@ -40,7 +40,6 @@ MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "di
 
 
 def measure(cfg: DictConfig) -> None:
-    """Measure, write the results and the pictures."""
     require(cfg, "real", "generated", "output_dir")
     place = setup(cfg.device, PATIENCE)
     try:

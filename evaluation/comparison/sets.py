@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -291,8 +292,8 @@ def on_one_grid(
     return result
 
 
-def list_refused(refused: Mapping[Path, str], what: str) -> str:
-    """One line on files that can't be read, the first few by name."""
+def list_refused(refused: Mapping[Any, str], what: str) -> str:
+    """One line on files that can't be read, the first few with the reason, which names them."""
     shown = "; ".join(list(refused.values())[:MOST_SHOWN])
     more = f"; and {len(refused) - MOST_SHOWN} more" if len(refused) > MOST_SHOWN else ""
     return f"{len(refused)} {what} can't be read: {shown}{more}"

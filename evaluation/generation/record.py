@@ -47,7 +47,6 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def record_path(volume: Path) -> Path:
-    """The JSON beside a volume."""
     return volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
 
 
@@ -59,7 +58,6 @@ def make_record(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_record(request: Request, settings: dict[str, Any], run: dict[str, Any]) -> None:
-    """Writes the JSON beside a volume."""
     content = json.dumps({**make_record(request, settings), "run": run}, indent=2) + "\n"
     write_atomically(record_path(request.path), content.encode())
 

@@ -51,8 +51,7 @@ def mmd_rbf(x: Tensor, y: Tensor, *, bandwidth: float | None = None, unbiased: b
     not finite, or a bandwidth that is not positive.
     """
     x, y = check_sets(x, y, minimum=2 if unbiased else 1)
-    if bandwidth is None:
-        bandwidth = median_bandwidth(x, y)
+    bandwidth = median_bandwidth(x, y) if bandwidth is None else bandwidth
     kernels = (rbf_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y)))
     return mmd_from_kernels(*kernels, unbiased=unbiased)
 
