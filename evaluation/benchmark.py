@@ -11,7 +11,6 @@ python evaluation/benchmark.py data --size tiny     in seconds: shows that it ru
 import ast
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,11 +21,11 @@ from config.cli import parse_command_line  # noqa: E402
 from config.schema.benchmark import PARTS, SCHEMAS, BenchmarkConfig  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure one part, show its table and write its JSON."""
+def main(argv: list[str] | None = None) -> None:
     words = list(map(str, sys.argv[1:] if argv is None else argv))
     part = next((word for word in words if word in PARTS), None)
-    description = documentation(part) if part else "\n".join([__doc__, *map(summary, PARTS)])
+    summaries = (f"  {name:12}{documentation(name).splitlines()[0]}" for name in PARTS)
+    description = documentation(part) if part else "\n".join([__doc__, *summaries])
     cfg = parse_command_line(words, SCHEMAS.get(part, BenchmarkConfig), None, description)
     from evaluation.benchmarks.running import run
 
@@ -36,10 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def documentation(part: str) -> str:
     """The docstring of a part's module, which needs seconds to import."""
     return ast.get_docstring(ast.parse((ROOT / "evaluation" / "benchmarks" / f"{part}.py").read_text()))
-
-
-def summary(part: str) -> str:
-    return f"  {part:12}{documentation(part).splitlines()[0]}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Writes OUT/seed_S/NAME_XxYxZ.nii.gz, float32 intensities in [-1, 1]. The same co
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,7 +15,7 @@ from config.cli import parse_command_line  # noqa: E402
 from config.schema.diffusion import GenerationConfig  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     cfg = parse_command_line(argv, GenerationConfig, "generation_8x.yaml", __doc__)
     from evaluation.generation.run import generate
 

@@ -44,13 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_stage(number, title, command)
 
     announce(f"[{len(stages) + len(last) + 1}] figures on phantoms that were not trained on")
-    passed = write_report(
-        output,
-        phantoms=paths.phantoms,
-        stage_checkpoints=(paths.stage1_ckpt, paths.stage2_ckpt),
-        generated=paths.generated / "seed_0",
-        judge=not cfg.short,
-    )
+    stage_ckpts = (paths.stage1_ckpt, paths.stage2_ckpt)
+    passed = write_report(output, paths.phantoms, stage_ckpts, paths.generated / "seed_0", judge=not cfg.short)
     announce(f"done in {(time.monotonic() - begin) / 60:.1f} minutes: {output / 'demo.png'}, {output / 'demo.json'}")
     announce(f"report: {paths.evaluation / 'report.html'}")
     if not passed:
@@ -63,9 +58,8 @@ def run_stage(number: int, title: str, command: Sequence[str]) -> None:
     processes = 2 if "torch.distributed.run" in command else 1
     threads = max(1, (os.cpu_count() or 1) // processes)
     begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, check=False, env={**os.environ, "OMP_NUM_THREADS": f"{threads}"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": f"{threads}"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, env=environment)
     if done.returncode:
         raise UserError(
             f"stage {number} ({title}) ended with exit status {done.returncode}; what it said stands above. "
@@ -75,7 +69,6 @@ def run_stage(number: int, title: str, command: Sequence[str]) -> None:
 
 
 def announce(line: str) -> None:
-    """A clear line in the output of all stages."""
     sys.stdout.write(f"== {line}\n")
     sys.stdout.flush()
 

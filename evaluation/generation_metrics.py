@@ -13,7 +13,6 @@ evaluation/report.py makes a page of the results; docs/evaluation.md says what e
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,8 +22,7 @@ from config.cli import parse_command_line  # noqa: E402
 from config.schema.evaluation import GenerationMetricsConfig  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write the results and the pictures."""
+def main(argv: list[str] | None = None) -> None:
     cfg = parse_command_line(argv, GenerationMetricsConfig, None, __doc__)
     from evaluation.comparison.generation_metrics import measure
 

@@ -13,7 +13,6 @@ shared out to the processes.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +22,7 @@ from config.cli import parse_command_line  # noqa: E402
 from config.schema.evaluation import ReconstructionConfig  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     cfg = parse_command_line(argv, ReconstructionConfig, None, __doc__)
     from evaluation.autoencoding.reconstruction import evaluate
 

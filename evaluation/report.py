@@ -7,7 +7,6 @@ they name, and writes OUT/report.html. The page needs no network, no other file 
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,7 +17,7 @@ from config.loading import require  # noqa: E402
 from config.schema.evaluation import ReportConfig  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     cfg = parse_command_line(argv, ReportConfig, None, __doc__)
     require(cfg, "input_dir")
     from evaluation.report_page.report import write_report

@@ -9,7 +9,6 @@ and another one adds to it. OUT/sampling_table.md and OUT/sampling.png show what
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +19,7 @@ from config.loading import require  # noqa: E402
 from config.schema.evaluation import SamplingStudyConfig  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     cfg = parse_command_line(argv, SamplingStudyConfig, None, __doc__)
     require(cfg, "output_dir")
     from evaluation.generation.sampling_study import run_study

@@ -11,7 +11,6 @@ in the memorisation check, real volumes that are none don't. A check that fails 
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +20,7 @@ from config.cli import parse_command_line  # noqa: E402
 from config.schema.evaluation import ValidityConfig  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure, write the results; 1 where a check fails."""
     cfg = parse_command_line(argv, ValidityConfig, None, __doc__)
     from evaluation.comparison.validity import measure

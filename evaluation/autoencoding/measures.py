@@ -107,11 +107,8 @@ def measure(
 ) -> dict[str, float]:
     """The metrics of a volume x (1, D, H, W) and its reconstruction y, by name; NaN for what is left out.
 
-    Args:
-        code_counts: (n_codes,), how often each code occurs.
-        patch_size: of the autoencoder; volumes that are no larger have no seams.
-        num_scales: of MS-SSIM; None leaves it and SSIM out.
-        lpips: with all slices; None leaves it out.
+    code_counts: (n_codes,), how often each code occurs. patch_size: of the autoencoder; volumes that are no larger have
+    no seams. num_scales: of MS-SSIM; None leaves it and SSIM out. lpips: with all slices; None leaves it out.
     """
     y = y.clamp(*MODEL_RANGE)
     mask = foreground(x)
@@ -150,7 +147,8 @@ def summarise(
     figures, notes = [], []
     first, *later = results
     for name in VOLUME_METRICS:
-        values = {model: volume_values(arrays, name) for model, arrays in results.items()}
+        found = {model: [float(of_volume[name]) for of_volume in arrays] for model, arrays in results.items()}
+        values = {model: torch.tensor(of_model, dtype=torch.float64) for model, of_model in found.items()}  # (N,) each
         rows = [(model, of_model, ~of_model.isnan()) for model, of_model in values.items()]
         for model in later:
             a, b = values[first], values[model]
@@ -168,18 +166,11 @@ def summarise(
     for name, of_counts in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
         statistics = {model: partial(_of_counts, of_counts, _counts(arrays)) for model, arrays in results.items()}
         for model in later:
-            statistics[f"{model} minus {first}"] = partial(_difference, statistics[model], statistics[first])
-        count = len(results[first])
-        figures += [
-            _figure(group, name, model, statistic, count, num_resamples, seed)
-            for model, statistic in statistics.items()
-        ]
+            of, to = statistics[model], statistics[first]
+            statistics[f"{model} minus {first}"] = lambda chosen, of=of, to=to: of(chosen) - to(chosen)
+        for model, statistic in statistics.items():
+            figures.append(_figure(group, name, model, statistic, len(results[first]), num_resamples, seed))
     return figures, notes
-
-
-def volume_values(arrays: Sequence[Arrays], name: str) -> Tensor:
-    """(N,) float64, a metric of each volume."""
-    return torch.tensor([float(of_volume[name]) for of_volume in arrays], dtype=torch.float64)
 
 
 def _counts(arrays: Sequence[Arrays]) -> Tensor:
@@ -196,13 +187,7 @@ def _of_counts(function: Callable[[Tensor], float], counts: Tensor, chosen: Tens
     return function(times @ counts)  # counts: (N, n_codes)
 
 
-def _difference(of: Statistic, to: Statistic, chosen: Tensor) -> float:
-    return of(chosen) - to(chosen)
-
-
-def _figure(
-    group: str, name: str, model: str, statistic: Statistic, volumes: Tensor | int, num_resamples: int, seed: int
-) -> Figure:
+def _figure(group: str, name: str, model: str, statistic: Statistic, volumes, num_resamples: int, seed: int) -> Figure:
     """volumes: values of each (N,), for the standard deviation, or their number.
 
     Where a volume is reproduced exactly, the PSNR is infinite and there is neither interval nor deviation.
@@ -214,7 +199,5 @@ def _figure(
         interval = bootstrap_interval(statistic, [count], num_resamples=num_resamples, seed=seed)
         std = None if isinstance(volumes, int) else volumes.std().item()
     metric = METRICS[name]
-    return Figure(
-        *(group, metric.title, value, interval, {"volumes": count}, metric.better, metric.unit, metric.network, model),
-        std=std,
-    )
+    about = (metric.better, metric.unit, metric.network, model)
+    return Figure(group, metric.title, value, interval, {"volumes": count}, *about, std=std)

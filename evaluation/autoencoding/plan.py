@@ -79,9 +79,8 @@ def make_plan(cfg: DictConfig, device: torch.device) -> Plan:
     lpips, warnings = find_lpips(cfg)
     grids, refused = read_headers(groups)
     limit = max_bytes(cfg, device)
-    checkpoints = [
-        look_at(path, name, grids, limit) for path, name in zip(cfg.AE_ckpt, short_names(cfg.AE_ckpt), strict=True)
-    ]
+    names = short_names(cfg.AE_ckpt)
+    checkpoints = [look_at(path, name, grids, limit) for path, name in zip(cfg.AE_ckpt, names, strict=True)]
     return Plan(checkpoints, groups, grids, refused, lpips, warnings)
 
 

@@ -18,16 +18,7 @@ from common.processes import PATIENCE, cleanup, setup
 from config.loading import require
 from dataset.volumes.pictures import central_slices
 from evaluation.autoencoding.measures import COUNTS, measure, reconstruct
-from evaluation.autoencoding.plan import (
-    ROLE,
-    Checkpoint,
-    Plan,
-    load_lpips,
-    make_plan,
-    max_bytes,
-    read_all,
-    too_little,
-)
+from evaluation.autoencoding.plan import ROLE, Checkpoint, Plan, load_lpips, make_plan, max_bytes, read_all, too_little
 from evaluation.autoencoding.tables import Measured, write_results
 from evaluation.comparison.sets import Group, SetVolume, list_refused
 from evaluation.results.results import Results, cache_folder, make_folders
@@ -62,8 +53,7 @@ def evaluate(cfg: DictConfig) -> Results | None:
                 work = Measurement(cfg, plan, checkpoint, group, networks).work()
                 arrays, refused = do_work(work, group.sets[ROLE], place, cfg.num_workers)
                 if refused:
-                    reasons = {volume.path: reason for volume, reason in refused.items()}
-                    raise UserError(list_refused(reasons, "volumes changed meanwhile and"))
+                    raise UserError(list_refused(refused, "volumes changed meanwhile and"))
                 measured[group.name][checkpoint.name] = arrays
 
         # Write what was found.
@@ -106,12 +96,8 @@ class Measurement:
     networks: Networks
 
     def work(self) -> Work:
-        settings = {
-            "version": VERSION,
-            "checkpoint_sha256": self.checkpoint.sha256,
-            "lpips": self._lpips_hashes,
-            "num_scales": self.plan.num_scales(self.group),
-        }
+        settings = {"version": VERSION, "checkpoint_sha256": self.checkpoint.sha256}
+        settings |= {"lpips": self._lpips_hashes, "num_scales": self.plan.num_scales(self.group)}
         cache = ResultCache(cache_folder(self.cfg), "reconstruction", settings)
         label = f"{self.group.name} by {self.checkpoint.name}"
         return Work(label, SetVolume.key, SetVolume.read, self.compute, cache)
@@ -121,10 +107,7 @@ class Measurement:
         return self.plan.lpips if self.plan.shortest_side(self.group) >= MIN_EXTENT else None
 
     def compute(self, volumes: Tensor) -> list[Arrays]:
-        """(B, 1, D, H, W) in [-1, 1] -> of each its metrics, the counts of its codes, slices of its reconstruction.
-
-        In float32 without the rounding of TF32.
-        """
+        """(B, 1, D, H, W) in [-1, 1] -> of each its metrics, the counts of its codes, slices of its reconstruction."""
         with exact_float32():
             return [self._of_volume(volume.to(self.networks.device)) for volume in volumes]
 

@@ -2,29 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from AutoEncoder.model.lpips import MIN_EXTENT
 from common.log import get_logger
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid, with_square_pixels
 from evaluation.autoencoding.measures import METRICS, VOLUME_METRICS, summarise
-from evaluation.autoencoding.plan import ROLE, Checkpoint, Plan
+from evaluation.autoencoding.plan import ROLE, Plan
 from evaluation.comparison.sets import Group
 from evaluation.metrics.reconstruction import WINDOW_EDGE
-from evaluation.results.results import (
-    PICTURES_FOLDER,
-    Picture,
-    Results,
-    TextTable,
-    file_names,
-    list_excluded,
-    settings_of,
-    write_csv,
-)
+from evaluation.results.results import PICTURES_FOLDER, Picture, Results, TextTable, file_names, write_csv
 from evaluation.results.work import Arrays
 
 FEW_VOLUMES = 10
@@ -38,20 +28,19 @@ def write_results(
 ) -> Results:
     """Writes everything into the output folder."""
     scales = {group.name: plan.num_scales(group) for group in groups}
-    settings = {
-        **settings_of(cfg),
-        "checkpoints": [asdict(checkpoint) for checkpoint in plan.checkpoints],
-        "lpips_weights": plan.lpips,
-        "num_scales": scales,
-    }
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings["checkpoints"] = [asdict(checkpoint) for checkpoint in plan.checkpoints]
+    settings |= {"lpips_weights": plan.lpips, "num_scales": scales}
     results = Results("reconstruction", settings, {}, warnings=[*plan.warnings, *size_warnings(plan, groups)])
     for group in groups:
         figures, notes = summarise(group.name, measured[group.name], cfg.num_resamples, cfg.seed)
         results.figures += figures
         results.warnings += notes
     results.definitions = definitions({figure.metric for figure in results.figures}, scales)
-    results.excluded = list_excluded(excluded)
-    results.tables = [table_of(plan.checkpoints)]
+    results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
+    columns = ("model", "checkpoint", "SHA-256", "compression", "patch edge", "codes")
+    rows = [(c.name, c.path, c.sha256, f"{c.compression}x", c.patch_size, c.n_codes) for c in plan.checkpoints]
+    results.tables = [TextTable("Autoencoders", columns, rows)]
     folder = Path(cfg.output_dir)
     write_volumes(folder / "reconstruction_volumes.csv", groups, measured)
     if cfg.num_pictures:
@@ -88,12 +77,6 @@ def definitions(names: set[str], scales: Mapping[str, int | None]) -> dict[str, 
     return found
 
 
-def table_of(checkpoints: Sequence[Checkpoint]) -> TextTable:
-    columns = ("model", "checkpoint", "SHA-256", "compression", "patch edge", "codes")
-    rows = [(c.name, c.path, c.sha256, f"{c.compression}x", c.patch_size, c.n_codes) for c in checkpoints]
-    return TextTable("Autoencoders", columns, rows)
-
-
 def write_volumes(path: Path, groups: Sequence[Group], measured: Measured) -> None:
     """One line per volume and checkpoint."""
     rows: list[list[object]] = []
@@ -112,13 +95,14 @@ def draw(folder: Path, plan: Plan, groups: Sequence[Group], measured: Measured, 
         for i, volume in enumerate(group.sets[ROLE][:count]):
             spacing_mm = plan.grids[volume.path].spacing_mm
             original = list(central_slices(volume.read(), spacing_mm).values())
-            found = []
+            found, shown = [], []
             for of_model in measured[group.name].values():
                 slices = {plane: of_model[i][plane].astype(np.float32) for plane in PLANES}
-                found.append(list(with_square_pixels(slices, spacing_mm).values()))
-            shown = [_differences(original, cells) for cells in found]
-            label = volume.path.name.removesuffix(".nii.gz")
-            rows.append((label, [*original, *chain.from_iterable([*found, *shown])]))
+                cells = with_square_pixels(slices, spacing_mm).values()
+                found += cells
+                # Scaled so that the grey values of [-1, 1] show them.
+                shown += [2 * np.abs(x - y) / DIFFERENCE_SHOWN - 1 for x, y in zip(original, cells, strict=True)]
+            rows.append((volume.path.name.removesuffix(".nii.gz"), [*original, *found, *shown]))
         models = list(measured[group.name])
         headings = ["original", *models, *(f"difference of {model}" for model in models)]
         file = f"{PICTURES_FOLDER}/reconstruction_{name}.png"
@@ -129,8 +113,3 @@ def draw(folder: Path, plan: Plan, groups: Sequence[Group], measured: Measured, 
         )
         pictures.append(Picture(file, caption))
     return pictures
-
-
-def _differences(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Absolute differences of slices, scaled so that the grey values of [-1, 1] show them."""
-    return [2 * np.abs(x - y) / DIFFERENCE_SHOWN - 1 for x, y in zip(a, b, strict=True)]

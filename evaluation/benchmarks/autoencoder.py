@@ -44,13 +44,11 @@ class Scale:
     patch: int
 
 
+LAST = "model.channels_last=true"
 # Restarted codes are drawn at random, and none would be the same in two ways.
 COMMON = ("model.no_random_restart=true", "model.discriminator_iter_start=0")
 TINY = ("model.n_hiddens=8", "model.num_groups=4", "model.n_codes=32", "model.embedding_dim=4", "model.disc_channels=4")
-SCALES = {
-    "paper": Scale("PatchVolume_8x.yaml", COMMON, 64),
-    "tiny": Scale("PatchVolume_4x.yaml", (*COMMON, *TINY), 16),
-}
+SCALES = {"paper": Scale("PatchVolume_8x.yaml", COMMON, 64), "tiny": Scale("PatchVolume_4x.yaml", (*COMMON, *TINY), 16)}
 
 
 def measure(cfg: DictConfig) -> Report:
@@ -68,12 +66,10 @@ def measure(cfg: DictConfig) -> Report:
     ways = {
         "plain": PlainPair(_build(scale, (), perceptual, device, patches), patches, norms).way,
         "float32": pair().way,
-        "float32 channels last": pair("32", "model.channels_last=true").way,
+        "float32 channels last": pair("32", LAST).way,
         "bf16": pair("bf16").way,
-        "bf16 channels last": pair("bf16", "model.channels_last=true").way,
-        "bf16 channels last, checkpointing": pair(
-            "bf16", "model.channels_last=true", "model.gradient_checkpointing=true"
-        ).way,
+        "bf16 channels last": pair("bf16", LAST).way,
+        "bf16 channels last, checkpointing": pair("bf16", LAST, "model.gradient_checkpointing=true").way,
     }
     if cfg.compile:
         ways |= {f"{name} compiled": pair(name, "model.compile=true").way for name in ("32", "bf16")}
@@ -91,9 +87,7 @@ def _random_perceptual() -> TriplanarLPIPS:
     return perceptual
 
 
-def _build(
-    scale: Scale, extra: tuple[str, ...], perceptual: list, device: torch.device, patches: Tensor
-) -> patchvolumeAE:
+def _build(scale: Scale, extra: tuple, perceptual: list, device: torch.device, patches: Tensor) -> patchvolumeAE:
     """An autoencoder in training, the same at every call.
 
     Its codes are spread like the latents. Started from so few patches they would lie in clusters as narrow as rounding,
@@ -130,18 +124,15 @@ class Pair:
         self.codes = copy.deepcopy(model.codebook.state_dict())
         generator = [*model.encoder.parameters(), *model.decoder.parameters()]
         generator += [*model.pre_vq_conv.parameters(), *model.post_vq_conv.parameters()]
-        self.optimisers = [
-            build_adam(parameters, LR, BETAS, self.is_fused)
-            for parameters in (generator, list(model.volume_discriminator.parameters()))
-        ]
+        networks = (generator, list(model.volume_discriminator.parameters()))
+        self.optimisers = [build_adam(parameters, LR, BETAS, self.is_fused) for parameters in networks]
 
     @property
     def way(self) -> Way:
         networks = [self.model, *self.model._perceptual]
         weights = [parameter for network in networks for parameter in network.parameters()]
-        if self.precision == "32":
-            return Way(self.gradient, self.step, weights, TOLERANCE)
-        return Way(self.gradient, self.step, weights, HALF_TOLERANCE, torch.bfloat16)
+        kind = (TOLERANCE, torch.float32) if self.precision == "32" else (HALF_TOLERANCE, torch.bfloat16)
+        return Way(self.gradient, self.step, weights, *kind)
 
     def generator_backward(self) -> None:
         with requires_grad(self.model.volume_discriminator, False):
@@ -156,9 +147,8 @@ class Pair:
 
     def step(self) -> None:
         """Both steps."""
-        for optimiser, backward in zip(
-            self.optimisers, (self.generator_backward, self.discriminator_backward), strict=True
-        ):
+        backwards = (self.generator_backward, self.discriminator_backward)
+        for optimiser, backward in zip(self.optimisers, backwards, strict=True):
             optimiser.zero_grad(set_to_none=True)
             backward()
             optimiser.step()

@@ -83,10 +83,8 @@ class Trained:
             self.optimizer.zero_grad(set_to_none=True)
             return found
 
-        weights = list(self.network.parameters())
-        if precision == "32":
-            return Way(gradient, step, weights, TOLERANCE)
-        return Way(gradient, step, weights, HALF_TOLERANCE, torch.bfloat16)
+        kind = (TOLERANCE, torch.float32) if precision == "32" else (HALF_TOLERANCE, torch.bfloat16)
+        return Way(gradient, step, list(self.network.parameters()), *kind)
 
 
 def _batch(network: BiFlowNet, batch_size: int, grid: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from train.diffusion.batches import close_loader, make_loader
 
 INT16_TOLERANCE = 2e-5
 PARITY_EPOCHS = 2
+Batches = list[list[SampleKey]]
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,9 @@ def _measure_patches(cfg: DictConfig, folder: Path, cache_dir: Path) -> Report:
     cached = {dtype: _patches(root, scale, cache) for dtype, cache in caches.items()}
     notes["largest_difference"] = _compare(uncached, cached)
 
-    sets: dict[str, Dataset] = {f"cache {dtype}": data for dtype, data in cached.items()}
-    sets["plain"] = PlainPatches(uncached.files, scale.patch)
     load = partial(_through_processes, num_workers=cfg.num_workers)
-    ways = {
-        name: (partial(load, data), scale.plain_batches if name == "plain" else scale.cached_batches)
-        for name, data in sets.items()
-    }
+    ways = {f"cache {dtype}": (partial(load, data), scale.cached_batches) for dtype, data in cached.items()}
+    ways["plain"] = (partial(load, PlainPatches(uncached.files, scale.patch)), scale.plain_batches)
     rows = _time_in_turn(ways, len(uncached), scale.batch_size, cfg)
     title = f"{scale.patch}³ patches of {scale.volume}³ volumes, {cfg.num_workers} loading processes"
     return Report(title, "patches", "plain", rows, notes)
@@ -108,13 +105,11 @@ def _measure_latents(cfg: DictConfig, folder: Path, cache_dir: Path) -> Report:
     _compare_latents(uncached, cached, scale.batch_size)
 
     load = partial(make_loader, num_workers=cfg.num_workers, pin_memory=False)
+    load_plainly = partial(_through_processes, PlainLatents(uncached.files), num_workers=cfg.num_workers)
     ways = {
         "cache float32": (partial(load, cached), scale.cached_batches),
         "uncached": (partial(load, uncached), scale.plain_batches),
-        "plain": (
-            partial(_through_processes, PlainLatents(uncached.files), num_workers=cfg.num_workers),
-            scale.plain_batches,
-        ),
+        "plain": (load_plainly, scale.plain_batches),
     }
     rows = _time_in_turn(ways, len(uncached), scale.batch_size, cfg)
     size = "x".join(map(str, scale.shape))
@@ -158,7 +153,7 @@ class PlainPatches(PlainLatents):
 def _write_latents(folder: Path, scale: LatentScale) -> Path:
     """Makes the latents that aren't there; gives their JSON."""
     for index in range(scale.num):
-        path = folder / "benchmark_latents" / f"{'x'.join(map(str, scale.shape))}" / f"{index:03d}.nii.gz"
+        path = folder / "benchmark_latents" / "x".join(map(str, scale.shape)) / f"{index:03d}.nii.gz"
         if not path.exists():
             values = sample_generator(0, 0, index).standard_normal(scale.shape, dtype=np.float32)
             write_latent(path, (0.3 * values).clip(-1, 1))
@@ -211,10 +206,7 @@ def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _time_in_turn(
-    ways: dict[str, tuple[Callable[[list[list[SampleKey]]], Iterable[Any]], int]],
-    num_items: int,
-    batch_size: int,
-    cfg: DictConfig,
+    ways: dict[str, tuple[Callable[[Batches], Iterable], int]], num_items: int, batch_size: int, cfg: DictConfig
 ) -> list[Row]:
     """ways: each with what makes a loader for given batches, and how many are timed for each process."""
     timed = {
@@ -226,15 +218,13 @@ def _time_in_turn(
     return [Row(name, seconds[name], counts[name]) for name in ways]
 
 
-def _batches(count: int, num_items: int, batch_size: int) -> list[list[SampleKey]]:
+def _batches(count: int, num_items: int, batch_size: int) -> Batches:
     """One pass without the gaps between epochs."""
     keys = [SampleKey(i // num_items, i % num_items) for i in range(count * batch_size)]
     return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
 
 
-def _time(
-    load: Callable[[list[list[SampleKey]]], Iterable[Any]], batches: list[list[SampleKey]], cfg: DictConfig
-) -> float:
+def _time(load: Callable[[Batches], Iterable], batches: Batches, cfg: DictConfig) -> float:
     """Seconds of all batches after the first of each process."""
     loader = load(batches)
     passed = iter(loader)
@@ -248,5 +238,5 @@ def _time(
     return seconds
 
 
-def _through_processes(data: Dataset, batches: list[list[SampleKey]], num_workers: int) -> DataLoader:
+def _through_processes(data: Dataset, batches: Batches, num_workers: int) -> DataLoader:
     return DataLoader(data, batch_sampler=batches, num_workers=num_workers, generator=torch.Generator())

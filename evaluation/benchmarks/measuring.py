@@ -95,9 +95,7 @@ def with_peak_memory(way: Callable[[], Tensor], device: torch.device) -> tuple[T
 
 
 def compared(
-    ways: Mapping[str, tuple[Callable[[], Tensor], float]],
-    device: torch.device,
-    measure_difference: Callable[[Tensor, Tensor], float] | None = None,
+    ways: Mapping[str, tuple[Callable, float]], device: torch.device, measure_difference: Callable | None = None
 ) -> Iterator[tuple[str, Tensor, float | None, float]]:
     """Calls each way once: its name, result, peak memory (`with_peak_memory`) and difference from the first one's.
 

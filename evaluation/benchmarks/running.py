@@ -26,28 +26,17 @@ def run(cfg: DictConfig, command: str) -> None:
     report: Report = import_module(f"evaluation.benchmarks.{cfg.part}").measure(cfg)
     _show(report)
     if cfg.json is not None:
-        content = {**_circumstances(cfg, command), **_figures(report)}
+        circumstances = {"part": cfg.part, "size": cfg.size, "command": command, "cpu": _cpu_name()}
+        versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        content = {**circumstances, "cores": num_cores(), "versions": versions, **_figures(report)}
         write_atomically(cfg.json, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _circumstances(cfg: DictConfig, command: str) -> dict[str, Any]:
-    return {
-        "part": cfg.part,
-        "size": cfg.size,
-        "command": command,
-        "cpu": _cpu_name(),
-        "cores": num_cores(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
-
-
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _figures(report: Report) -> dict[str, Any]:
@@ -69,10 +58,9 @@ def _figures(report: Report) -> dict[str, Any]:
 
 
 def _show(report: Report) -> None:
-    further = {"peak GB": "peak_gb", "difference": "difference", "of limit": "limit_share"}
-    further = {
-        title: name for title, name in further.items() if any(getattr(row, name) is not None for row in report.rows)
-    }
+    columns = {"peak GB": "peak_gb", "difference": "difference", "of limit": "limit_share"}
+    filled = {name for name in columns.values() if any(getattr(row, name) is not None for row in report.rows)}
+    further = {title: name for title, name in columns.items() if name in filled}
     table = Table("", report.unit, "seconds", f"{report.unit}/s", f"x {report.baseline}", *further, title=report.title)
     for row in report.rows:
         figures = (f"{row.count}", f"{median(row.seconds):.3g}", f"{row.rate:.4g}", f"{report.ratio(row):.3g}")

@@ -34,16 +34,8 @@ class Scale:
 
 
 PAPER = {"dim": 72, "channels": 8, "patch_size": 1, "cond_classes": 7}
-TINY = {
-    "dim": 24,
-    "channels": 4,
-    "patch_size": 2,
-    "cond_classes": 2,
-    "dim_mults": (1, 2),
-    "use_sparse_linear_attn": (0, 0),
-    "resnet_groups": 4,
-    "DiT_num_heads": 4,
-}
+TINY = {"dim": 24, "channels": 4, "patch_size": 2, "cond_classes": 2, "dim_mults": (1, 2)}
+TINY |= {"use_sparse_linear_attn": (0, 0), "resnet_groups": 4, "DiT_num_heads": 4}
 SCALES = {"paper": Scale(PAPER, (32, 32, 32), 2), "tiny": Scale(TINY, (8, 8, 8), 2)}
 
 
@@ -56,16 +48,13 @@ def measure(cfg: DictConfig) -> Report:
     ways = _ways(network, scale, grid, cfg, device)
 
     predictions = {name: (way.predict, way.tolerance) for name, way in ways.items()}
-    rows = {name: figures for name, _, *figures in compared(predictions, device)}  # peak memory, difference
+    figures = {name: found for name, _, *found in compared(predictions, device)}  # peak memory, difference
     seconds = in_turn({name: partial(timed, way.sample, device) for name, way in ways.items()}, cfg.repetitions)
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    return Report(
-        f"BiFlowNet, {millions:.1f} M parameters, latents of {grid}, {device}",
-        "steps",
-        "plain",
-        [Row(name, seconds[name], scale.steps * ways[name].batch_size, *rows[name]) for name in ways],
-        {"threads": torch.get_num_threads(), "unit": "one step of one latent"},
-    )
+    title = f"BiFlowNet, {millions:.1f} M parameters, latents of {grid}, {device}"
+    rows = [Row(name, seconds[name], scale.steps * way.batch_size, *figures[name]) for name, way in ways.items()]
+    notes = {"threads": torch.get_num_threads(), "unit": "one step of one latent"}
+    return Report(title, "steps", "plain", rows, notes)
 
 
 def check_grid(grid: tuple[int, ...], network: BiFlowNet) -> None:
@@ -93,9 +82,7 @@ def random_network(scale: Scale, device: torch.device) -> BiFlowNet:
     return network.to(device)
 
 
-def _ways(
-    network: BiFlowNet, scale: Scale, grid: tuple[int, ...], cfg: DictConfig, device: torch.device
-) -> dict[str, Way]:
+def _ways(network: BiFlowNet, scale: Scale, grid: tuple, cfg: DictConfig, device: torch.device) -> dict[str, Way]:
     half = ["bf16", "16"] if device.type == "cuda" else ["bf16"]
     other_layout = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)
     ways = {
@@ -120,10 +107,8 @@ def _way(
     shape = (1, denoiser.channels, *grid)
     z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     z = z.repeat(batch_size, 1, 1, 1, 1).to(device, memory_format=layout)  # (B, C, d, h, w)
-    conditions = {
-        "y": torch.zeros(batch_size, dtype=torch.long, device=device),
-        "res": torch.tensor(grid, device=device) / denoiser.vq_size,
-    }
+    y = torch.zeros(batch_size, dtype=torch.long, device=device)
+    conditions = {"y": y, "res": torch.tensor(grid, device=device) / denoiser.vq_size}
     diffusion = GaussianDiffusion(denoiser.channels).to(device)
 
     @torch.inference_mode()

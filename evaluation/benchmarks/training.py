@@ -4,22 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evaluation.benchmarks.measuring import (
-    Report,
-    Row,
-    compared,
-    count_flops,
-    in_turn,
-    kept_gb,
-    matmul_rate,
-    relative_error,
-    timed,
-)
+from evaluation.benchmarks import measuring
+from evaluation.benchmarks.measuring import Report, Row
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,7 @@ class Way:
     step: Callable[[], None]
     weights: Sequence[Tensor]
     tolerance: float
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
 
 
 def compare_and_time(
@@ -46,23 +36,28 @@ def compare_and_time(
     The share of the limit counts the operations of the plain way for all, so recomputing does not raise it.
     """
     results = {name: (way.backward, way.tolerance) for name, way in ways.items()}
-    rows = {name: figures for name, _, *figures in compared(results, device, relative_error)}  # memory, difference
-    kept = {name: float(f"{kept_gb(way.backward, way.weights) / num_samples:.3g}") for name, way in ways.items()}
-    flops = count_flops(ways["plain"].backward)
-    limits = {dtype: matmul_rate(device, dtype) for dtype in {way.dtype for way in ways.values()}}
-    seconds = in_turn({name: partial(timed, way.step, device) for name, way in ways.items()}, repetitions)
+    rows = {
+        name: figures for name, _, *figures in measuring.compared(results, device, measuring.relative_error)
+    }  # memory, difference
+    kept = {
+        name: float(f"{measuring.kept_gb(way.backward, way.weights) / num_samples:.3g}") for name, way in ways.items()
+    }
+    flops = measuring.count_flops(ways["plain"].backward)
+    limits = {dtype: measuring.matmul_rate(device, dtype) for dtype in {way.dtype for way in ways.values()}}
+    seconds = measuring.in_turn(
+        {name: partial(measuring.timed, way.step, device) for name, way in ways.items()}, repetitions
+    )
 
     def row(name: str) -> Row:
         share = flops / median(seconds[name]) / limits[ways[name].dtype]
         return Row(name, seconds[name], num_samples, *rows[name], limit_share=share)
 
-    notes: dict[str, Any] = {
+    named = {str(dtype).removeprefix("torch."): rate for dtype, rate in limits.items()}
+    notes = {
         "threads": torch.get_num_threads(),
         "floating point operations": f"{flops:.3g}",
-        "limit, operations a second": {
-            str(dtype).removeprefix("torch."): f"{rate:.3g}" for dtype, rate in limits.items()
-        },
-        "floor, seconds": {str(dtype).removeprefix("torch."): f"{flops / rate:.3g}" for dtype, rate in limits.items()},
+        "limit, operations a second": {name: f"{rate:.3g}" for name, rate in named.items()},
+        "floor, seconds": {name: f"{flops / rate:.3g}" for name, rate in named.items()},
         "kept for backward, GB a sample": kept,
     }
     return Report(title, "samples", "plain", [row(name) for name in ways], notes)

@@ -1,51 +1,31 @@
 """What each metric of generated volumes is here, in the words that stand in the results."""
 
 DEFINITIONS = {
-    "FID-3D": (
-        "Fréchet distance of Gaussians fitted to features of whole volumes (Heusel et al. 2017), covariances "
-        "over N - 1, float64; HA-GAN's protocol with medicalnet_resnet50 (global average pool, 2048 features, "
-        "volumes in [-1, 1])"
-    ),
-    "FID-2.5D": (
-        "the same on slices of the axial, coronal and sagittal planes, all slices of a set together; the mean "
-        "of the three planes, and each plane (MAISI's protocol with radimagenet_resnet50)"
-    ),
-    "MMD": (
-        "squared maximum mean discrepancy, unbiased, on features of whole volumes; Gaussian kernel, its "
-        "bandwidth the median distance between two real volumes, so that values against the same real set can "
-        "be compared"
-    ),
-    "precision": (
-        "share of generated volumes within the k-nearest-neighbour balls of real ones (Kynkäänniemi et al. 2019)"
-    ),
-    "recall": (
-        "share of real volumes within the k-nearest-neighbour balls of generated ones (Kynkäänniemi et al. 2019)"
-    ),
-    "density": ("mean number of real volumes' balls that a generated volume lies in, over k (Naeem et al. 2020)"),
-    "coverage": ("share of real volumes with a generated one in their ball (Naeem et al. 2020)"),
-    "MS-SSIM of generated pairs": (
-        "mean 3D MS-SSIM of random pairs, data range 2; compare with real pairs: a collapsed generator has a higher one"
-    ),
-    "MS-SSIM of real pairs": ("the same for as many pairs of real volumes"),
-    "diversity gap": (
-        "MS-SSIM of generated pairs minus that of real pairs; above 0: less variety than real volumes have"
-    ),
-    "nearer than held-out": (
-        "probability that a generated volume lies nearer to its nearest training volume than a real one that "
-        "was not trained on lies to its own; 0.5 without memorisation, 1 for a copied training set"
-    ),
-    "nearest distance ratio": (
-        "median distance of generated volumes to their nearest training volume over that of real ones that "
-        "were not trained on; 0 for a copied training set"
-    ),
-    "interval": (
-        "95 %. Of distances, precision, recall, density and coverage by resamples of 80 % of the volumes without "
-        "replacement, their spread scaled to all of them (m out of n bootstrap; within each class); of pairs and "
-        "nearest distances by bootstrap over volumes, or over pairs that share none. Percentiles are shifted to lie "
-        "around the value: the spread at this N, no correction of a bias. Distances near the floor: wider than due"
-    ),
-    "floor": (
-        "real against real: mean over random halvings of the real set; beside it the same figure of as many "
-        "generated volumes against such a half, since distances fall with N"
-    ),
+    "FID-3D": "Fréchet distance of Gaussians fitted to features of whole volumes (Heusel et al. 2017), covariances "
+    "over N - 1, float64; HA-GAN's protocol with medicalnet_resnet50 (global average pool, 2048 features, volumes in "
+    "[-1, 1])",
+    "FID-2.5D": "the same on slices of the axial, coronal and sagittal planes, all slices of a set together; the mean "
+    "of the three planes, and each plane (MAISI's protocol with radimagenet_resnet50)",
+    "MMD": "squared maximum mean discrepancy, unbiased, on features of whole volumes; Gaussian kernel, its bandwidth "
+    "the median distance between two real volumes, so that values against the same real set can be compared",
+    "precision": "share of generated volumes within the k-nearest-neighbour balls of real ones (Kynkäänniemi et al. "
+    "2019)",
+    "recall": "share of real volumes within the k-nearest-neighbour balls of generated ones (Kynkäänniemi et al. 2019)",
+    "density": "mean number of real volumes' balls that a generated volume lies in, over k (Naeem et al. 2020)",
+    "coverage": "share of real volumes with a generated one in their ball (Naeem et al. 2020)",
+    "MS-SSIM of generated pairs": "mean 3D MS-SSIM of random pairs, data range 2; compare with real pairs: a "
+    "collapsed generator has a higher one",
+    "MS-SSIM of real pairs": "the same for as many pairs of real volumes",
+    "diversity gap": "MS-SSIM of generated pairs minus that of real pairs; above 0: less variety than real volumes "
+    "have",
+    "nearer than held-out": "probability that a generated volume lies nearer to its nearest training volume than a "
+    "real one that was not trained on lies to its own; 0.5 without memorisation, 1 for a copied training set",
+    "nearest distance ratio": "median distance of generated volumes to their nearest training volume over that of "
+    "real ones that were not trained on; 0 for a copied training set",
+    "interval": "95 %. Of distances, precision, recall, density and coverage by resamples of 80 % of the volumes "
+    "without replacement, their spread scaled to all of them (m out of n bootstrap; within each class); of pairs and "
+    "nearest distances by bootstrap over volumes, or over pairs that share none. Percentiles are shifted to lie "
+    "around the value: the spread at this N, no correction of a bias. Distances near the floor: wider than due",
+    "floor": "real against real: mean over random halvings of the real set; beside it the same figure of as many "
+    "generated volumes against such a half, since distances fall with N",
 }

@@ -57,7 +57,7 @@ class ReconstructedFeatures(FeatureNetwork):
         self.name, self.planes = network.name, network.planes
         self.description = f"{network.description}, of reconstructions"
         self.settings = {**network.settings, "autoencoder_sha256": sha256}
-        self.prepare()
+        self.requires_grad_(False).eval()
 
     def forward(self, volumes: Tensor) -> dict[str, Tensor]:
         reconstructed = torch.cat([self.autoencoder.reconstruct(volume[None]) for volume in volumes])

@@ -42,17 +42,15 @@ class SetFeatures:
 def extract(
     cfg: DictConfig,
     network: FeatureNetwork,
-    volumes: Sequence[Any],
+    volumes: Sequence,
     label: str,
     excluded: dict[Path, str],
     place: Distributed,
 ) -> SetFeatures | None:
-    """The features of all volumes, on rank 0 (None on others).
+    """The features of all volumes, on rank 0 (None on others). To be called on every rank.
 
-    To be called on every rank. volumes: each with `path`, `key()` and `read()`, as `SetVolume` has them. excluded: gets
-    the files that are left out, with the reason.
-    Raises UserError: volumes that can't be read, all of them in one, unless `exclude_unreadable`; or fewer than two are
-    left.
+    volumes: each with `path`, `key()` and `read()`, as `SetVolume` has them. excluded: gets those that are left out.
+    Raises UserError: volumes that can't be read, all in one, unless `exclude_unreadable`; or fewer than two are left.
     """
     work = Work(
         label=f"{network.name}: {label}",
@@ -86,8 +84,6 @@ def compute_features(network: FeatureNetwork, device: torch.device, volumes: Ten
     """Features and ranges of volumes (B, 1, D, H, W), in float32 without the rounding of TF32."""
     with torch.inference_mode(), exact_float32():
         features = network(volumes.to(device))
-    found = []
-    for i, volume in enumerate(volumes):
-        arrays = {plane: of_plane[i].float().cpu().numpy() for plane, of_plane in features.items()}
-        found.append({**arrays, RANGE: np.array([volume.min().item(), volume.max().item()])})
-    return found
+    arrays = {plane: of_plane.float().cpu().numpy() for plane, of_plane in features.items()}
+    arrays[RANGE] = np.array([[volume.min().item(), volume.max().item()] for volume in volumes])
+    return [{name: array[i] for name, array in arrays.items()} for i in range(len(volumes))]

@@ -35,7 +35,6 @@ class Sampling:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Sampling":
-        """As the options of a script say."""
         return cls(cfg.num_resamples, cfg.num_halvings, cfg.seed)
 
 
@@ -85,17 +84,15 @@ def distance_figures(
         return lambda a, b: fmean(frechet(plane, a, b, other) for plane in of_planes)
 
     is_volume = len(planes) == 1
-    slices = {plane: real[plane].shape[1] for plane in planes}
     asked = {"FID-3D": planes} if is_volume else {"FID-2.5D": planes, **{f"FID-2.5D {p}": [p] for p in planes}}
     figures = []
     for metric, of_planes in asked.items():
-        statistic, of_real = mean_frechet(of_planes, generated), mean_frechet(of_planes, real)
-        more = {} if is_volume else {SLICES: sum(slices[plane] for plane in of_planes)}
-        figures.append(_distance(group, metric, network, statistic, of_real, more, strata, sampling))
+        statistics = mean_frechet(of_planes, generated), mean_frechet(of_planes, real)
+        more = {} if is_volume else {SLICES: sum(real[plane].shape[1] for plane in of_planes)}
+        figures.append(_distance(group, metric, network, statistics, more, strata, sampling))
     if is_volume:
-        x, y = (features[planes[0]][:, 0] for features in (real, generated))
-        statistic, of_real = mmd_statistics(x, y)
-        figures.append(_distance(group, "MMD", network, statistic, of_real, {}, strata, sampling, can_be_negative=True))
+        statistics = mmd_statistics(*(features[planes[0]][:, 0] for features in (real, generated)))
+        figures.append(_distance(group, "MMD", network, statistics, {}, strata, sampling))
     return figures
 
 
@@ -128,26 +125,17 @@ def manifold_figures(
 
     counts = {"real": len(real), "generated": len(generated), "neighbours": neighbours}
     floors = _manifold_floors(real, generated, neighbours, strata, sampling)
-    return [
-        Figure(
-            group=group,
-            metric=metric,
-            value=measure(metric, *map(torch.arange, strata.totals)),
-            interval=_set_interval(partial(measure, metric), strata, sampling, least=neighbours + 1),
-            num=counts,
-            better="higher",
-            network=network,
-            floor=floors.get(metric),
-        )
-        for metric in MANIFOLD_METRICS
-    ]
+    figures = []
+    for metric in MANIFOLD_METRICS:
+        value = measure(metric, *map(torch.arange, strata.totals))
+        interval = _set_interval(partial(measure, metric), strata, sampling, least=neighbours + 1)
+        floor = floors.get(metric)
+        figures.append(Figure(group, metric, value, interval, counts, "higher", network=network, floor=floor))
+    return figures
 
 
 def diversity_figures(group: str, real: PairScores, generated: PairScores, sampling: Sampling) -> list[Figure]:
-    """MS-SSIM of pairs of each set, and the gap between them.
-
-    Intervals are over volumes where pairs share them, over pairs where they don't.
-    """
+    """MS-SSIM of pairs of each set, and the gap; intervals over pairs, or over the volumes that pairs share."""
     figures = []
     for role, found in (("generated", generated), ("real", real)):
         num = {role: found.count, "pairs": len(found.pairs)}
@@ -228,45 +216,27 @@ def _set_interval(
         return statistic(a, b) if smallest[-1] >= least else 0.0
 
     largest = max(FEWEST_VOLUMES, MOST_VECTORS // num_slices)
-    interval = subsampling_interval(
-        of_resample, sizes, num_resamples=sampling.num_resamples, seed=sampling.seed, largest=largest
-    )
+    options = {"num_resamples": sampling.num_resamples, "seed": sampling.seed, "largest": largest}
+    interval = subsampling_interval(of_resample, sizes, **options)
     return interval if min(smallest) >= least else None
 
 
 def _distance(
-    group: str,
-    metric: str,
-    network: str,
-    statistic: Statistic,
-    of_real: Statistic,
-    more: dict[str, int],
-    strata: Strata,
-    sampling: Sampling,
-    can_be_negative: bool = False,
+    group: str, metric: str, network: str, statistics: tuple, more: dict[str, int], strata: Strata, sampling: Sampling
 ) -> Figure:
-    """A distance with interval and floor. statistic(a, b): of real a, generated b; of_real(a, b): both real."""
+    """A distance with interval and floor. statistics: of real with generated volumes, and of real with real ones."""
+    statistic, of_real = statistics
     floor = None  # where the real set is too small to be halved
     if sum(strata.halves) >= 2:
         drawn = list(_halvings(strata, sampling))
-        floor = Floor(
-            fmean(of_real(a, b) for a, b, _ in drawn),
-            fmean(statistic(b, part) for _, b, part in drawn),
-            len(drawn[0][0]),
-        )
+        values = fmean(of_real(a, b) for a, b, _ in drawn), fmean(statistic(b, part) for _, b, part in drawn)
+        floor = Floor(*values, len(drawn[0][0]))
     interval = _set_interval(statistic, strata, sampling, least=2, num_slices=more.get(SLICES, 1))
-    if interval is not None and not can_be_negative:
+    if interval is not None and metric != "MMD":  # which can be negative
         interval = (max(0.0, interval[0]), interval[1])
-    return Figure(
-        group=group,
-        metric=metric,
-        value=statistic(*map(torch.arange, strata.totals)),
-        interval=interval,
-        num={"real": strata.totals[0], "generated": strata.totals[1], **more},
-        better="lower",
-        network=network,
-        floor=floor,
-    )
+    value = statistic(*map(torch.arange, strata.totals))
+    num = {"real": strata.totals[0], "generated": strata.totals[1], **more}
+    return Figure(group, metric, value, interval, num, "lower", network=network, floor=floor)
 
 
 def _halvings(strata: Strata, sampling: Sampling) -> Iterator[tuple[Indices, Indices, Indices]]:
@@ -278,22 +248,15 @@ def _halvings(strata: Strata, sampling: Sampling) -> Iterator[tuple[Indices, Ind
             of_classes.append([(empty, empty, empty)] * sampling.num_halvings)
             continue
         pairs = random_halves(real, half, sampling.num_halvings, sampling.seed)
-        of_classes.append([(*pair, part) for pair, part in zip(pairs, _parts(generated, half, sampling), strict=True)])
+        generator = torch.Generator().manual_seed(sampling.seed)
+        of_classes.append([(*pair, torch.randperm(generated, generator=generator)[:half]) for pair in pairs])
     for drawn in zip(*of_classes, strict=True):
         first, second, part = zip(*drawn, strict=True)
         yield _joined(first, strata.real), _joined(second, strata.real), _joined(part, strata.generated)
 
 
-def _parts(count: int, size: int, sampling: Sampling) -> list[Indices]:
-    """Random parts of a set, one for each halving."""
-    generator = torch.Generator().manual_seed(sampling.seed)
-    return [torch.randperm(count, generator=generator)[:size] for _ in range(sampling.num_halvings)]
-
-
-def _manifold_floors(
-    real: Tensor, generated: Tensor, neighbours: int, strata: Strata, sampling: Sampling
-) -> dict[str, Floor]:
-    """By metric; empty where halves of the real set are too small for this many neighbours."""
+def _manifold_floors(real: Tensor, generated: Tensor, neighbours: int, strata: Strata, sampling: Sampling) -> dict:
+    """Floors by metric; none where halves of the real set are too small for this many neighbours."""
     half = sum(strata.halves)
     if half <= neighbours:
         return {}

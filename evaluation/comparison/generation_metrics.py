@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from common.errors import UserError
@@ -14,7 +14,6 @@ from config.loading import require
 from evaluation.comparison.definitions import DEFINITIONS
 from evaluation.comparison.features import SetFeatures, extract
 from evaluation.comparison.figures import (
-    Memorisation,
     Sampling,
     Strata,
     distance_figures,
@@ -29,23 +28,9 @@ from evaluation.comparison.pairs import PairScores, pair_scores
 from evaluation.comparison.pictures import nearest_picture, side_by_side
 from evaluation.comparison.ranges import check_ranges, sample_ranges
 from evaluation.comparison.sets import ALL, Group, group_volumes, on_one_grid, read_groups
-from evaluation.comparison.warnings import (
-    content_warnings,
-    distance_warnings,
-    diversity_warning,
-    memorisation_warnings,
-)
+from evaluation.comparison.warnings import content_warnings, distance_warnings, diversity_warning, memorisation_warnings
 from evaluation.metrics.reconstruction import num_scales_of
-from evaluation.results.results import (
-    Figure,
-    Results,
-    TextTable,
-    file_names,
-    list_excluded,
-    make_folders,
-    settings_of,
-    write_csv,
-)
+from evaluation.results.results import Results, TextTable, file_names, make_folders, write_csv
 
 KIND = "generation"
 MEMORISATION_FILE = "memorisation.csv"
@@ -55,7 +40,6 @@ MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "di
 
 
 def measure(cfg: DictConfig) -> None:
-    """Measure, write the results and the pictures."""
     require(cfg, "real", "generated", "output_dir")
     place = setup(cfg.device, PATIENCE)
     try:
@@ -89,14 +73,11 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     if not place.is_main:
         return None
 
-    settings = {**settings_of(cfg), **describe_networks(networks, place.device)}
+    settings = {**OmegaConf.to_container(cfg, resolve=True), **describe_networks(networks, place.device)}
     results = Results(KIND, settings, DEFINITIONS, warnings=warnings)
-    results.warnings += [
-        f"{net.name} is an untrained network: its distances can't be compared with published ones"
-        for net in networks
-        if net.is_random
-    ]
-    results.excluded = list_excluded(excluded)
+    for name in (network.name for network in networks if network.is_random):
+        results.warnings.append(f"{name} is an untrained network: its distances can't be compared with published ones")
+    results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
     for network in networks:
         add_distances(cfg, results, network, found[network.name])
     for name, (real, generated) in pairs.items():
@@ -127,14 +108,10 @@ def find_groups(cfg: DictConfig) -> tuple[list[Group], list[str], dict[Path, str
     groups, grids, problems = read_groups(groups, cfg.exclude_unreadable)
     groups = on_one_grid(groups, grids, cfg.resample, cfg.ignore_spacing)
     for group in groups:
-        num_scales_of(_shape(group, grids))  # refuses volumes that are too small for MS-SSIM
+        first = group.sets["real"][0]
+        num_scales_of((first.resample or grids[first.path]).shape)  # refuses volumes that are too small for MS-SSIM
         notes += check_ranges(group, sample_ranges(group))
     return groups, notes, problems
-
-
-def _shape(group: Group, grids: dict) -> tuple[int, ...]:
-    first = group.sets["real"][0]
-    return (first.resample or grids[first.path]).shape
 
 
 def extract_group(
@@ -148,13 +125,10 @@ def extract_group(
     }
 
 
-def pairs_of(
-    cfg: DictConfig, group: Group, excluded: Collection[Path], place: Distributed
-) -> tuple[PairScores, PairScores]:
+def pairs_of(cfg: DictConfig, group: Group, excluded: Collection[Path], place: Distributed) -> list[PairScores]:
     """MS-SSIM of pairs of real and of generated volumes, but for those that are left out."""
     kept = {role: [v for v in group.sets[role] if v.path not in excluded] for role in ("real", "generated")}
-    real, generated = (pair_scores(cfg, volumes, f"{role} {group.name}", place) for role, volumes in kept.items())
-    return real, generated
+    return [pair_scores(cfg, volumes, f"{role} {group.name}", place) for role, volumes in kept.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------- distances
@@ -184,12 +158,8 @@ def add_distances(cfg: DictConfig, results: Results, network: FeatureNetwork, fo
                 f"in each set, there are {strata.totals[0]} real and {strata.totals[1]} generated ones"
             )
         results.figures += figures
-        results.warnings += _without_intervals(figures, name)
-
-
-def _without_intervals(figures: Sequence[Figure], name: str) -> list[str]:
-    missing = [figure.metric for figure in figures if figure.interval is None]
-    return [f"{name}: {', '.join(missing)} without interval: there are too few volumes to resample"] if missing else []
+        if missing := ", ".join(figure.metric for figure in figures if figure.interval is None):
+            results.warnings.append(f"{name}: {missing} without interval: there are too few volumes to resample")
 
 
 def _joined(classes: Sequence[Sets], role: str) -> dict[str, Tensor]:
@@ -215,16 +185,11 @@ def _all_classes(results: Results, found: dict[str, Sets]) -> dict[str, list[Set
 
 
 def add_memorisation(
-    cfg: DictConfig,
-    results: Results,
-    networks: Sequence[FeatureNetwork],
-    found: dict[str, dict[str, Sets]],
+    cfg: DictConfig, results: Results, networks: Sequence[FeatureNetwork], found: dict[str, dict[str, Sets]]
 ) -> None:
     """Figures, memorisation.csv, and the closest pairs as table and picture."""
     rows = []
-    for network in networks:
-        if not network.takes_volumes:
-            continue
+    for network in (network for network in networks if network.takes_volumes):
         of_network = found[network.name]
         for (name, sets), stem in zip(of_network.items(), file_names(list(of_network)), strict=True):
             real, generated, training = (sets[role].planes[VOLUME][:, 0] for role in ("real", "generated", "training"))
@@ -232,19 +197,13 @@ def add_memorisation(
             figures = memorisation_figures(name, network.name, memory, len(training), Sampling.of(cfg))
             results.figures += figures
             results.warnings += memorisation_warnings(name, network.name, memory, figures)
-            rows += _nearest_rows(name, network.name, sets, memory)
+            usual = median(memory.held_out)
+            nearest = zip(sets["generated"].volumes, memory.nearest.tolist(), memory.generated.tolist(), strict=True)
+            for volume, index, distance in nearest:
+                copied = sets["training"].volumes[index]
+                rows.append([name, network.name, str(volume.path), str(copied.path), distance, usual])
             if cfg.num_pictures:
                 results.pictures.append(nearest_picture(cfg, name, stem, network.name, sets, memory))
     write_csv(Path(cfg.output_dir) / MEMORISATION_FILE, MEMORISATION_COLUMNS, rows)
     closest = sorted(rows, key=lambda row: row[4] / row[5] if row[5] else row[4])[:CLOSEST]
     results.tables.append(TextTable(f"Closest pairs (all: {MEMORISATION_FILE})", MEMORISATION_COLUMNS, closest))
-
-
-def _nearest_rows(name: str, network: str, sets: Sets, memory: Memorisation) -> list[list]:
-    usual = median(memory.held_out)
-    return [
-        [name, network, str(volume.path), str(sets["training"].volumes[index].path), distance, usual]
-        for volume, index, distance in zip(
-            sets["generated"].volumes, memory.nearest.tolist(), memory.generated.tolist(), strict=True
-        )
-    ]

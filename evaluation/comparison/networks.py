@@ -26,6 +26,7 @@ from dataset.volumes.pictures import PLANES
 
 VOLUME = "volume"  # the one "plane" of a network that takes volumes
 AXES = {"axial": 2, "coronal": 4, "sagittal": 3}  # axis of (B, 1, D, H, W) that slices of a plane lie across
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation that leave [-1, 1] as it is
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
 RANDOM_WIDTHS = (32, 64, 128, 256)
 RANDOM_SEED = 20260101
@@ -46,10 +47,6 @@ class FeatureNetwork(nn.Module):
     description: str
     planes: Sequence[str]
     settings: dict[str, Any]
-
-    def prepare(self) -> "FeatureNetwork":
-        """Frozen, in eval mode."""
-        return self.requires_grad_(False).eval()
 
     @property
     def is_random(self) -> bool:
@@ -74,7 +71,7 @@ class VolumeFeatures(FeatureNetwork):
         super().__init__()
         self.name, self.description, self.net = name, description, net
         self.settings = {"network": name, "input": "[-1, 1]", "pool": "mean", **settings}
-        self.prepare()
+        self.requires_grad_(False).eval()
 
     def forward(self, volumes: Tensor) -> dict[str, Tensor]:
         features = self.net(volumes)  # (B, F, d, h, w) or (B, F)
@@ -84,30 +81,21 @@ class VolumeFeatures(FeatureNetwork):
 class SliceFeatures(FeatureNetwork):
     """Features of slices of the three planes ("2.5D", MAISI, Guo et al., arXiv 2409.11169), each plane by itself.
 
-    Args:
-        net: (N, 3, h, w) -> (N, F).
-        num_slices: of each plane, evenly spaced; all, where a volume has fewer.
-        mean, std: of the images in [0, 1] that the network was trained on; (0.5, 0.5) are images in [-1, 1].
+    net: (N, 3, h, w) -> (N, F). num_slices: of each plane, evenly spaced; all, where a volume has fewer. mean, std: of
+    the images in [0, 1] that the network was trained on; (0.5, 0.5) are images in [-1, 1].
     """
 
     planes = PLANES
 
     def __init__(
-        self,
-        name: str,
-        description: str,
-        net: nn.Module,
-        settings: dict[str, Any],
-        num_slices: int,
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.5, 0.5, 0.5),
+        self, name: str, description: str, net: nn.Module, settings: dict, num_slices: int, mean=HALF, std=HALF
     ) -> None:
         super().__init__()
         self.name, self.description, self.net, self.num_slices = name, description, net, num_slices
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
         self.settings = {"network": name, "slices": num_slices, "mean": list(mean), "std": list(std), **settings}
-        self.prepare()
+        self.requires_grad_(False).eval()
 
     def forward(self, volumes: Tensor) -> dict[str, Tensor]:
         return {plane: self._plane(volumes, AXES[plane]) for plane in self.planes}
@@ -134,8 +122,7 @@ class RandomFeatures(nn.Module):
     these, and slight blur brings sets nearer (measured with `evaluation/validity.py`).
     Distances on these features order sets by how much they differ, but can't be compared with anybody else's.
 
-    Args:
-        dimensions: 3 for (B, 1, D, H, W), 2 for (N, 3, h, w).
+    dimensions: 3 for (B, 1, D, H, W), 2 for (N, 3, h, w).
     """
 
     def __init__(self, dimensions: int) -> None:
@@ -183,8 +170,7 @@ def build_networks(
 ) -> list[FeatureNetwork]:
     """The networks by name; for "auto" all pretrained ones whose file is there, and random ones for what has none.
 
-    Raises UserError: a file that is missing (it says where it was looked for), damaged or another
-    network's.
+    Raises UserError: a file that is missing (it says where it was looked for), damaged or another network's.
     """
     if list(names) == ["auto"]:
         names = [name for name in WEIGHT_FILES if find_weights(name, weights_dir) is not None]
@@ -201,9 +187,8 @@ def describe_networks(networks: Sequence[FeatureNetwork], device: torch.device) 
 
 def find_weights(name: str, weights_dir: str | Path | None) -> Path | None:
     """The weight file of a pretrained network: in the folder, in torch hub's cache, or where MedicalNet's lie."""
-    return next(
-        (p for folder in _folders(weights_dir) for f in WEIGHT_FILES[name] if (p := folder / f).is_file()), None
-    )
+    files = (folder / file for folder in _folders(weights_dir) for file in WEIGHT_FILES[name])
+    return next((file for file in files if file.is_file()), None)
 
 
 def weight_folders(weights_dir: str | Path | None) -> tuple[list[Path], Path]:
@@ -235,19 +220,16 @@ def _build(name: str, weights_dir: str | Path | None, num_slices: int) -> Featur
         )
     settings = {"weights_sha256": file_sha256(path)}
     if name == "medicalnet_resnet50":
-        return VolumeFeatures(name, "MedicalNet ResNet-50, global average pool", _medicalnet(path), settings)
+        try:
+            net = torch.hub.load(str(HUB_FOLDER), name, source="local", weights_dir=path.parent)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return VolumeFeatures(name, "MedicalNet ResNet-50, global average pool", net, settings)
     net = load_resnet50(path)
     if name == "radimagenet_resnet50":
         return SliceFeatures(name, "ResNet-50 trained on RadImageNet", net, settings, num_slices)
     description = "ResNet-50 trained on ImageNet"
     return SliceFeatures(name, description, net, settings, num_slices, IMAGENET_MEAN, IMAGENET_STD)
-
-
-def _medicalnet(path: Path) -> nn.Module:
-    try:
-        return torch.hub.load(str(HUB_FOLDER), "medicalnet_resnet50", source="local", weights_dir=path.parent)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def load_resnet50(path: Path) -> nn.Module:
@@ -280,9 +262,7 @@ def load_resnet50(path: Path) -> nn.Module:
 
 def _torchvision_name(name: str) -> str:
     """ "backbone.4.0.conv1.weight" -> "layer1.0.conv1.weight"."""
-    parts = name.removeprefix("module.").split(".")
-    if parts[0] == "backbone":
-        parts = parts[1:]
+    parts = name.removeprefix("module.").removeprefix("backbone.").split(".")
     if parts[0].isdigit() and int(parts[0]) < len(CHILDREN):
         parts[0] = CHILDREN[int(parts[0])]
     return ".".join(parts)

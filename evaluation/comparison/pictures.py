@@ -27,10 +27,9 @@ def nearest_picture(
     cfg: DictConfig, name: str, stem: str, network: str, sets: dict[str, SetFeatures], memory: Memorisation
 ) -> Picture:
     """The generated volumes that are nearest to a training volume, beside it. stem: `name` for a file."""
-    closest = memory.generated.argsort()[: cfg.num_pictures].tolist()
     usual = median(memory.held_out)
     rows = []
-    for i in closest:
+    for i in memory.generated.argsort()[: cfg.num_pictures].tolist():
         ratio = memory.generated[i].item() / usual if usual else float("nan")
         training = sets["training"].volumes[memory.nearest[i]]
         rows.append((f"{ratio:.2f}", [*_slices(sets["generated"].volumes[i]), *_slices(training)]))

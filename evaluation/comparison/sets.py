@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +26,7 @@ from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range, to_mod
 from dataset.volumes.volume_io import Header, nifti_to_tensor, read_header, read_volume, tensor_to_nifti
 from evaluation.generation.record import read_record
 
+Range = Sequence[float]  # lowest and highest intensity
 ALL = "all classes"  # the name of all groups together
 SAME_SPACING = 0.01  # relative difference that rounding and class tables make
 MIN_VOLUMES = 2  # of a set: a covariance, and a pair
@@ -58,10 +60,8 @@ class Grid:
         """Whether volumes on both can be compared voxel by voxel. An unknown orientation fits every one."""
         if ignore_spacing:
             return self.shape == other.shape
-        same_spacing = all(
-            abs(a - b) <= SAME_SPACING * max(abs(a), abs(b))
-            for a, b in zip(self.spacing_mm, other.spacing_mm, strict=True)
-        )
+        sides = zip(self.spacing_mm, other.spacing_mm, strict=True)
+        same_spacing = all(abs(a - b) <= SAME_SPACING * max(abs(a), abs(b)) for a, b in sides)
         same_axes = self.orientation == other.orientation or not (self.orientation and other.orientation)
         return self.shape == other.shape and same_spacing and same_axes
 
@@ -117,16 +117,12 @@ def list_set(path: str | Path, option: str) -> dict[str, list[Path]]:
     try:
         if not path.exists():
             raise UserError(f"{path}: no such folder or dataset JSON")
-        if path.is_dir():
-            return {"": list_volumes(path)}
-        return read_dataset_json(path)
+        return {"": list_volumes(path)} if path.is_dir() else read_dataset_json(path)
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
 
 
-def groups_of_one_set(
-    path: str, option: str, role: str, intensity_range: Sequence[float], folder_name: str
-) -> list[Group]:
+def groups_of_one_set(path: str, option: str, role: str, intensity_range: Range, folder_name: str) -> list[Group]:
     """The classes of a dataset JSON, or a folder as one class `folder_name`, each with the one set `role`.
 
     UserError names the option.
@@ -139,11 +135,7 @@ def groups_of_one_set(
 
 
 def group_volumes(
-    real: str,
-    generated: str,
-    training: str | None,
-    real_range: Sequence[float],
-    generated_range: Sequence[float] | None,
+    real: str, generated: str, training: str | None, real_range: Range, generated_range: Range | None
 ) -> tuple[list[Group], list[str]]:
     """The sets of every class, and notes on classes that are left out.
 
@@ -211,7 +203,7 @@ def _generated_by_class(path: str, real_names: set[str]) -> dict[str, tuple[str,
     return found
 
 
-def _with_range(path: Path, given: Sequence[float] | None) -> SetVolume:
+def _with_range(path: Path, given: Range | None) -> SetVolume:
     if given is not None:
         return SetVolume(path, check_intensity_range(given), is_range_stated=True)
     record = read_record(path) or {}
@@ -264,12 +256,11 @@ def read_groups(groups: Sequence[Group], exclude: bool) -> tuple[list[Group], di
 
 def without(groups: Sequence[Group], paths: set[Path]) -> list[Group]:
     """The groups without some files. UserError where too few are left."""
-    left = [
-        replace(group, sets={role: tuple(v for v in vs if v.path not in paths) for role, vs in group.sets.items()})
-        for group in groups
-    ]
-    for group in left:
-        _check_group(group)
+    left = []
+    for group in groups:
+        sets = {role: tuple(v for v in volumes if v.path not in paths) for role, volumes in group.sets.items()}
+        left.append(replace(group, sets=sets))
+        _check_group(left[-1])
     return left
 
 
@@ -284,21 +275,15 @@ def on_one_grid(
     result = []
     for group in groups:
         wanted = Counter(grids[volume.path] for volume in group.sets["real"]).most_common(1)[0][0]
-        others = {
-            role: Counter(
-                grids[volume.path] for volume in volumes if not wanted.fits(grids[volume.path], ignore_spacing)
-            )
-            for role, volumes in group.sets.items()
-        }
         if resample:
-            sets = {
-                role: tuple(replace(volume, resample=wanted.in_ras()) for volume in volumes)
-                for role, volumes in group.sets.items()
-            }
-            group = replace(group, sets=sets)
-        elif found := [
-            f"{count} {role} of {grid}" for role, counts in others.items() for grid, count in counts.most_common(2)
-        ]:
+            sets = {role: tuple(replace(v, resample=wanted.in_ras()) for v in vs) for role, vs in group.sets.items()}
+            result.append(replace(group, sets=sets))
+            continue
+        found = []
+        for role, volumes in group.sets.items():
+            others = Counter(grid for v in volumes if not wanted.fits(grid := grids[v.path], ignore_spacing))
+            found += [f"{count} {role} of {grid}" for grid, count in others.most_common(2)]
+        if found:
             raise UserError(
                 f"{group.name}: most real volumes have {wanted}, but there are {', '.join(found)}: --resample brings "
                 "all to the grid of most real ones, --ignore-spacing compares voxels where only mm or axes differ"
@@ -307,8 +292,8 @@ def on_one_grid(
     return result
 
 
-def list_refused(refused: Mapping[Path, str], what: str) -> str:
-    """One line on files that can't be read, the first few by name."""
+def list_refused(refused: Mapping[Any, str], what: str) -> str:
+    """One line on files that can't be read, the first few with the reason, which names them."""
     shown = "; ".join(list(refused.values())[:MOST_SHOWN])
     more = f"; and {len(refused) - MOST_SHOWN} more" if len(refused) > MOST_SHOWN else ""
     return f"{len(refused)} {what} can't be read: {shown}{more}"

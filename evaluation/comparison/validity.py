@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from omegaconf import DictConfig
-from torch import Tensor, nn
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from AutoEncoder.checkpoint import load_autoencoder
 from common.errors import UserError
@@ -20,29 +20,16 @@ from common.processes import PATIENCE, Distributed, cleanup, setup
 from config.loading import require
 from evaluation.comparison.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures
 from evaluation.comparison.features import SetFeatures, extract
-from evaluation.comparison.figures import (
-    Sampling,
-    diversity_figures,
-    memorisation_figures,
-    memorisation_of,
-)
+from evaluation.comparison.figures import Sampling, diversity_figures, memorisation_figures, memorisation_of
 from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks
 from evaluation.comparison.pairs import pair_scores
 from evaluation.comparison.sets import Group, SetVolume, groups_of_one_set, on_one_grid, read_groups
 from evaluation.comparison.warnings import diversity_warning, memorisation_warnings
 from evaluation.metrics.distances import frechet_distance
 from evaluation.metrics.intervals import random_halves, subsampling_interval
-from evaluation.results.results import (
-    Curves,
-    Figure,
-    Results,
-    Series,
-    TextTable,
-    list_excluded,
-    make_folders,
-    settings_of,
-)
+from evaluation.results.results import Curves, Figure, Results, Series, TextTable, make_folders
 
+Planes = dict[str, Tensor]  # features (N, S, F) by plane
 LEAST = 6  # real volumes of a class: three parts of two
 SAME = 1e-6  # relative difference that the order of summation makes
 
@@ -79,9 +66,8 @@ def measure(cfg: DictConfig) -> bool:
             logger = get_logger()
             for check in checks:
                 where = f"{check.group}, {check.network}" if check.network else check.group
-                logger.log(
-                    logging.INFO if check.passed else logging.ERROR, "%s: %s: %s", where, check.name, check.found
-                )
+                level = logging.INFO if check.passed else logging.ERROR
+                logger.log(level, "%s: %s: %s", where, check.name, check.found)
             failed = sum(not check.passed for check in checks)
             logger.info("%d of %d checks hold: %s", len(checks) - failed, len(checks), path)
         return all(check.passed for check in checks)
@@ -97,7 +83,8 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
     if cfg.AE_ckpt is not None:
         reconstruction = load_autoencoder(cfg.AE_ckpt, place.device), file_sha256(cfg.AE_ckpt)
     place.on_main(lambda: make_folders(cfg, "validity"), share=False)
-    results = Results("validity", {**settings_of(cfg), **describe_networks(networks, place.device)}, DEFINITIONS)
+    settings = {**OmegaConf.to_container(cfg, resolve=True), **describe_networks(networks, place.device)}
+    results = Results("validity", settings, DEFINITIONS)
 
     checks = []
     for group in groups:
@@ -115,7 +102,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
             found = f"gap {gaps[1].value:.3f} (from {gaps[1].interval[0]:.3f}), of real volumes {gaps[0].value:.3f}"
             passed = bool(diversity_warning(group.name, gaps[1])) and not diversity_warning(group.name, gaps[0])
             checks.append(Check(group.name, "", "a generator that repeats one volume is noticed", found, passed))
-    results.excluded = list_excluded(excluded)
+    results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
     rows = [[c.group, c.network, c.name, c.found, "holds" if c.passed else "FAILS"] for c in checks]
     results.tables.append(TextTable("Checks", ("class", "network", "check", "found", ""), rows))
     results.warnings += [f"{c.group}: {c.network}: check failed: {c.name} ({c.found})" for c in checks if not c.passed]
@@ -125,21 +112,16 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
 def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume, ...]], dict[Path, str]]:
     """Real volumes by class, the other volumes that each class is compared with, and what is left out."""
     groups = groups_of_one_set(cfg.real, "real", "real", cfg.real_range, Path(cfg.real).name)
-    other = None
+    count, other = len(groups), []
     if cfg.other is not None:
         classes = groups_of_one_set(cfg.other, "other", "real", cfg.real_range, "other")
-        other = Group("other", {"real": tuple(volume for group in classes for volume in group.sets["real"])})
-    everything, grids, problems = read_groups([*groups, *([other] if other else [])], cfg.exclude_unreadable)
-    groups, other = everything[: len(groups)], everything[-1] if other else None
-    groups = on_one_grid(groups, grids, resample=False, ignore_spacing=True)
+        other = [Group("other", {"real": tuple(volume for group in classes for volume in group.sets["real"])})]
+    everything, grids, problems = read_groups([*groups, *other], cfg.exclude_unreadable)
+    groups = on_one_grid(everything[:count], grids, resample=False, ignore_spacing=True)
     for group in groups:
         _check_number(group.name, group.sets["real"])
-    others = {}
-    for i, group in enumerate(groups):
-        if other is not None:
-            others[group.name] = other.sets["real"]
-        elif len(groups) > 1:
-            others[group.name] = groups[(i + 1) % len(groups)].sets["real"]
+    compared = everything[count:] * count or [*groups[1:], groups[0]]  # the other volumes, else the next class
+    others = {group.name: one.sets["real"] for group, one in zip(groups, compared, strict=True) if one is not group}
     return groups, others, problems
 
 
@@ -149,17 +131,12 @@ def _check_number(name: str, real: Sequence[SetVolume]) -> None:
 
 
 def degraded_sets(
-    cfg: DictConfig,
-    network: FeatureNetwork,
-    reconstruction: tuple[nn.Module, str] | None,
-    group: Group,
-    other: Sequence[SetVolume] | None,
-    excluded: dict[Path, str],
-    place: Distributed,
+    cfg: DictConfig, network: FeatureNetwork, reconstruction, group: Group, other, excluded: dict, place: Distributed
 ) -> dict[str, SetFeatures | None]:
     """Features of the real volumes as they are ("real") and degraded ("noise 0.1", ...), on rank 0.
 
-    reconstruction: autoencoder and SHA-256 of its file; None: no reconstructions. excluded: gets what is left out.
+    reconstruction: autoencoder and SHA-256 of its file; None: no reconstructions. other: volumes of another class, None
+    likewise. excluded: gets what is left out.
     """
 
     def features(net: FeatureNetwork, volumes: Sequence, name: str) -> SetFeatures | None:
@@ -185,11 +162,8 @@ def add_distances(
     """Figures, curves and checks of one class on one network."""
     real, count = sets["real"].planes, len(sets["real"])
     half = min(count // 2, len(sets.get("other", sets["real"])))  # of every set, so that their distances compare
-    halves = {
-        what: halves_distance(cfg, real, sets[what].planes, half)
-        for what in ("other", "reconstructed", "real")
-        if what in sets
-    }
+    order = [what for what in ("other", "reconstructed", "real") if what in sets]
+    halves = {what: halves_distance(cfg, real, sets[what].planes, half) for what in order}
     for what, value in halves.items():
         figure = Figure(name, f"FID of a half: {what}", value, None, {"of each": half}, "lower", network=network.name)
         results.figures.append(figure)
@@ -217,13 +191,7 @@ def add_distances(
 
 
 def compare_levels(
-    cfg: DictConfig,
-    results: Results,
-    name: str,
-    network: str,
-    kind: str,
-    real: dict[str, Tensor],
-    worse: dict[float, dict[str, Tensor]],
+    cfg: DictConfig, results: Results, name: str, network: str, kind: str, real: Planes, worse: dict[float, Planes]
 ) -> tuple[Series, Check]:
     """Figures of one degradation: its distances to the volumes as they are, by level, as a curve, and the check."""
     count = len(next(iter(real.values())))
@@ -242,12 +210,12 @@ def compare_levels(
     return curve, Check(name, network, f"more {kind} is farther", shown, passed)
 
 
-def paired_distance(real: dict[str, Tensor], worse: dict[str, Tensor], chosen: Tensor) -> float:
+def paired_distance(real: Planes, worse: Planes, chosen: Tensor) -> float:
     """FID of some of the real volumes with the same of the worse ones, mean over planes."""
     return fmean(frechet_distance(real[p][chosen].flatten(0, 1), worse[p][chosen].flatten(0, 1)) for p in real)
 
 
-def halves_distance(cfg: DictConfig, real: dict[str, Tensor], worse: dict[str, Tensor], half: int) -> float:
+def halves_distance(cfg: DictConfig, real: Planes, worse: Planes, half: int) -> float:
     """FID of `half` real volumes with as many others of the worse set, mean over planes and random draws.
 
     A worse set of another length is that of other volumes: a random part of it is taken.
@@ -267,10 +235,8 @@ def memorisation_checks(cfg: DictConfig, name: str, network: str, real: Tensor) 
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(cfg.seed))
     training, held_out, honest = (real[part] for part in order.tensor_split(3))
     checks = []
-    for what, generated, is_copy in (
-        ("copies of training volumes", training, True),
-        ("new real volumes", honest, False),
-    ):
+    for what, generated in (("copies of training volumes", training), ("new real volumes", honest)):
+        is_copy = generated is training
         memory = memorisation_of(held_out, generated, training)
         figures = memorisation_figures(name, network, memory, len(training), Sampling.of(cfg))
         noticed = bool(memorisation_warnings(name, network, memory, figures))

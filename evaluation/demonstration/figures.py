@@ -37,23 +37,13 @@ TARGETS = {  # of some figures: in words, and whether a value reaches it
 }
 
 
-def write_report(
-    output: Path, *, phantoms: Path, stage_checkpoints: Sequence[Path], generated: Path, judge: bool
-) -> bool:
-    """Measure, write demo.json and demo.png into `output`, print the table.
+def write_report(output: Path, phantoms: Path, stage_checkpoints: Sequence[Path], generated: Path, judge: bool) -> bool:
+    """Measure, write demo.json and demo.png into `output`, print the table; whether all targets were reached.
 
-    Args:
-        output: folder of the demo.
-        phantoms: folder of dataset/phantoms.py, with held_out/ in it.
-        stage_checkpoints: autoencoder after stage 1 and after stage 2.
-        generated: folder of the generated volumes, `CLASS_…nii.gz`.
-        judge: False leaves the targets out (a run too short to reach them).
-
-    Returns:
-        Whether all targets were reached; True without `judge`.
-
-    Raises:
-        UserError: volumes or checkpoints are missing or unreadable.
+    phantoms: folder of dataset/phantoms.py, with held_out/ in it. stage_checkpoints: autoencoder after each stage.
+    generated: folder of the generated volumes, `CLASS_…nii.gz`. judge: False leaves the targets out (a run too short to
+    reach them), and all counts as reached.
+    Raises UserError: volumes or checkpoints are missing or unreadable.
     """
     names = list(json.loads((phantoms / "PatchVolume_data.json").read_text()))
     real, labels = load_classes(phantoms / "held_out")
@@ -124,11 +114,7 @@ def distance_to_real(real_features: Tensor, other_features: Tensor) -> float:
 def reconstruction_figures(real: Tensor, before: Tensor, after: Tensor) -> dict[str, float]:
     """Mean PSNR over the held-out phantoms after both stages."""
     stage1, stage2 = (sum(map(psnr, x_hat, real)) / len(real) for x_hat in (before, after))
-    return {
-        "PSNR after stage 1, dB": stage1,
-        "PSNR after stage 2, dB": stage2,
-        "gain of stage 2, dB": stage2 - stage1,
-    }
+    return {"PSNR after stage 1, dB": stage1, "PSNR after stage 2, dB": stage2, "gain of stage 2, dB": stage2 - stage1}
 
 
 def generation_figures(
@@ -153,17 +139,14 @@ def draw(path: Path, names: Sequence[str], real, reconstructed: Tensor, made) ->
     for class_id, name in enumerate(names):
         chosen = (real[1] == class_id).nonzero().flatten()[:PICTURED]
         generated = made[0][made[1] == class_id][:PICTURED]
-        rows.append((f"{name} real", list(real[0][chosen])))
-        rows.append((f"{name} reconstructed", list(reconstructed[chosen])))
-        rows.append((f"{name} generated", list(generated)))
+        shown = {"real": real[0][chosen], "reconstructed": reconstructed[chosen], "generated": generated}
+        rows += [(f"{name} {kind}", list(volumes)) for kind, volumes in shown.items()]
     save_comparison(path, rows, planes=("axial", "coronal"), title="Phantoms: central slices, not trained on")
 
 
 def print_table(figures: Mapping[str, float], targets: Mapping[str, str], passed: Mapping[str, bool]) -> None:
     """The figures with their targets on the terminal; none is judged where `passed` is empty."""
-    table = Table(title="Demo, measured on held-out phantoms")
-    for heading in ("figure", "value", "target", ""):
-        table.add_column(heading)
+    table = Table("figure", "value", "target", "", title="Demo, measured on held-out phantoms")
     for name, value in figures.items():
         verdict = {True: "reached", False: "MISSED", None: ""}[passed.get(name)]
         table.add_row(name, f"{value:.4g}", targets[name], verdict)

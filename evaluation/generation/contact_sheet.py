@@ -80,8 +80,7 @@ def update_contact_sheet(folder: Path, made: Slices) -> Path | None:
     rows = [(label, slices) for shown, label in chosen[:MOST_ROWS] if (slices := _slices(shown, made))]
     if not rows:
         return None
-    title = f"{folder.name}: {len(rows)} of {len(volumes)} volumes"
-    save_slice_grid(sheet, rows, columns=PLANES, title=title)
+    save_slice_grid(sheet, rows, columns=PLANES, title=f"{folder.name}: {len(rows)} of {len(volumes)} volumes")
     return sheet
 
 

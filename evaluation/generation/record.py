@@ -47,7 +47,6 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def record_path(volume: Path) -> Path:
-    """The JSON beside a volume."""
     return volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
 
 
@@ -59,7 +58,6 @@ def make_record(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_record(request: Request, settings: dict[str, Any], run: dict[str, Any]) -> None:
-    """Writes the JSON beside a volume."""
     content = json.dumps({**make_record(request, settings), "run": run}, indent=2) + "\n"
     write_atomically(record_path(request.path), content.encode())
 
@@ -74,10 +72,7 @@ def read_record(volume: Path) -> dict[str, Any] | None:
 
 
 def is_done(request: Request, settings: dict[str, Any]) -> bool:
-    """Whether the volume is there, whole and made by the same settings.
-
-    Raises UserError for a whole volume that was made by other settings, or by unknown ones.
-    """
+    """Whether the volume is there, whole and made by the same settings. UserError: by others, or by unknown ones."""
     if request.path.is_dir():
         raise UserError(f"{request.path}: a folder is in the volume's place: remove it, or choose another output_dir")
     if not is_whole_volume(request.path):
@@ -95,11 +90,11 @@ def is_done(request: Request, settings: dict[str, Any]) -> bool:
             "damaged: remove the volume, or choose another output_dir"
         )
     found.pop("run", None)
-    different = [key for key in record.keys() | found.keys() if found.get(key) != record.get(key)]
+    different = sorted(key for key in record.keys() | found.keys() if found.get(key) != record.get(key))
     if different:
-        key = min(different)
+        key = different[0]
         raise UserError(
-            f"{request.path}: this volume was made with other settings ({', '.join(sorted(different))}: {key} was "
+            f"{request.path}: this volume was made with other settings ({', '.join(different)}: {key} was "
             f"{found.get(key)!r}, is {record.get(key)!r}): choose another output_dir or seed, or remove the volume"
         )
     return True

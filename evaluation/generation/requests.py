@@ -1,7 +1,5 @@
 """What to generate: the volumes that a config asks for, their sizes and their names.
 
-OUT/seed_S/NAME_XxYxZ.nii.gz    XxYxZ are the voxels in NIfTI order
-
 The class table of the config says which classes there are and in which sizes; `class_names`, `seeds`, `resolution` and
 `spacing`, or a list of requests in a file, choose among them and replace their sizes.
 """
@@ -112,12 +110,9 @@ def _entries(cfg: DictConfig) -> Iterator[Entry]:
 
 def _class_row(cfg: DictConfig, entry: Entry) -> DictConfig:
     """The row of the class table that an entry names, by name or else by id."""
-    for row in cfg.classes:
-        if row.name == entry.class_key:
-            return row
-    for row in cfg.classes:
-        if str(row.id) == entry.class_key:
-            return row
+    by_name = [row for row in cfg.classes if row.name == entry.class_key]
+    if rows := by_name or [row for row in cfg.classes if str(row.id) == entry.class_key]:
+        return rows[0]
     by_lower = {row.name.lower(): row.name for row in cfg.classes}
     close = difflib.get_close_matches(entry.class_key.lower(), by_lower, n=1)
     hint = f", did you mean {by_lower[close[0]]}?" if close else ";"
@@ -136,9 +131,8 @@ def _requests_of(
             folder = seed_folder(cfg, seed)
             for sample in range(entry.num_samples):
                 path = _volume_path(folder, f"{row.name}_{h}x{w}x{d}", sample, entry.num_samples)
-                yield Request(
-                    row.id, row.name, seed, grid, spacing_mm, sample, path, (h, w, d), decoding, tile, intensity
-                )
+                asked = (row.id, row.name, seed, grid, spacing_mm, sample)
+                yield Request(*asked, path, (h, w, d), decoding, tile, intensity)
 
 
 def _volume_path(folder: Path, stem: str, sample: int, num_samples: int) -> Path:
@@ -158,9 +152,7 @@ def _sizes(cfg: DictConfig, entry: Entry, row: DictConfig) -> list[tuple[Triple,
     """Latent grids (d, h, w) and spacings (x, y, z) of what an entry asks for."""
     if entry.spacing_mm is not None:
         _check_spacing(entry.spacing_mm, entry.where)
-    table = [
-        (tuple(grid), tuple(map(float, spacing))) for grid, spacing in zip(row.grids, row.spacings_mm, strict=True)
-    ]
+    table = [(tuple(grid), tuple(map(float, mm))) for grid, mm in zip(row.grids, row.spacings_mm, strict=True)]
     if entry.resolution is None:
         for grid, spacing_mm in table:
             where = f"{entry.where}classes: {row.name}: "
@@ -232,9 +224,8 @@ def class_intensities(cfg: DictConfig, ids: Collection[int]) -> dict[int, Intens
     if cfg.denormalize is None:
         return dict.fromkeys(ids)
     folders = read_class_folders(cfg.denormalize)
-    for class_id in sorted(ids):
-        if class_id not in folders:
-            raise UserError(f"denormalize: {cfg.denormalize} has no class {class_id}: name its folder there")
+    if missing := sorted(set(ids) - folders.keys()):
+        raise UserError(f"denormalize: {cfg.denormalize} has no class {missing[0]}: name its folder there")
     return {class_id: common_intensity(folders[class_id]) for class_id in ids}
 
 

@@ -64,10 +64,8 @@ def generate(cfg: DictConfig) -> list[Path]:
         logger = get_logger(place.rank)
         settings = place.on_main(lambda: image_settings(cfg))  # reads both checkpoints whole, once
         todo = _missing(requests, settings, place)
-        num_there = len(requests) - len(todo)
-        logger.info(
-            "%d volumes of %d seeds -> %s, %d are there", len(requests), len(folders), cfg.output_dir, num_there
-        )
+        there = len(requests) - len(todo)
+        logger.info("%d volumes of %d seeds -> %s, %d are there", len(requests), len(folders), cfg.output_dir, there)
 
         # Sample and decode.
         made: Slices = {}
@@ -75,10 +73,8 @@ def generate(cfg: DictConfig) -> list[Path]:
             place.on_main(lambda: _check_disk(cfg, todo))
             autoencoder, model = load_models(cfg, place.device)
             for request in {request.grid: request for request in todo}.values():
-                where = f"{request.path}: "
-                check_memory(
-                    autoencoder, request.grid, request.tile, place.device, _max_bytes(cfg), cfg.precision, where
-                )
+                limits = (request.tile, place.device, _max_bytes(cfg), cfg.precision)
+                check_memory(autoencoder, request.grid, *limits, f"{request.path}: ")
             place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
             batches = batches_of_one_shape(todo, [request.grid for request in todo], cfg.batch_size)
             _generate_batches(cfg, model, autoencoder, batches[place.rank :: place.world_size], settings, made, place)
@@ -119,13 +115,7 @@ def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
 
 
 def _generate_batches(
-    cfg: DictConfig,
-    model: nn.Module,
-    autoencoder: nn.Module,
-    batches: list[list[Request]],
-    settings: dict[str, Any],
-    made: Slices,
-    place: Distributed,
+    cfg: DictConfig, model, autoencoder, batches: list[list[Request]], settings: dict, made: Slices, place: Distributed
 ) -> None:
     """Samples, decodes and writes this process's volumes; their slices go to `made`."""
     diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(place.device)
@@ -145,9 +135,8 @@ def _generate_batches(
             sampling_s = (clock(place.device) - begin) / len(batch)
             for request, latent in zip(batch, latents, strict=True):
                 begin = clock(place.device)
-                volume = decode(  # (1, D, H, W)
-                    autoencoder, latent, request.decoding, request.tile, _max_bytes(cfg), cfg.precision
-                )
+                how = (request.decoding, request.tile, _max_bytes(cfg), cfg.precision)
+                volume = decode(autoencoder, latent, *how)  # (1, D, H, W)
                 decoding_s = clock(place.device) - begin
                 if not volume.isfinite().all():
                     raise UserError(
@@ -156,16 +145,11 @@ def _generate_batches(
                     )
                 # The record first: a volume is only taken for done beside the record of how it was made.
                 write_record(request, settings, describe_run(cfg, place, sampling_s, decoding_s))
-                keep_slices(made, request, _write(cfg, request, volume), cfg.output_dtype)
+                values = from_model_range(volume, request.intensity_range)
+                units = (request.intensity_range, request.is_hounsfield)
+                write_volume(request.path, values, affine_from_spacing(request.spacing_mm), cfg.output_dtype, *units)
+                keep_slices(made, request, values, cfg.output_dtype)
             done += len(batch)
-
-
-def _write(cfg: DictConfig, request: Request, volume: Tensor) -> Tensor:
-    """Writes a volume (1, D, H, W) of [-1, 1] in the units of the request, and returns it in these."""
-    values = from_model_range(volume, request.intensity_range)
-    affine = affine_from_spacing(request.spacing_mm)
-    write_volume(request.path, values, affine, cfg.output_dtype, request.intensity_range, request.is_hounsfield)
-    return values
 
 
 def _max_bytes(cfg: DictConfig) -> int | None:
@@ -209,12 +193,7 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
 
 
 def sample_latents(
-    cfg: DictConfig,
-    model: nn.Module,
-    diffusion: GaussianDiffusion,
-    batch: Sequence[Request],
-    device: torch.device,
-    progress: Progress | None = None,
+    cfg: DictConfig, model, diffusion, batch: Sequence[Request], device: torch.device, progress: Progress | None = None
 ) -> Tensor:
     """Normalised latents (B, C, d, h, w) of requests that all have the grid (d, h, w)."""
     generators = [noise_generator(request) for request in batch]

@@ -6,9 +6,8 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,6 +48,9 @@ class Run:
     strategy: str
 
 
+Found = dict[Run, dict[str, float]]  # measures of each run
+
+
 def run_study(cfg: DictConfig) -> None:
     """Do the runs of a `SamplingStudyConfig` that are not there yet; write results, table and picture after each."""
     study = Study(Path(cfg.demo), Path(cfg.output_dir), cfg.num_samples, choose_device(cfg.device))
@@ -67,27 +69,15 @@ def planned_runs(strategies: Sequence[str], steps: Sequence[int], seeds: Sequenc
     """Every combination once, the cheapest first; ddpm with all timesteps only."""
     if min(steps) < 1 or max(steps) > timesteps:
         raise UserError(f"--steps {' '.join(map(str, steps))}: each has to lie between 1 and the {timesteps} timesteps")
-    return sorted(
-        {
-            Run(count, seed, strategy)
-            for strategy in strategies
-            for count in ([timesteps] if strategy == ALL_TIMESTEPS else steps)
-            for seed in seeds
-        }
-    )
+    counts = {strategy: [timesteps] if strategy == ALL_TIMESTEPS else steps for strategy in strategies}
+    return sorted({Run(count, seed, strategy) for strategy in counts for count in counts[strategy] for seed in seeds})
 
 
 class Study:
     """The models and the real volumes of a demo, and the results so far.
 
-    Args:
-        demo: folder of evaluation/demo.py, finished.
-        output: folder of the results.
-        num_samples: volumes per class in each run.
-        device: where to sample.
-
-    Raises:
-        UserError: no finished demo there; results of other models, phantoms or settings in `output`.
+    demo: folder of evaluation/demo.py, finished. num_samples: volumes per class in each run.
+    Raises UserError: no finished demo there; results of other models, phantoms or settings in `output`.
     """
 
     def __init__(self, demo: Path, output: Path, num_samples: int, device: torch.device):
@@ -104,7 +94,7 @@ class Study:
             "timesteps": self.cfg.timesteps,
             "guidance_scale": self.cfg.guidance_scale,
         }
-        self.results: dict[Run, dict[str, float]] = self._read()
+        self.results = self._read()
         self.floor = self._floor(features(training), training_labels, num_samples)
         self.autoencoder, self.model = load_models(self.cfg, device)
         self.diffusion = GaussianDiffusion(self.cfg.volume_channels, self.cfg.timesteps, self.cfg.loss_type).to(device)
@@ -114,9 +104,8 @@ class Study:
         values = {"sampling_strategy": run.strategy, "ddim_steps": run.steps, "seed": run.seed, "eta": 0.0}
         cfg = load_config(GenerationConfig, None, values={**OmegaConf.to_container(self.cfg), **values})
         requests = list_requests(cfg)
-        begin = time.monotonic()
         found: dict[Request, Tensor] = {}
-        start = bar.n
+        begin, start = time.monotonic(), bar.n
         for batch in batches_of_one_shape(requests, [request.grid for request in requests], BATCH_SIZE):
             done = len(found)
 
@@ -126,9 +115,8 @@ class Study:
             latents = sample_latents(cfg, self.model, self.diffusion, batch, self.device, show)  # (B, C, d, h, w)
             found |= dict(zip(batch, latents, strict=True))
         seconds = time.monotonic() - begin
-        volumes = torch.stack(
-            [decode(self.autoencoder, found[r], r.decoding, r.tile) for r in requests]
-        )  # (N, 1, D, H, W)
+        decoded = [decode(self.autoencoder, found[request], request.decoding, request.tile) for request in requests]
+        volumes = torch.stack(decoded)  # (N, 1, D, H, W)
         if not volumes.isfinite().all():
             raise UserError(f"{run.strategy} with {run.steps} steps gives NaN: the training of a model diverged")
         asked = torch.tensor([request.class_id for request in requests])
@@ -151,7 +139,7 @@ class Study:
         asked = self.labels.unique().repeat_interleave(num_samples)
         return [self._compare(torch.cat(chunks), asked) for chunks in sets]
 
-    def _read(self) -> dict[Run, dict[str, float]]:
+    def _read(self) -> Found:
         path = self.output / "sampling.json"
         if not path.exists():
             return {}
@@ -166,11 +154,8 @@ class Study:
                 f"{path}: these results were made with other settings ({', '.join(different)}): choose another "
                 "--output-dir"
             )
-        names = Run.__dataclass_fields__
-        return {
-            Run(**{name: run[name] for name in names}): {key: run[key] for key in run if key not in names}
-            for run in runs
-        }
+        names = [item.name for item in fields(Run)]
+        return {Run(*(run.pop(name) for name in names)): run for run in runs}
 
     def write(self) -> None:
         """Results, table and picture of what is there so far."""
@@ -188,19 +173,14 @@ def demo_config(demo: Path, output: Path, num_samples: int) -> DictConfig:
     model_ckpt = newest_checkpoint(paths.biflownet / "checkpoints") if saved.exists() else None
     if model_ckpt is None or not paths.stage2_ckpt.exists():
         raise UserError(f"{demo}: no finished demo here: python evaluation/demo.py --output-dir {demo} makes one")
-    values: dict[str, Any] = {
-        "AE_ckpt": str(paths.stage2_ckpt),
-        "model_ckpt": str(model_ckpt),
-        "output_dir": str(output),
-        "num_samples": num_samples,
-    }
-    return load_config(GenerationConfig, saved, values=values)
+    values = {"AE_ckpt": str(paths.stage2_ckpt), "model_ckpt": str(model_ckpt), "output_dir": str(output)}
+    return load_config(GenerationConfig, saved, values={**values, "num_samples": num_samples})
 
 
 # ------------------------------------------------------------------------------------------------------- table, picture
 
 
-def over_seeds(results: dict[Run, dict[str, float]], measure: str) -> dict[tuple[str, int], tuple[float, float | None]]:
+def over_seeds(results: Found, measure: str) -> dict[tuple[str, int], tuple[float, float | None]]:
     """Mean and standard deviation over the seeds for each (strategy, steps); None where there is one seed."""
     values: dict[tuple[str, int], list[float]] = {}
     for run in sorted(results):
@@ -213,15 +193,14 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def table(results: dict[Run, dict[str, float]], floor: Sequence[dict[str, float]]) -> str:
+def table(results: Found, floor: Sequence[dict[str, float]]) -> str:
     """Markdown: steps x strategy for each measure, what real volumes get in the last row."""
     strategies = [name for name in SAMPLERS if any(run.strategy == name for run in results)]
     lines = []
     for measure, meaning in MEASURES.items():
         found = over_seeds(results, measure)
         lines += [f"{meaning[0].upper()}{meaning[1:]}: mean ± standard deviation over the seeds.", ""]
-        lines += [f"| steps | {' | '.join(strategies)} |" if strategies else "| steps |"]
-        lines += [f"|---|{'---|' * len(strategies)}"]
+        lines += ["| " + " | ".join(["steps", *strategies]) + " |", f"|---|{'---|' * len(strategies)}"]
         for steps in sorted({steps for _, steps in found}):
             cells = [_cell(found.get((name, steps))) for name in strategies]
             lines.append(f"| {steps} | {' | '.join(cells)} |")
@@ -231,13 +210,10 @@ def table(results: dict[Run, dict[str, float]], floor: Sequence[dict[str, float]
 
 
 def _cell(value: tuple[float, float | None] | None) -> str:
-    if value is None:
-        return ""
-    mean, spread = value
-    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
+    return " ± ".join(f"{number:.4f}" for number in value or () if number is not None)
 
 
-def picture(results: dict[Run, dict[str, float]], floor: Sequence[dict[str, float]]) -> bytes:
+def picture(results: Found, floor: Sequence[dict[str, float]]) -> bytes:
     """PNG: each measure against the number of steps; ddpm as a band, real volumes as a line."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     canvas = FigureCanvasAgg(figure)  # by hand, so that no global matplotlib state is touched

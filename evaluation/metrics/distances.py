@@ -51,8 +51,7 @@ def mmd_rbf(x: Tensor, y: Tensor, *, bandwidth: float | None = None, unbiased: b
     not finite, or a bandwidth that is not positive.
     """
     x, y = check_sets(x, y, minimum=2 if unbiased else 1)
-    if bandwidth is None:
-        bandwidth = median_bandwidth(x, y)
+    bandwidth = median_bandwidth(x, y) if bandwidth is None else bandwidth
     kernels = (rbf_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y)))
     return mmd_from_kernels(*kernels, unbiased=unbiased)
 
@@ -75,10 +74,8 @@ def rbf_kernel(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
 def mmd_from_kernels(kernel_xx: Tensor, kernel_yy: Tensor, kernel_xy: Tensor, unbiased: bool = True) -> float:
     """Squared maximum mean discrepancy from the kernels of `rbf_kernel`, see `mmd_rbf`.
 
-    A resample with indices i and j of the two sets needs no new kernel: `kernel_xx[i][:, i]`, `kernel_yy[j][:, j]`,
-    `kernel_xy[i][:, j]`.
-
-    kernel_xx: (N, N), kernel_yy: (M, M), kernel_xy: (N, M).
+    kernel_xx: (N, N), kernel_yy: (M, M), kernel_xy: (N, M). A resample with indices i and j of the two sets needs no
+        new ones: `kernel_xx[i][:, i]`, `kernel_yy[j][:, j]`, `kernel_xy[i][:, j]`.
     Raises UserError for shapes that don't belong together or fewer vectors than the estimate needs.
     """
     count_x, count_y = len(kernel_xx), len(kernel_yy)
@@ -125,10 +122,8 @@ def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     Raises UserError for other shapes, an empty set or values that are not finite.
     """
     queries, references = check_sets(queries, references, minimum=1)
-    nearest_squared, indices = zip(
-        *(squared.min(1) for _, squared in squared_distance_rows(queries, references)), strict=True
-    )
-    return torch.cat(nearest_squared).sqrt(), torch.cat(indices)
+    found = [squared.min(1) for _, squared in squared_distance_rows(queries, references)]
+    return torch.cat([of_rows.values for of_rows in found]).sqrt(), torch.cat([of_rows.indices for of_rows in found])
 
 
 def nearest_class_mean(features: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
@@ -162,7 +157,6 @@ def squared_distance_rows(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]
     """Squared Euclidean distances of float64 vectors (N, F), (M, F) to 1e-10 of each, some rows at a time.
 
     Yields slices of range(N) and the new tensors (rows, M) that belong to them, which the caller may change.
-
     ‖a‖² + ‖b‖² − 2·a·b is 15 times faster than differences at F = 2048, but wrong by about 1e-14 of the norms: much
     where vectors are nearly equal. Those pairs alone are computed by differences.
     """
@@ -195,5 +189,4 @@ def _mean_kernel(kernel: Tensor, unbiased: bool) -> Tensor:
     """Mean of a set's kernel matrix (N, N) with itself, without its diagonal of ones when unbiased."""
     if not unbiased:
         return kernel.mean()
-    count = len(kernel)
-    return (kernel.sum() - kernel.trace()) / (count * (count - 1))
+    return (kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1))

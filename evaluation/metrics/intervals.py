@@ -9,14 +9,11 @@ from torch import Tensor
 
 from common.errors import UserError
 
+Statistic = Callable[..., float]  # of one index tensor per set
+
 
 def bootstrap_interval(
-    statistic: Callable[..., float],
-    sizes: Sequence[int],
-    *,
-    num_resamples: int = 200,
-    seed: int = 0,
-    confidence: float = 0.95,
+    statistic: Statistic, sizes: Sequence[int], *, num_resamples: int = 200, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Confidence interval around a statistic of all volumes, from resamples of the volumes with replacement.
 
@@ -25,12 +22,10 @@ def bootstrap_interval(
     less the resamples' mean: the interval shows the spread at this number of volumes around the value reported, and
     no bias of the statistic itself. Few volumes show a little too little spread (an N where N − 1 is due).
 
-    statistic: function of one index tensor per set; called with all indices in order first, then with resamples. Sets
-        are resampled independently; one set is what volumes that belong in pairs take.
-    sizes: number of volumes of each set.
+    statistic: called with all indices in order first, then with resamples. Sets are resampled independently; one set
+        is what volumes that belong in pairs take. sizes: number of volumes of each set.
     num_resamples, confidence: the bounds are the percentiles 100·(1 ± confidence) / 2 of that many resamples.
     seed: the same one gives the same resamples; torch's own random state is neither used nor changed.
-    Returns the lower and the upper bound.
     Raises UserError for a set below 2 volumes, fewer than 2 resamples, a confidence outside (0, 1), and a statistic
     that is not finite for all volumes or for any resample: without those the interval would be too narrow.
     """
@@ -44,14 +39,7 @@ def bootstrap_interval(
 
 
 def subsampling_interval(
-    statistic: Callable[..., float],
-    sizes: Sequence[int],
-    *,
-    num_resamples: int = 200,
-    seed: int = 0,
-    confidence: float = 0.95,
-    share: float = 0.8,
-    largest: int = 1000,
+    statistic: Statistic, sizes: Sequence[int], *, num_resamples=200, seed=0, confidence=0.95, share=0.8, largest=1000
 ) -> tuple[float, float]:
     """As `bootstrap_interval`, from resamples without replacement: for distances between sets.
 
@@ -86,12 +74,7 @@ def _check(sizes: Sequence[int], num_resamples: int, confidence: float, least: i
 
 
 def _interval(
-    statistic: Callable[..., float],
-    sizes: Sequence[int],
-    draw: Callable[[int], Tensor],
-    num_resamples: int,
-    confidence: float,
-    scale: float,
+    statistic: Statistic, sizes: Sequence[int], draw: Callable, num_resamples: int, confidence: float, scale: float
 ) -> tuple[float, float]:
     """Percentiles of the resamples less their mean, times `scale`, around the value of all volumes."""
     value = statistic(*(torch.arange(size) for size in sizes))

@@ -40,9 +40,7 @@ def psnr(x: Tensor, y: Tensor, data_range: float = 2.0) -> float:
     """
     _check_data_range("PSNR", data_range)
     mse = _mean_difference("PSNR", x, y, Tensor.square_)
-    if mse == 0:
-        return math.inf
-    return 10 * math.log10(data_range**2 / mse)
+    return 10 * math.log10(data_range**2 / mse) if mse > 0 else math.inf
 
 
 def ssim(x: Tensor, y: Tensor, data_range: float = 2.0, low: float = -1.0) -> float:
@@ -75,8 +73,7 @@ def ms_ssim(x: Tensor, y: Tensor, data_range: float = 2.0, num_scales: int | Non
     _check_data_range("MS-SSIM", data_range)
     x, y = _check_volumes("MS-SSIM", x, y)
     possible = num_scales_of(x.shape)
-    if num_scales is None:
-        num_scales = possible
+    num_scales = possible if num_scales is None else num_scales
     if not 1 <= num_scales <= possible:
         raise UserError(f"MS-SSIM of a volume {tuple(x.shape)} takes 1 to {possible} scales, got {num_scales}")
 
@@ -86,8 +83,7 @@ def ms_ssim(x: Tensor, y: Tensor, data_range: float = 2.0, num_scales: int | Non
         if scale:
             x, y = (F.avg_pool3d(volume[None].double(), 2)[0] for volume in (x, y))  # every side halved, rounded down
         similarity, contrast = _similarity_and_contrast(x, y, data_range, low)
-        term = similarity if scale == num_scales - 1 else contrast
-        product *= max(term, 0.0) ** (weight / sum(weights))
+        product *= max(similarity if scale == num_scales - 1 else contrast, 0.0) ** (weight / sum(weights))
     return product
 
 

@@ -27,11 +27,8 @@ def seam_index(volume: Tensor, edge: int) -> float:
         is_border = [(i + 1) % edge == 0 for i in range(len(steps))]
         across += [step for step, border in zip(steps, is_border, strict=True) if border]
         elsewhere += [step for step, border in zip(steps, is_border, strict=True) if not border]
-    border_mean, other_mean = (_mean(steps) for steps in (across, elsewhere))
+    sums = [(sum(step.sum() for step in steps), sum(step.numel() for step in steps)) for steps in (across, elsewhere)]
+    border_mean, other_mean = ((total / count).item() for total, count in sums)
     if not border_mean >= 0 or not other_mean > 0:
         raise UserError(f"the volume holds NaN or is constant within tiles of {edge} voxels: no seam index is defined")
     return border_mean / other_mean
-
-
-def _mean(slices: list[Tensor]) -> float:
-    return (sum(step.sum() for step in slices) / sum(step.numel() for step in slices)).item()

@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
-from evaluation.results.results import KINDS, Curves, Picture, Results, read_results
+from evaluation.results.results import KINDS, Picture, Results, read_results
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 BETTER = ("lower", "higher", "real")
@@ -64,19 +64,15 @@ def _read_part(path: Path) -> Part:
         if figure.better not in BETTER:
             raise UserError(f"{path}: figures[{i}].better is {figure.better!r}, not one of {', '.join(BETTER)}")
     for i, curves in enumerate(results.curves):
-        _check_lengths(curves, f"{path}: curves[{i}].")
+        for j, line in enumerate(curves.series):
+            lengths = [len(values) for values in (line.x, line.y, line.low, line.high)]
+            if lengths[0] != lengths[1] or lengths[2] != lengths[3] or lengths[2] not in (0, lengths[0]):
+                where = f"{path}: curves[{i}].series[{j}]"
+                raise UserError(f"{where}: x, y, low, high have {lengths} values, all need as many")
     for i, table in enumerate(results.tables):
         if any(len(row) != len(table.columns) for row in table.rows):
             raise UserError(f"{path}: tables[{i}].rows: each needs {len(table.columns)} cells, one for each column")
-    pictures = [_read_picture(path, picture) for picture in results.pictures]
-    return Part(making, results, pictures)
-
-
-def _check_lengths(curves: Curves, place: str) -> None:
-    for i, line in enumerate(curves.series):
-        lengths = [len(values) for values in (line.x, line.y, line.low, line.high)]
-        if lengths[0] != lengths[1] or lengths[2] != lengths[3] or lengths[2] not in (0, lengths[0]):
-            raise UserError(f"{place}series[{i}]: x, y, low, high have {lengths} values, all need as many")
+    return Part(making, results, [_read_picture(path, picture) for picture in results.pictures])
 
 
 def _read_picture(path: Path, picture: Picture) -> Png:
@@ -89,8 +85,7 @@ def _read_picture(path: Path, picture: Picture) -> Png:
         data = file.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: picture {picture.file!r} cannot be read: run its script again") from error
-    size = png_size(data)
-    if size is None:
+    if (size := png_size(data)) is None:
         raise UserError(f"{file}: no PNG, or a damaged one: run the script that wrote it again")
     return Png(picture.caption, data, *size)
 
@@ -128,7 +123,10 @@ def typed(value: Any, hint: Any, place: str) -> Any:
     if kind is UnionType:
         return _expect(value, args, place, "a text or a number")
     if kind is float:
-        return _as_float(_expect(value, (int, float), place, NAMES[float]), place)
+        try:
+            return float(_expect(value, (int, float), place, NAMES[float]))
+        except OverflowError as error:
+            raise UserError(f"{_end(place)} is a number beyond all bounds") from error
     if kind in NAMES:
         return _expect(value, (kind,), place, NAMES[kind])
     if is_dataclass(kind):
@@ -151,13 +149,6 @@ def _as_dataclass(value: dict[str, Any], kind: type, place: str) -> Any:
     dot = "" if place.endswith(": ") else "."
     hints = get_type_hints(kind)
     return kind(**{name: typed(value[name], hints[name], f"{place}{dot}{name}") for name in hints if name in value})
-
-
-def _as_float(value: float, place: str) -> float:
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise UserError(f"{_end(place)} is a number beyond all bounds") from error
 
 
 def _expect(value: Any, kinds: tuple[type, ...], place: str, name: str) -> Any:

@@ -29,10 +29,8 @@ class Axes:
     def place(self, x: float, y: float) -> Point:
         """In pixels from the picture's upper left corner."""
         (x0, x1), (y0, y1) = self.x_range, self.y_range
-        return (
-            LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM),
-        )
+        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
 
 def plot(curves: Curves) -> str:
@@ -63,9 +61,8 @@ def _is_known(*values: float) -> bool:
 
 
 def _ticks(ends: tuple[float, float], num: int) -> list[float]:
-    return [
-        tick for tick in MaxNLocator(num, steps=TICK_STEPS).tick_values(*ends).tolist() if ends[0] <= tick <= ends[1]
-    ]
+    ticks = MaxNLocator(num, steps=TICK_STEPS).tick_values(*ends).tolist()
+    return [tick for tick in ticks if ends[0] <= tick <= ends[1]]
 
 
 def _grid(axes: Axes) -> str:

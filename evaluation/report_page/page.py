@@ -15,22 +15,14 @@ NO_GROUP = "All volumes"
 
 def page(parts: Sequence[Part], *, title: str, made: str, style: str) -> str:
     """One self-contained HTML page. made: date of the page. style: its CSS."""
-    body = "".join(
-        (
-            f"<header><h1>{escape(title)}</h1><p class='made'>Made {escape(made)}</p></header>\n<main>\n",
-            _warnings(parts),
-            _contents(parts),
-            _making(parts),
-            _excluded(parts),
-            *(_part(part) for part in parts),
-            "</main>",
-        )
-    )
+    header = f"<header><h1>{escape(title)}</h1><p class='made'>Made {escape(made)}</p></header>\n"
+    main = "".join([_warnings(parts), _contents(parts), _making(parts), _excluded(parts), *map(_part, parts)])
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n{header}<main>\n{main}</main>\n</body>\n</html>\n"
     )
 
 
@@ -146,10 +138,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     """("a.b", value) of nested options."""
     lines = []
     for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            lines += _flat(value, f"{prefix}{name}.")
-        else:
-            lines.append((f"{prefix}{name}", _shown(value)))
+        is_nested = isinstance(value, dict) and value
+        lines += _flat(value, f"{prefix}{name}.") if is_nested else [(f"{prefix}{name}", _shown(value))]
     return lines
 
 

@@ -19,7 +19,6 @@ def write_report(cfg: DictConfig) -> None:
     output = folder / REPORT_NAME if cfg.output is None else Path(cfg.output)
     parts = read_parts(folder)
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    text = page(parts, title=cfg.title, made=made, style=style)
+    text = page(parts, title=cfg.title, made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", style=style)
     write_atomically(output, text.encode(errors="replace"))  # JSON and command lines can hold halves of characters
     get_logger().info("wrote %s", output)

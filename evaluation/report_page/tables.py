@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
 
 from evaluation.results.results import Figure, TextTable
@@ -19,13 +18,7 @@ FLOOR_NOTE = (
     "the mean over random halvings of the real set."
 )
 
-
-@dataclass
-class Row:
-    """One line of a table: figures of several checkpoints that have all else in common."""
-
-    first: Figure
-    by_model: dict[str, Figure] = field(default_factory=dict)
+Row = dict[str, Figure]  # one line of a table: figures of checkpoints that have all else in common, by checkpoint
 
 
 def number(value: float | int) -> str:
@@ -53,16 +46,14 @@ def figure_table(figures: Sequence[Figure]) -> str:
     models = list(dict.fromkeys(figure.model for figure in figures))
     has_network = any(figure.network for figure in figures)
     has_floor = any(figure.floor for figure in figures)
-    has_interval = any(figure.interval for figure in figures)
-    has_deviation = any(figure.std is not None for figure in figures)
-    has_random = any(_is_random(figure.network) for figure in figures)
-    notes = [DEVIATION_NOTE] * has_deviation + [INTERVAL_NOTE] * has_interval + [FLOOR_NOTE] * has_floor
-    notes += [RANDOM_NOTE] * has_random
+    notes = [DEVIATION_NOTE] * any(figure.std is not None for figure in figures)
+    notes += [INTERVAL_NOTE] * any(figure.interval for figure in figures) + [FLOOR_NOTE] * has_floor
+    notes += [RANDOM_NOTE] * any(_is_random(figure.network) for figure in figures)
     note = f'<p class="note">{" ".join(notes)}</p>\n' if notes else ""
     bodies = []
     for rows in _by_metric(figures):
         lines = [_cells(row, models, has_network, has_floor) for row in rows]
-        lines[0] = _metric_cells(rows[0].first, len(rows)) + lines[0]
+        lines[0] = _metric_cells(_first(rows[0]), len(rows)) + lines[0]
         bodies.append("<tbody>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</tbody>")
     head = _head(models, has_network, has_floor)
     return scrolled(f'<table class="figures">{head}{"".join(bodies)}</table>', "figures") + note
@@ -93,14 +84,15 @@ def _by_metric(figures: Sequence[Figure]) -> list[list[Row]]:
     metrics: dict[tuple[str, ...], list[Row]] = {}
     for figure in figures:
         rows = metrics.setdefault((figure.metric, figure.unit, figure.better), [])
-        for row in rows:
-            if _shared(row.first) == _shared(figure) and figure.model not in row.by_model:
-                break
-        else:
-            row = Row(figure)
-            rows.append(row)
-        row.by_model[figure.model] = figure
+        fitting = (row for row in rows if _shared(_first(row)) == _shared(figure) and figure.model not in row)
+        if (row := next(fitting, None)) is None:
+            rows.append(row := {})
+        row[figure.model] = figure
     return list(metrics.values())
+
+
+def _first(row: Row) -> Figure:
+    return next(iter(row.values()))
 
 
 def _shared(figure: Figure) -> tuple:
@@ -130,22 +122,18 @@ def _metric_cells(figure: Figure, num_rows: int) -> str:
 
 
 def _cells(row: Row, models: Sequence[str], has_network: bool, has_floor: bool) -> str:
-    figure = row.first
-    cells = [f'<td class="network">{_network(figure.network)}</td>'] * has_network
+    figure = _first(row)
+    mark = f' <strong class="random">{RANDOM}</strong>' if _is_random(figure.network) else ""
+    cells = [f'<td class="network">{escape(figure.network)}{mark}</td>'] * has_network
     counts = "".join(f"<li>{escape(name)} {number(count)}</li>" for name, count in figure.num.items())
     cells.append(f'<td><ul class="counts">{counts}</ul></td>')
-    cells += [_value_cell(row.by_model.get(model)) for model in models]
+    cells += [_value_cell(row.get(model)) for model in models]
     if has_floor:
-        floors = [found.floor if (found := row.by_model.get(model)) else None for model in models]
+        floors = [found.floor if (found := row.get(model)) else None for model in models]
         known = figure.floor
         cells += [_num_cell(known and known.num), _num_cell(known and known.value)]
         cells += [_num_cell(floor and floor.comparable) for floor in floors]
     return "".join(cells)
-
-
-def _network(name: str) -> str:
-    mark = f' <strong class="random">{RANDOM}</strong>' if _is_random(name) else ""
-    return escape(name) + mark
 
 
 def _is_random(network: str) -> bool:

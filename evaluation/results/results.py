@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -155,8 +155,7 @@ def read_results(path: Path) -> dict[str, Any]:
     found = content.get("schema_version")
     if found != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version is {found}, this code reads {SCHEMA_VERSION}: run the script again")
-    needed = {item.name for item in fields(Results)}
-    if missing := needed - content.keys():
+    if missing := {item.name for item in fields(Results)} - content.keys():
         raise UserError(f"{path}: {', '.join(sorted(missing))} missing: run the script that wrote it again")
     return content
 
@@ -166,15 +165,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([["" if _is_missing(cell) else cell for cell in row] for row in rows])
+    writer.writerows([["" if cell is None or cell != cell else cell for cell in row] for row in rows])  # NaN != NaN
     write_atomically(path, text.getvalue().encode())
 
 
 def make_folders(cfg: DictConfig, kind: str) -> None:
-    """Makes the folders of results, pictures and cache, so that a place that can't be written to shows before any work.
-
-    cfg: of an evaluation script (`output_dir`, `cache_dir`). kind: of the results.
-    """
+    """Makes the folders of results, pictures and cache: a place that can't be written to shows before any work."""
     output = Path(cfg.output_dir)
     folders = [("output_dir", output), ("cache_dir", cache_folder(cfg))]
     if OmegaConf.select(cfg, "num_pictures"):
@@ -209,29 +205,12 @@ def file_names(groups: Sequence[str]) -> list[str]:
     return names
 
 
-def list_excluded(reasons: Mapping[Path, str]) -> list[dict[str, str]]:
-    """Files that were left out, as `Results.excluded` has them."""
-    return [{"file": str(path), "reason": reason} for path, reason in reasons.items()]
-
-
-def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved options of a run."""
-    return OmegaConf.to_container(cfg, resolve=True)
-
-
 def _csv_row(figure: Figure) -> list[Any]:
     low, high = figure.interval or (None, None)
     num = " ".join(f"{name}={count}" for name, count in figure.num.items())
-    floor = figure.floor
-    ends = (None, None, None) if floor is None else (floor.value, floor.comparable, floor.num)
-    return [
-        *(figure.group, figure.metric, figure.network, figure.model),
-        *(figure.value, low, high, figure.std, figure.unit, figure.better, num, *ends),
-    ]
-
-
-def _is_missing(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+    floor = (None, None, None) if figure.floor is None else astuple(figure.floor)
+    names = (figure.group, figure.metric, figure.network, figure.model)
+    return [*names, figure.value, low, high, figure.std, figure.unit, figure.better, num, *floor]
 
 
 def _plain(value: Any) -> Any:
@@ -242,6 +221,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, Path) else value

@@ -29,9 +29,7 @@ DIGEST_BYTES = 32  # SHA-256 of the rest of a file, so that a damaged one is nev
 class ResultCache:
     """Named arrays by key, in files of their own. Damaged files count as missing.
 
-    Args:
-        folder: folder of all caches.
-        name: for people. settings: what the results depend on besides the volume: others are kept apart.
+    folder: of all caches. name: for people. settings: what the results depend on besides the volume.
     """
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -80,13 +78,10 @@ class Work:
     batch_size: int = 1
 
 
-def do_work(
-    work: Work, items: Sequence[Any], place: Distributed, num_workers: int
-) -> tuple[list[Arrays | None], dict[Any, str]]:
+def do_work(work: Work, items: Sequence, place: Distributed, num_workers: int) -> tuple[list[Arrays | None], dict]:
     """The results of all items, those that are there from the cache, and why the others can't be read, by item.
 
-    To be called on every rank; each does its share, and rank 0 gets the results (the others a list of None). Results
-    are kept as soon as they are there, so a killed run goes on.
+    To be called on every rank; each does its share, and rank 0 gets the results (the others a list of None).
     """
     mine = range(place.rank, len(items), place.world_size)
     shares = place.on_all(lambda: _do_share(work, {i: items[i] for i in mine}, num_workers, place.is_main))
@@ -98,13 +93,9 @@ def do_work(
     return results, {items[i]: refused[i] for i in sorted(refused)}
 
 
-def _do_share(
-    work: Work, items: Mapping[int, Any], num_workers: int, show: bool
-) -> tuple[dict[int, str], dict[int, str]]:
+def _do_share(work: Work, items: Mapping[int, Any], num_workers: int, show: bool) -> tuple[dict, dict]:
     """Leaves the results of these items in the cache. Returns by the item's number its key, or why it can't be read."""
-    numbers = list(items)
-    keys: dict[int, str] = {}
-    refused: dict[int, str] = {}
+    numbers, keys, refused = list(items), {}, {}
     waiting: dict[str, Tensor] = {}  # of one shape, to be computed together
 
     def compute() -> None:
@@ -114,9 +105,8 @@ def _do_share(
             waiting.clear()
 
     read = partial(_read, work.key, work.read, work.cache)
-    for position, (key, tensor, reason) in map_in_processes(
-        read, [*items.values()], num_workers, work.label, show=show
-    ):
+    found = map_in_processes(read, [*items.values()], num_workers, work.label, show=show)
+    for position, (key, tensor, reason) in found:
         if reason is not None:
             refused[numbers[position]] = reason
             continue
@@ -132,9 +122,7 @@ def _do_share(
     return keys, refused
 
 
-def _read(
-    key_of: Callable[[Any], str], read: Callable[[Any], Tensor], cache: ResultCache, item: Any
-) -> tuple[str | None, Tensor | None, str | None]:
+def _read(key_of: Callable, read: Callable, cache: ResultCache, item: Any) -> tuple:
     """Key, tensor (None where the results are there), and the reason why it can't be read; in a loading process."""
     try:
         key = key_of(item)

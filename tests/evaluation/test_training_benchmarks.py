@@ -13,7 +13,7 @@ from AutoEncoder.model.codebook import Codebook
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.errors import UserError
 from evaluation.benchmark import main
-from evaluation.benchmarks import autoencoder, biflownet, codebook, measuring, scaling, training, write
+from evaluation.benchmarks import autoencoder, biflownet, codebook, measuring, scaling, write
 from evaluation.benchmarks import running as benchmark
 from evaluation.benchmarks.measuring import count_flops, kept_gb, matmul_rate, relative_error
 from train import train_BiFlowNet_SingleRes, train_PatchVolume
@@ -34,7 +34,7 @@ def run(tmp_path, *words: str) -> dict:
     ],
 )
 def test_training_steps(tmp_path, monkeypatch, part, ways):
-    monkeypatch.setattr(training, "matmul_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(measuring, "matmul_rate", lambda device, dtype: 1e12)
     words = ["--no-perceptual"] if part == "autoencoder" else []
     found = run(tmp_path, part, "--device", "cpu", "--batch-size", "2", *words)
     rows = {row["name"]: row for row in found["rows"]}
@@ -61,7 +61,7 @@ def test_no_step_is_timed_where_gradients_differ(monkeypatch, part):
         return found if len(calls) <= {"biflownet": 1, "autoencoder": 2}[part] else found.flip(0)
 
     monkeypatch.setattr(module, name, wrong_the_second_time)
-    monkeypatch.setattr(training, "in_turn", None)
+    monkeypatch.setattr(measuring, "in_turn", None)
     with pytest.raises(UserError, match="float32: differs from the plain way by .*nothing was timed"):
         main([part, "--size", "tiny", "--device", "cpu", *(["--no-perceptual"] if part == "autoencoder" else [])])
 
@@ -70,7 +70,7 @@ def test_no_step_is_timed_where_gradients_differ(monkeypatch, part):
 def test_the_autoencoders_parity_sees_a_loss_of_another_weight(monkeypatch, loss):
     right = getattr(patchvolumeAE, loss)
     monkeypatch.setattr(patchvolumeAE, loss, lambda model, x: 1.1 * right(model, x))
-    monkeypatch.setattr(training, "in_turn", None)
+    monkeypatch.setattr(measuring, "in_turn", None)
     with pytest.raises(UserError, match="float32: differs from the plain way by 0.07"):
         main(["autoencoder", "--size", "tiny", "--device", "cpu", "--no-perceptual"])
 
