@@ -86,7 +86,6 @@ class Singleres_dataset(Dataset):
 
     @property
     def num_channels(self) -> int:
-        """Channels of the latents."""
         return self.shapes[0][0]
 
     def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, ...] | tuple[torch.Tensor, str]:
@@ -105,7 +104,6 @@ class Singleres_dataset(Dataset):
         return torch.tensor(self.resolution, dtype=torch.float32) / self.vq_size
 
     def files_by_label(self) -> dict[int, list[Path]]:
-        """The files of each class."""
         return {
             label: [f for f, of in zip(self.files, self.labels, strict=True) if of == label] for label in self.folders
         }

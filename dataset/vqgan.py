@@ -139,11 +139,8 @@ class VQGANDataset(EpochDataset):
         small = [path for path, shape in zip(self.files, self.shapes, strict=True) if min(shape) < self.patch_size]
         if small:
             logger.warning(
-                "%d of %d volumes are smaller than a patch of %d voxels and are padded with background, e.g. %s",
-                len(small),
-                len(self.files),
-                self.patch_size,
-                small[0],
+                f"{len(small)} of {len(self.files)} volumes are smaller than a patch of {self.patch_size} voxels and "
+                f"are padded with background, e.g. {small[0]}"
             )
 
 

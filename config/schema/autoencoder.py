@@ -44,10 +44,7 @@ class AutoencoderModelConfig:
     perceptual_weights: str | None = key(None, "folder of that network's weights; null = the usual place", resume=FREE)
 
     stage: int = key(
-        1,
-        "1: patches, whole model; 2: volumes, decoder and post_vq_conv only",
-        one_of(1, 2),
-        section="Optimisation",
+        1, "1: patches, whole model; 2: volumes, decoder and post_vq_conv only", one_of(1, 2), section="Optimisation"
     )
     batch_size: int = key(24, "patches (stage 1) or volumes (stage 2) per process and step", at_least(1))
     lr: float = key(3e-4, "learning rate of both Adam optimisers", positive)

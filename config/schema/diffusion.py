@@ -92,10 +92,7 @@ class GenerationConfig(DiffusionModelConfig):
     output_dtype: str = flag("float32", "float32 | int16 (whole HU, else scaled codes)", one_of("float32", "int16"))
 
     class_names: list[str] = key(
-        [],
-        "classes by name or id; empty = all of the table",
-        flag="--classes",
-        section="Requests (docs/generation.md)",
+        [], "classes by name or id; empty = all of the table", flag="--classes", section="Requests (docs/generation.md)"
     )
     resolution: list[int] | None = flag(
         None, "voxels z y x; null = the class table's", positive_triple("three whole numbers above 0, z y x in voxels")

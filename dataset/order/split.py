@@ -117,7 +117,7 @@ def _choose(files: Sequence[SplitFile], fraction: float, seed: int) -> set[Any]:
     """
     sides = _Sides(files, fraction)
     orders = {file.subject: file.order for file in files}
-    subjects = sorted(orders, key=lambda subject: _hash(orders[subject], seed))
+    subjects = sorted(orders, key=lambda subject: hashlib.sha256(f"{seed}/{orders[subject]}".encode()).digest())
     for subject in subjects:
         if sides.is_free(subject) and sides.cost(subject) < 0:
             sides.hold_out(subject)
@@ -159,10 +159,6 @@ class _Sides:
         for name, count in self.counts[subject].items():
             self.missing[name] -= count
             self.in_training[name] -= 1
-
-
-def _hash(text: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{text}".encode()).digest()
 
 
 # Record
