@@ -54,14 +54,12 @@ class Singleres_dataset(Dataset):
         vq_size: int = 64,
         cache: LatentCache | None = None,
     ):
+        assert not (generate_latents and cache), "the cache is for latents"
         self.root_dir = Path(root_dir)
         self.resolution = tuple(int(extent) for extent in resolution)
         if len(self.resolution) != 3 or min(self.resolution) < 1:
             raise UserError(f"resolution {list(resolution)}: three positive numbers are needed, the latent grid z x y")
-        self.vq_size = vq_size
-        self.generate_latents = generate_latents
-        assert not (generate_latents and cache), "the cache is for latents"
-        self.cache = cache
+        self.vq_size, self.generate_latents, self.cache = vq_size, generate_latents, cache
         self.intensity_range = check_intensity_range(intensity_range)
         self.folders = read_class_folders(root_dir)
         entries = [

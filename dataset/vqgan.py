@@ -31,7 +31,6 @@ class CropRule:
     size: tuple[int, int, int]
 
     def crop_size(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """The size of what is kept of a volume of `shape`."""
         if prod(shape) <= self.max_voxels:
             return tuple(shape)
         return tuple(min(extent, length) for extent, length in zip(shape, self.size, strict=True))

@@ -1,8 +1,4 @@
-"""What is wrong with the files of a data set: with each by itself, and what shows only among many.
-
-`dataset/check.py` asks this of every file, training of a few before it begins. Everything here finds and prints
-nothing.
-"""
+"""What is wrong with the files of a data set: with each by itself, and what shows only among many. Prints nothing."""
 
 import hashlib
 from collections import Counter
@@ -245,8 +241,8 @@ def volume_set_notes(facts: Mapping[str, Sequence[FileFacts]], patch_size: int) 
         if small:
             notes.append(f"{name}: {small} smaller than a patch of {patch_size}: padded with background")
         if uneven:
-            remedy = "padded in validation and encoding"
-            notes.append(f"{name}: {uneven} do not divide into patches of {patch_size}: {remedy}")
+            where = "padded in validation and encoding"
+            notes.append(f"{name}: {uneven} do not divide into patches of {patch_size}: {where}")
         if (sizes := len({header.shape for header in headers})) > 1:
             notes.append(f"{name}: {sizes} sizes: diffusion is trained on latents of one size")
         if (spacings := len({format_numbers(header.spacing_mm) for header in headers})) > 1:

@@ -27,16 +27,12 @@ class Split:
 
 @dataclass(frozen=True)
 class SplitFile:
-    """A file as the split sees it.
-
-    subject: files of one subject are never parted. order: the text whose hash with the seed decides; two subjects of
-    different classes may have the same.
-    """
+    """A file as the split sees it."""
 
     name: str  # of the dataset JSON
     path: Path
-    subject: Any
-    order: str
+    subject: Any  # files of one subject are never parted
+    order: str  # its hash with the seed decides; subjects of different classes may have the same
 
 
 def split_dataset(root_dir: str | Path, fraction: float, seed: int, subject_pattern: str | None = None) -> Split:

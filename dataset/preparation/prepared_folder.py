@@ -38,13 +38,10 @@ class Outcome:
 
 @dataclass
 class PreparedFolder:
-    """The prepared volumes of one class.
-
-    folder: where they are. input: the folder that sources are found in. recipe: how they are prepared.
-    """
+    """The prepared volumes of one class."""
 
     folder: Path
-    input: Path
+    input: Path  # the folder that sources are found in
     recipe: Recipe
     entries: dict[str, dict[str, Any]] = field(init=False)  # of the manifest, by file
 

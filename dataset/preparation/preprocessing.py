@@ -131,11 +131,8 @@ def resolve_target(cfg: DictConfig) -> Target:
         raise UserError(f"modality {modality} doesn't fit the preset {cfg.preset}, which is {preset.modality}")
     window, percentiles = cfg.window, cfg.percentiles
     if window is None and percentiles is None:
-        window = DEFAULT_WINDOW if modality == "CT" else None
-        percentiles = None if modality == "CT" else DEFAULT_PERCENTILES
-    size = cfg.size
-    if size is None and grid is not None:
-        size = _voxels(cfg, grid)
+        window, percentiles = (DEFAULT_WINDOW, None) if modality == "CT" else (None, DEFAULT_PERCENTILES)
+    size = _voxels(cfg, grid) if cfg.size is None and grid is not None else cfg.size
     recipe = Recipe(
         window=_floats(window),
         percentiles=_floats(percentiles),

@@ -85,7 +85,8 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
         if isinstance(look, Slice):
             slices.append(look)
         elif look == "nifti":
-            found.sources.append(Source(_stem(path.relative_to(folder)), (path,)))
+            name = re.sub(r"\.nii(\.gz)?$", "", path.relative_to(folder).as_posix())
+            found.sources.append(Source(name, (path,)))
         elif look is None:
             found.num_other += 1
         else:
@@ -125,10 +126,6 @@ def _first_bytes(path: Path) -> bytes:
             return gzip.GzipFile(fileobj=file).read(HEADER_BYTES)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             return start
-
-
-def _stem(path: Path) -> str:
-    return re.sub(r"\.nii(\.gz)?$", "", path.as_posix())
 
 
 # Reading

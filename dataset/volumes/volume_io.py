@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from einops import rearrange
 
 from common.errors import UserError
 from common.files import write_atomically
@@ -87,16 +88,12 @@ class Volume:
 
 def nifti_to_tensor(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """(..., X, Y, Z) -> (..., Z, X, Y), that is (..., D, H, W). A view."""
-    return _move_axis(volume, -1, -3)
+    return rearrange(volume, "... x y z -> ... z x y")
 
 
 def tensor_to_nifti(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """(..., D, H, W) -> (..., X, Y, Z), the inverse of `nifti_to_tensor`. A view."""
-    return _move_axis(volume, -3, -1)
-
-
-def _move_axis(array: np.ndarray | torch.Tensor, source: int, destination: int) -> np.ndarray | torch.Tensor:
-    return (torch if isinstance(array, torch.Tensor) else np).moveaxis(array, source, destination)
+    return rearrange(volume, "... z x y -> ... x y z")
 
 
 # Volumes
@@ -314,17 +311,13 @@ def _open(path: str | Path, num_bytes: int | None = None) -> tuple[Header, nib.N
     """What a file says of itself, and its image; of the first `num_bytes` alone an image without voxels."""
     path = Path(path)
     content = read_bytes(path, num_bytes)
-    image = _parse(path, content)
-    return _describe(path, image.header, content), image
-
-
-def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     image_class = nib.Nifti2Image if content[:4] in NIFTI2_STARTS else nib.Nifti1Image
     try:
-        return image_class.from_bytes(content)
+        image = image_class.from_bytes(content)
     except Exception as error:  # nibabel raises many types, from struct.error to ImageFileError, for a wrong header
         reason = "truncated" if content[:4] in NIFTI_STARTS else "not a NIfTI image"
         raise UserError(f"{path}: {reason}: a whole .nii.gz file is needed") from error
+    return _describe(path, image.header, content), image
 
 
 def _voxels(path: Path, image: nib.Nifti1Image) -> np.ndarray:
