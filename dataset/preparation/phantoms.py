@@ -242,6 +242,5 @@ def check_record(output_dir: Path, options: dict[str, int]) -> None:
 def check_no_others(output_dir: Path, expected: set[Path]) -> None:
     """Files beyond those asked for would be trained on or measured as well."""
     others = sorted(set(output_dir.rglob(f"*{VOLUME_SUFFIX}")) - expected)
-    others = [path for path in others if not path.parent.name.endswith(LATENT_SUFFIX)]
-    if others:
+    if others := [path for path in others if not path.parent.name.endswith(LATENT_SUFFIX)]:
         raise UserError(f"{output_dir}: {len(others)} files more than asked for, e.g. {others[0]}: name a new folder")
