@@ -45,9 +45,7 @@ def parse_command_line(
         allow_abbrev=False,
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=" ".join(
-            ["%(prog)s", *(option.flag for option in positionals), "[--config FILE] [flags] [key=value ...]"]
-        ),
+        usage=" ".join(["%(prog)s", *(place.flag for place in positionals), "[--config FILE] [flags] [key=value ...]"]),
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text and exit")
     if "--config" not in flags:  # else it is the script's own
@@ -82,10 +80,8 @@ def _canonical(token: str, flags: Mapping[str, Option]) -> str:
     head, equals, value = token.partition("=")
     if not head.startswith("--"):
         return token
-    for flag in flags:
-        if flag.replace("_", "-") == head.replace("_", "-"):
-            return f"{flag}{equals}{value}"
-    return token
+    same = (flag for flag in flags if flag.replace("_", "-") == head.replace("_", "-"))
+    return f"{next(same, head)}{equals}{value}"
 
 
 def _arity(hint: Any) -> dict[str, Any]:

@@ -30,15 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(
-    schema: type,
-    path: str | Path | None,
-    overrides: Sequence[str] = (),
-    values: Mapping[str, Any] | None = None,
+    schema: type, path: str | Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> DictConfig:
     """Composes a config file, applies overrides and returns the checked, resolved result.
 
     Args:
-        schema: dataclass of `config/schema/`.
         path: YAML file; None starts from the schema's defaults.
         overrides: `key=value` in Hydra's grammar, e.g. `model.lr=1e-4`; they win over the file.
         values: plain values by flat key (from command-line flags); they win over the overrides.
@@ -82,13 +78,10 @@ def save_config(cfg: DictConfig, folder: str | Path) -> Path:
 
 def require(cfg: DictConfig, *keys: str) -> None:
     """Checks that keys without a useful default were given; raises one UserError that names all that were not."""
-    missing = [name for name in keys if OmegaConf.select(cfg, name) in (None, "")]
-    if not missing:
-        return
-    hints = [f"{name} (--{name.replace('_', '-')} VALUE)" if "." not in name else name for name in missing]
-    raise UserError(
-        f"required but not set: {', '.join(hints)}; set it in the config file or add {missing[0]}=VALUE to the command"
-    )
+    if missing := [name for name in keys if OmegaConf.select(cfg, name) in (None, "")]:
+        hints = ", ".join(name if "." in name else f"{name} (--{name.replace('_', '-')} VALUE)" for name in missing)
+        advice = f"set it in the config file or add {missing[0]}=VALUE to the command"
+        raise UserError(f"required but not set: {hints}; {advice}")
 
 
 # ------------------------------------------------------------------------------------------------- composing
@@ -113,7 +106,7 @@ def _compose(path: Path) -> dict[str, Any]:
             composed = compose(config_name=path.stem, overrides=[searchpath])
         return OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a config: {_one_line(error)}") from error
+        raise UserError(f"{path}: cannot be read as a config: {' '.join(str(error).split())}") from error
     finally:
         GlobalHydra.instance().clear()
 
@@ -161,9 +154,7 @@ def _merge(cfg: DictConfig, given: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: {'; '.join(problems)}")
 
 
-def _merge_section(
-    cfg: DictConfig, section: type, given: Mapping[str, Any], prefix: str, schema: type
-) -> Iterator[str]:
+def _merge_section(cfg: DictConfig, section: type, given: Mapping, prefix: str, schema: type) -> Iterator[str]:
     hints = get_type_hints(section)
     for name, value in given.items():
         dotted = f"{prefix}{name}"
@@ -244,10 +235,6 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
     for name in reversed(dotted.split(".")):
         value = {name: value}
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _first_line(error: Exception) -> str:

@@ -63,16 +63,14 @@ BASE_FILES = (
         """
 # Every key of the Patch-Volume autoencoder with its default. The other files are short diffs over this one:
 #   defaults: [base_cfg, _self_]
-# The generator's and the discriminator's optimiser steps are counted together.
-""",
+# The generator's and the discriminator's optimiser steps are counted together.""",
     ),
     BaseFile(
         "BiFlowNet_base.yaml",
         BiFlowNetConfig,
         """
 # Every key of the latent diffusion training with its default; the keys are the flags of
-# train/train_BiFlowNet_SingleRes.py with underscores. A flag on the command line wins over this file.
-""",
+# train/train_BiFlowNet_SingleRes.py with underscores. A flag on the command line wins over this file.""",
     ),
     BaseFile(
         "generation_base.yaml",
@@ -80,8 +78,7 @@ BASE_FILES = (
         """
 # Every key of class-conditional generation with its default; the keys are the flags of
 # evaluation/class_conditional_generation.py with underscores. A flag on the command line wins over this file.
-# Use generation_8x.yaml or generation_4x.yaml, which hold the class table.
-""",
+# Use generation_8x.yaml or generation_4x.yaml, which hold the class table.""",
     ),
     BaseFile(
         "preprocess.yaml",
@@ -90,8 +87,7 @@ BASE_FILES = (
 # Every key of preprocessing with its default; the keys are the flags of dataset/preprocess.py with underscores. The
 # presets are the classes of the paper: for classes of your own start a file with `defaults: [preprocess, _self_]` and
 # give it a table `classes` like that of classes_8x.yaml; generation takes the same table.
-defaults: [classes_8x, _self_]    # the class table: downsample and classes
-""",
+defaults: [classes_8x, _self_]    # the class table: downsample and classes""",
         inherited=("downsample", "classes"),
     ),
 )

@@ -54,14 +54,12 @@ class Singleres_dataset(Dataset):
         vq_size: int = 64,
         cache: LatentCache | None = None,
     ):
+        assert not (generate_latents and cache), "the cache is for latents"
         self.root_dir = Path(root_dir)
         self.resolution = tuple(int(extent) for extent in resolution)
         if len(self.resolution) != 3 or min(self.resolution) < 1:
             raise UserError(f"resolution {list(resolution)}: three positive numbers are needed, the latent grid z x y")
-        self.vq_size = vq_size
-        self.generate_latents = generate_latents
-        assert not (generate_latents and cache), "the cache is for latents"
-        self.cache = cache
+        self.vq_size, self.generate_latents, self.cache = vq_size, generate_latents, cache
         self.intensity_range = check_intensity_range(intensity_range)
         self.folders = read_class_folders(root_dir)
         entries = [
@@ -86,7 +84,6 @@ class Singleres_dataset(Dataset):
 
     @property
     def num_channels(self) -> int:
-        """Channels of the latents."""
         return self.shapes[0][0]
 
     def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, ...] | tuple[torch.Tensor, str]:
@@ -105,7 +102,6 @@ class Singleres_dataset(Dataset):
         return torch.tensor(self.resolution, dtype=torch.float32) / self.vq_size
 
     def files_by_label(self) -> dict[int, list[Path]]:
-        """The files of each class."""
         return {
             label: [f for f, of in zip(self.files, self.labels, strict=True) if of == label] for label in self.folders
         }

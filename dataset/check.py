@@ -19,7 +19,6 @@ from config.schema.data import CheckConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks the data set of the command line; 1 where it has problems."""
     cfg = parse_command_line(argv, CheckConfig, None, __doc__)
     from dataset.checking.report import check
 

@@ -12,6 +12,7 @@ Singleres_latents.json (the folders that train/generate_training_latent.py write
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,21 +24,14 @@ from config.schema.data import PhantomConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the phantoms with a progress bar."""
     cfg = parse_command_line(argv, PhantomConfig, None, __doc__)
     require(cfg, "output_dir")
     from rich.progress import track
 
     from dataset.preparation.phantoms import write_phantoms
 
-    write_phantoms(
-        Path(cfg.output_dir),
-        cfg.num_per_class,
-        cfg.num_held_out,
-        cfg.size,
-        cfg.seed,
-        progress=lambda jobs: track(jobs, description="phantoms"),
-    )
+    progress = partial(track, description="phantoms")
+    write_phantoms(Path(cfg.output_dir), cfg.num_per_class, cfg.num_held_out, cfg.size, cfg.seed, progress)
 
 
 if __name__ == "__main__":

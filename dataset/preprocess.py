@@ -21,7 +21,6 @@ from config.schema.data import PreprocessConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepares what the command line asks for; 1 where a file could not be used."""
     cfg = parse_command_line(argv, PreprocessConfig, "preprocess.yaml", __doc__)
     require(cfg, "input", *([] if cfg.dry_run else ["output_dir"]))
     from dataset.preparation.preprocessing import preprocess

@@ -31,7 +31,6 @@ class CropRule:
     size: tuple[int, int, int]
 
     def crop_size(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """The size of what is kept of a volume of `shape`."""
         if prod(shape) <= self.max_voxels:
             return tuple(shape)
         return tuple(min(extent, length) for extent, length in zip(shape, self.size, strict=True))
@@ -139,11 +138,8 @@ class VQGANDataset(EpochDataset):
         small = [path for path, shape in zip(self.files, self.shapes, strict=True) if min(shape) < self.patch_size]
         if small:
             logger.warning(
-                "%d of %d volumes are smaller than a patch of %d voxels and are padded with background, e.g. %s",
-                len(small),
-                len(self.files),
-                self.patch_size,
-                small[0],
+                f"{len(small)} of {len(self.files)} volumes are smaller than a patch of {self.patch_size} voxels and "
+                f"are padded with background, e.g. {small[0]}"
             )
 
 

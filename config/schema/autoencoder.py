@@ -5,23 +5,8 @@ The keys of training are the published ones (`model.*`, `dataset.*`).
 
 from dataclasses import dataclass, field
 
-from config.schema.option import (
-    EXTENDS,
-    FREE,
-    Rule,
-    at_least,
-    below_one,
-    betas,
-    device_flag,
-    flag,
-    fraction,
-    interval,
-    key,
-    not_negative,
-    one_of,
-    positive,
-    regular_expression,
-)
+from config.schema.option import EXTENDS, FREE, device_flag, flag, key
+from config.schema.rules import Rule, at_least, below_one, betas, interval, not_negative, one_of, positive, regex, share
 
 downsampling = Rule(
     lambda value: len(value) == 3 and len(set(value)) == 1 and value[0] > 1 and value[0] & (value[0] - 1) == 0,
@@ -35,19 +20,13 @@ class AutoencoderModelConfig:
 
     embedding_dim: int = key(8, "channels of a latent (E)", at_least(1), section="Architecture")
     n_codes: int = key(8192, "vectors in the codebook", at_least(1))
-    n_hiddens: int = key(
-        48, "width of the first encoder level; it doubles with each downsampling but the last", at_least(1)
-    )
+    n_hiddens: int = key(48, "width of the first encoder level; each downsampling but the last doubles it", at_least(1))
     downsample: list[int] = key([8, 8, 8], "compression per axis (z, x, y): three equal powers of two", downsampling)
-    norm_type: str = key(
-        "group", "normalisation layers: group | batch (synchronised over processes)", one_of("group", "batch")
-    )
+    norm_type: str = key("group", "norm layers: group | batch (synchronised over processes)", one_of("group", "batch"))
     num_groups: int = key(24, "groups of each GroupNorm; must divide n_hiddens", at_least(1))
 
     no_random_restart: bool = key(False, "true: codes that fall out of use are never restarted", section="Codebook")
-    restart_thres: float = key(
-        1.0, "codes whose running count falls below this restart from encoder outputs", not_negative
-    )
+    restart_thres: float = key(1.0, "codes with a running count below this restart from encoder outputs", not_negative)
     codebook_decay: float = key(0.99, "decay of the codebook's running averages, per training batch", below_one)
     codebook_init_step: int = key(
         0, "optimiser step at which the codebook starts from data; before it latents pass unquantised", not_negative
@@ -62,15 +41,10 @@ class AutoencoderModelConfig:
     l1_weight: float = key(4.0, "weight of the L1 reconstruction error", not_negative)
     perceptual_weight: float = key(2.0, "weight of the perceptual loss; 0 = its network is never built", not_negative)
     perceptual_3d: bool = key(False, "true: 3D MedicalNet features; false: 2D LPIPS on slices of the three axes")
-    perceptual_weights: str | None = key(
-        None, "folder with the perceptual network's weight files; null = their usual place", resume=FREE
-    )
+    perceptual_weights: str | None = key(None, "folder of that network's weights; null = the usual place", resume=FREE)
 
     stage: int = key(
-        1,
-        "1: patches, whole model; 2: whole volumes, decoder and post_vq_conv only",
-        one_of(1, 2),
-        section="Optimisation",
+        1, "1: patches, whole model; 2: volumes, decoder and post_vq_conv only", one_of(1, 2), section="Optimisation"
     )
     batch_size: int = key(24, "patches (stage 1) or volumes (stage 2) per process and step", at_least(1))
     lr: float = key(3e-4, "learning rate of both Adam optimisers", positive)
@@ -78,33 +52,25 @@ class AutoencoderModelConfig:
     lr_schedule: str = key("constant", "constant | cosine (falls to 0 over max_steps)", one_of("constant", "cosine"))
     lr_warmup: int = key(0, "optimiser steps over which the learning rate rises linearly from 0", not_negative)
     gradient_clip: float = key(0.0, "largest gradient norm; 0 = no clipping", not_negative)
-    max_steps: int = key(
-        1_000_000, "optimiser steps after which training ends; -1 = no limit", at_least(-1), resume=EXTENDS
-    )
-    max_epochs: int = key(10_000, "epochs after which training ends; -1 = no limit", at_least(-1), resume=EXTENDS)
+    max_steps: int = key(1_000_000, "optimiser steps to train for; -1 = no limit", at_least(-1), resume=EXTENDS)
+    max_epochs: int = key(10_000, "epochs to train for; -1 = no limit", at_least(-1), resume=EXTENDS)
 
     seed: int = key(1234, "seed of weights, data order, crops and augmentation", not_negative, section="Run")
     num_workers: int = key(8, "data loading processes; 0 = load in the main process", not_negative, resume=FREE)
     gpus: int = key(1, "devices of one node; on CPU the number of processes", at_least(1), resume=EXTENDS)
-    accelerator: str = key(
-        "auto", "auto | cpu | gpu; auto = a GPU where there is one", one_of("auto", "cpu", "gpu"), resume=FREE
-    )
+    accelerator: str = key("auto", "auto (GPU if there is one) | cpu | gpu", one_of("auto", "cpu", "gpu"), resume=FREE)
     precision: str = key("32", "32 | bf16 | 16 (both mixed precision)", one_of("32", "bf16", "16"))
     channels_last: bool = key(False, "networks and activations with the channels innermost in memory", resume=FREE)
     compile: bool = key(False, "compile encoder, decoder and discriminator for training", resume=FREE)
     gradient_checkpointing: bool = key(
         False, "recompute residual blocks in the backward pass: less memory, more time, same gradients", resume=FREE
     )
-    default_root_dir: str | None = key(
-        None, "folder that gets logs, checkpoints and the resolved config; required", resume=FREE
-    )
+    default_root_dir: str | None = key(None, "folder for logs, checkpoints and resolved config; required", resume=FREE)
     resume_from_checkpoint: str | None = key(
         None, "checkpoint. Stage 1 continues it; null = a new run. Stage 2 starts from it; required", resume=EXTENDS
     )
     checkpoint_every: int = key(3000, "optimiser steps between checkpoints", at_least(1), resume=FREE)
-    val_every: int | None = key(
-        None, "optimiser steps between validations; null = once an epoch", at_least(1), resume=FREE
-    )
+    val_every: int | None = key(None, "optimiser steps between validations; null = one epoch", at_least(1), resume=FREE)
     log_every: int = key(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
     log_volume_every: int = key(
         1500, "batches between logged volumes (and at powers of two before); 0 = none", not_negative, resume=FREE
@@ -119,20 +85,16 @@ class AutoencoderDataConfig:
     image_channels: int = key(1, "channels of a volume", at_least(1))
     imgtype: str = key("CT", "modality, for the record only")
     patch_size: int = key(64, "edge of a patch in voxels; a multiple of model.downsample", at_least(1))
-    intensity_range: list[float] = key(
-        [-1.0, 1.0], "lowest and highest intensity of the files; files outside it are refused", interval
-    )
+    intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity; files outside are refused", interval)
     val_fraction: float = key(0.1, "share of the files held out for validation", below_one)
     split_seed: int = key(0, "seed of the split into training and validation files", not_negative)
     subject_pattern: str | None = key(
         None,
         r"regular expression that finds a file's subject in its path below the class folder, e.g. 'sub-\d+'; a subject "
         "is on one side only. null = each file is a subject of its own",
-        regular_expression,
+        regex,
     )
-    background_keep: float = key(
-        1.0, "probability of keeping a patch with under 10 % foreground; all-background: never", fraction
-    )
+    background_keep: float = key(1.0, "chance to keep a patch with under 10 % foreground; all-background: never", share)
     augmentation: bool = key(True, "random flips and quarter turns of training data")
     cache: str = key(
         "int16",
@@ -140,12 +102,8 @@ class AutoencoderDataConfig:
         one_of("int16", "float32", "none"),
         resume=FREE,
     )
-    cache_dir: str | None = key(
-        None, "folder for these copies; null = FOLDER_cache beside each folder of volumes", resume=FREE
-    )
-    cache_limit_gb: float | None = key(
-        None, "largest size of these copies in GB; null = what the disk holds", positive, resume=FREE
-    )
+    cache_dir: str | None = key(None, "their folder; null = FOLDER_cache beside each folder of volumes", resume=FREE)
+    cache_limit_gb: float | None = key(None, "their limit in GB; null = what the disk holds", positive, resume=FREE)
 
 
 @dataclass
@@ -160,9 +118,7 @@ class AutoencoderConfig:
 class LatentConfig:
     """Encoding of a data set into latents (train/generate_training_latent.py)."""
 
-    data_path: str | None = flag(
-        None, "JSON file: class id -> folder; latents go to FOLDER_latents beside it; required"
-    )
+    data_path: str | None = flag(None, "JSON: class id -> folder; latents go to FOLDER_latents beside it; required")
     AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required")
     batch_size: int = flag(4, "volumes of equal size encoded together", at_least(1))
     num_workers: int = flag(8, "data loading processes; 0 = load in the main process", not_negative)

@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-from config.schema.option import Rule, at_least, device_flag, flag, key, one_of
+from config.schema.option import device_flag, flag, key
+from config.schema.rules import Rule, at_least, one_of
 
 PARTS = ("data", "codebook", "autoencoder", "biflownet", "sample", "decode", "write", "scaling")
 three = Rule(lambda value: len(value) == 3, "three whole numbers z x y")
-
-
-def batch_key(default: int, meaning: str) -> int:
-    return flag(default, meaning, at_least(1))
 
 
 def grid_key(default: str) -> list[int] | None:
@@ -44,7 +41,7 @@ class CodebookBenchmark(BenchmarkConfig):
 
 @dataclass
 class AutoencoderBenchmark(BenchmarkConfig):
-    batch_size: int = batch_key(1, "patches of a step")
+    batch_size: int = flag(1, "patches of a step", at_least(1))
     no_perceptual: bool = flag(False, "leaves the perceptual network out of all ways")
     compile: bool = compile_key()
     device: str = device_flag()
@@ -53,7 +50,7 @@ class AutoencoderBenchmark(BenchmarkConfig):
 @dataclass
 class BiFlowNetBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("16 16 16")
-    batch_size: int = batch_key(1, "latents of a step")
+    batch_size: int = flag(1, "latents of a step", at_least(1))
     compile: bool = compile_key()
     device: str = device_flag()
 
@@ -61,7 +58,7 @@ class BiFlowNetBenchmark(BenchmarkConfig):
 @dataclass
 class SampleBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("32 32 32")
-    batch_size: int = batch_key(4, "latents of the batched way")
+    batch_size: int = flag(4, "latents of the batched way", at_least(1))
     compile: bool = compile_key()
     device: str = device_flag()
 

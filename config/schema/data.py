@@ -3,22 +3,12 @@
 import os
 from dataclasses import dataclass
 
-from config.schema.option import (
-    Rule,
-    at_least,
-    flag,
-    interval,
-    key,
-    name_of_a,
-    not_negative,
-    one_of,
-    positive_triple,
-    regular_expression,
-)
+from config.schema.option import flag, key
+from config.schema.rules import Rule, at_least, interval, name_of_a, not_negative, one_of, positive_triple, regex
 
 # BiFlowNet cuts latents into sub-volumes of this edge.
 SUB_VOLUME = 8
-_SIDES = {"L": "R", "P": "A", "I": "S"}
+_SIDES = str.maketrans("LPI", "RAS")
 
 
 def is_grid(value: list[int]) -> bool:
@@ -27,17 +17,15 @@ def is_grid(value: list[int]) -> bool:
 
 
 latent_grids = Rule(
-    lambda value: len(value) > 0 and all(is_grid(grid) for grid in value),
-    f"a list of grids, each three positive multiples of {SUB_VOLUME}",
+    lambda grids: grids and all(map(is_grid, grids)), f"a list of grids, each three positive multiples of {SUB_VOLUME}"
 )
 voxel_sizes = Rule(
-    lambda value: all(len(item) == 3 and min(item) > 0 for item in value),
-    "a list of spacings, each three numbers above 0",
+    lambda rows: all(len(row) == 3 and min(row) > 0 for row in rows), "a list of spacings, each three numbers above 0"
 )
+latent_grid = Rule(is_grid, f"three positive multiples of {SUB_VOLUME}")
 voxel_size = positive_triple("three numbers above 0, x y z in mm")
 orientation = Rule(
-    lambda value: sorted(_SIDES.get(letter, letter) for letter in value) == [*"ARS"],
-    "three letters, one each of L/R, P/A and I/S",
+    lambda value: sorted(value.translate(_SIDES)) == [*"ARS"], "three letters, one each of L/R, P/A and I/S"
 )
 percent = Rule(lambda value: 0 <= min(value) and max(value) <= 100, "between 0 and 100")
 free_name = Rule(
@@ -52,9 +40,7 @@ class VolumeClass:
 
     id: int = key(0, "class id", at_least(0))
     name: str = key("", "name of its folder, and the start of the file names of generated volumes", name_of_a("file"))
-    modality: str | None = key(
-        None, "CT | MR: how preprocessing maps intensities where it isn't told; null = MR", one_of("CT", "MR")
-    )
+    modality: str | None = key(None, "CT | MR: how preprocessing maps its intensities; null = MR", one_of("CT", "MR"))
     grids: list[list[int]] = key([], "latent grids (z, x, y), one volume each", latent_grids)
     spacings_mm: list[list[float]] = key([], "voxel spacing (x, y, z) in mm, one per grid", voxel_sizes)
 
@@ -68,15 +54,9 @@ class PreprocessConfig:
     preset: str | None = flag(
         None, "class of the table: its name, id, modality, size and spacing. NAME is its first size, NAME_XxYxZ any"
     )
-    name: str | None = flag(
-        None, "name of the class and of its folder; null = that of the preset", name_of_a("folder"), free_name
-    )
+    name: str | None = flag(None, "name of class and folder; null = the preset's", name_of_a("folder"), free_name)
     class_id: int | None = flag(None, "class id; null = the preset's, else the next free one", not_negative)
-    select: str | None = flag(
-        None,
-        "regular expression, searched in path and series description (any case): other volumes are left out",
-        regular_expression,
-    )
+    select: str | None = flag(None, "regular expression that path or series description must contain (any case)", regex)
     assume_orientation: str | None = flag(
         None, "axes of NIfTI files that don't say theirs, e.g. LPS; null = such files are refused", orientation
     )
@@ -89,16 +69,11 @@ class PreprocessConfig:
         "voxels x y z, cropped around the foreground or padded; null = the preset's, without preset see multiple",
         positive_triple("three numbers above 0, x y z in voxels"),
     )
-    multiple: int = flag(
-        64, "without size: each axis is padded to the next multiple of it; the autoencoder's patch", at_least(1)
-    )
+    multiple: int = flag(64, "without size: axes are padded to the next multiple; the autoencoder's patch", at_least(1))
     interpolation: str = flag("linear", "linear | bspline", one_of("linear", "bspline"))
 
     modality: str | None = flag(
-        None,
-        "CT | MR; of DICOM series only those of it are taken; null = the preset's",
-        one_of("CT", "MR"),
-        section="Intensities",
+        None, "CT | MR; only DICOM series of it count; null = the preset's", one_of("CT", "MR"), section="Intensities"
     )
     window: list[float] | None = flag(
         None, "lowest and highest value, mapped to -1 and 1; null = -1000 1000 HU for CT without percentiles", interval
@@ -107,9 +82,7 @@ class PreprocessConfig:
         None, "percentiles of each volume, mapped to -1 and 1; null = 0.5 99.5 for MR without window", interval, percent
     )
 
-    num_workers: int = flag(
-        4, "processes, at most one per core; 0 = work in the main process", not_negative, section="Run"
-    )
+    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative, section="Run")
     dry_run: bool = flag(False, "list what is found, write nothing")
 
     downsample: int = key(8, "image voxels per latent voxel of the class table's grids: 8 | 4", one_of(8, 4))
@@ -123,9 +96,7 @@ class CheckConfig:
     json: str | None = key(None, "dataset JSON: name or class id -> folder(s)", flag="JSON")
     intensity_range: list[float] = flag([-1.0, 1.0], "lowest and highest intensity of the files", interval)
     patch_size: int = flag(64, "edge of a patch, for notes", at_least(1))
-    subject_pattern: str | None = flag(
-        None, "as dataset.subject_pattern: regular expression that finds a subject", regular_expression
-    )
+    subject_pattern: str | None = flag(None, "regular expression, as dataset.subject_pattern", regex)
     num_workers: int = flag(min(8, os.cpu_count() or 1), "processes that read; 0 = this one", not_negative)
     seed: int = flag(0, "seed of the choice of pictures", not_negative)
     num_pictures: int = flag(6, "volumes drawn; 0 = no picture", not_negative)

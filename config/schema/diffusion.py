@@ -2,23 +2,9 @@
 
 from dataclasses import dataclass
 
-from config.schema.data import SUB_VOLUME, VolumeClass, is_grid, voxel_size
-from config.schema.option import (
-    EXTENDS,
-    FREE,
-    Rule,
-    at_least,
-    below_one,
-    betas,
-    device_flag,
-    flag,
-    fraction,
-    key,
-    not_negative,
-    one_of,
-    positive,
-    positive_triple,
-)
+from config.schema.data import SUB_VOLUME, VolumeClass, latent_grid, voxel_size
+from config.schema.option import EXTENDS, FREE, device_flag, flag, key
+from config.schema.rules import Rule, at_least, below_one, betas, not_negative, one_of, positive, positive_triple, share
 
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
@@ -30,9 +16,7 @@ token = Rule(lambda value: value > 0 and SUB_VOLUME % value == 0, f"a divisor of
 class DiffusionModelConfig:
     """What makes the diffusion model; training and generation have to agree on it."""
 
-    volume_channels: int = flag(
-        8, "channels of a latent; the autoencoder's embedding_dim", at_least(1), section="Model"
-    )
+    volume_channels: int = flag(8, "latent channels; the autoencoder's embedding_dim", at_least(1), section="Model")
     model_dim: int = flag(72, "width of the first level; a multiple of 6 and of resnet_groups", at_least(1))
     dim_mults: list[int] = flag([1, 1, 2, 4, 8], "width of each level as a multiple of model_dim", widths)
     use_attn: list[int] = flag([0, 0, 0, 1, 1], "1 for each level with attention", switches)
@@ -50,46 +34,28 @@ class DiffusionModelConfig:
 class BiFlowNetConfig(DiffusionModelConfig):
     """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
 
-    data_path: str | None = flag(
-        None, "JSON file: class id -> folder of latents; required", resume=EXTENDS, section="Files"
-    )
-    AE_ckpt: str | None = flag(
-        None, "autoencoder checkpoint, checked against the latents; null = no previews", resume=EXTENDS
-    )
+    data_path: str | None = flag(None, "JSON: class id -> folder of latents; required", resume=EXTENDS, section="Files")
+    AE_ckpt: str | None = flag(None, "autoencoder checkpoint that made the latents; null = no previews", resume=EXTENDS)
     results_dir: str = flag("results", "folder that gets the run folders NNN-BiFlowNet", resume=FREE)
-    run_name: str | None = flag(
-        None, "run folder inside results_dir; null = continue the same config or start a new one", resume=FREE
-    )
-    ckpt: str | None = flag(
-        None, "BiFlowNet checkpoint to continue exactly; null = the run folder's newest, if any", resume=EXTENDS
-    )
+    run_name: str | None = flag(None, "run folder in results_dir; null = the same config's, or a new one", resume=FREE)
+    ckpt: str | None = flag(None, "checkpoint to continue exactly; null = the run's newest, if any", resume=EXTENDS)
 
     model: str = flag("BiFlowNet", "name of the model, part of the run folder's name", resume=EXTENDS, section="Model")
 
     loss_type: str = flag("l1", "l1 | l2", one_of("l1", "l2"), section="Diffusion")
-    label_dropout: float = key(
-        0.0, "share of labels replaced by a null label, for guidance; 0 = no null label", below_one
-    )
+    label_dropout: float = key(0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one)
 
-    epochs: int = flag(1000, "epochs after which training ends", at_least(1), resume=EXTENDS, section="Optimisation")
-    max_steps: int | None = flag(
-        None, "optimiser steps after which training ends; null = epochs alone decide", at_least(1), resume=EXTENDS
-    )
+    epochs: int = flag(1000, "epochs to train for", at_least(1), resume=EXTENDS, section="Optimisation")
+    max_steps: int | None = flag(None, "optimiser steps to train; null = epochs decide", at_least(1), resume=EXTENDS)
     batch_size: int = flag(16, "latents per process and step", at_least(1))
     lr: float = key(1e-4, "learning rate of Adam", positive)
     adam_betas: list[float] = key([0.9, 0.999], "Adam betas", betas)
-    lr_schedule: str = key(
-        "constant", "constant | cosine (falls to 0 over the whole training)", one_of("constant", "cosine")
-    )
+    lr_schedule: str = key("constant", "constant | cosine (to 0 over the whole training)", one_of("constant", "cosine"))
     lr_warmup: int = key(0, "optimiser steps over which the learning rate rises linearly from 0", not_negative)
     grad_clip: float = key(0.0, "largest gradient norm; 0 = no clipping", not_negative)
     enable_amp: bool = key(False, "mixed precision", flag="--enable_amp")
-    amp_dtype: str = key(
-        "fp16", "type of mixed precision: fp16 (with a gradient scaler) | bf16", one_of("fp16", "bf16")
-    )
-    channels_last: bool = flag(
-        False, "channels-last memory layout of the network; rounding aside, nothing changes", resume=FREE
-    )
+    amp_dtype: str = key("fp16", "mixed precision: fp16 (with a gradient scaler) | bf16", one_of("fp16", "bf16"))
+    channels_last: bool = flag(False, "channels-last memory layout; rounding aside, nothing changes", resume=FREE)
     compile: bool = flag(False, "torch.compile of the network: minutes at first, then faster steps", resume=FREE)
     gradient_checkpointing: bool = flag(
         False, "keep less for the backward pass and compute it again: less memory, about a third more work", resume=FREE
@@ -98,25 +64,12 @@ class BiFlowNetConfig(DiffusionModelConfig):
     ema_every: int = key(10, "optimiser steps between updates of the averaged weights", at_least(1))
     ema_start: int = key(2000, "optimiser step before which the averaged weights are a plain copy", not_negative)
 
-    resolution: list[int] = flag(
-        [32, 32, 32],
-        "latent grid (z, x, y); multiples of 8",
-        Rule(is_grid, f"three positive multiples of {SUB_VOLUME}"),
-        section="Run",
-    )
-    cache: str = key(
-        "float32", "uncompressed copies of the latents, exact: float32 | none", one_of("float32", "none"), resume=FREE
-    )
-    cache_dir: str | None = key(
-        None, "folder for these copies; null = FOLDER_cache beside each folder of latents", resume=FREE
-    )
-    cache_limit_gb: float | None = key(
-        None, "largest size of these copies in GB; null = what the disk holds", positive, resume=FREE
-    )
+    resolution: list[int] = flag([32, 32, 32], "latent grid (z, x, y); multiples of 8", latent_grid, section="Run")
+    cache: str = key("float32", "uncompressed latent copies: float32 | none", one_of("float32", "none"), resume=FREE)
+    cache_dir: str | None = key(None, "their folder; null = FOLDER_cache beside each folder of latents", resume=FREE)
+    cache_limit_gb: float | None = key(None, "their limit in GB; null = what the disk holds", positive, resume=FREE)
     global_seed: int = flag(0, "seed of weights, data order, noise and timesteps", not_negative)
-    num_workers: int = flag(
-        8, "threads that load from the cache; processes without it; 0 = load when needed", not_negative, resume=FREE
-    )
+    num_workers: int = flag(8, "loading threads (processes without cache); 0 = when needed", not_negative, resume=FREE)
     device: str = device_flag(EXTENDS)
     log_every: int = flag(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
     ckpt_every: int = flag(500, "optimiser steps between checkpoints", at_least(1), resume=FREE)
@@ -134,24 +87,15 @@ class GenerationConfig(DiffusionModelConfig):
     output_dir: str | None = flag(None, "folder that gets seed_S/NAME_XxYxZ.nii.gz; required")
     loss_type: str = flag("l1", "l1 | l2; has no effect on sampling", one_of("l1", "l2"), section="Model")
     denormalize: str | None = flag(
-        None,
-        "JSON of prepared volumes (class id -> folder): writes in their units, HU or 0 ... 1; null = -1 ... 1",
-        section="Files",
+        None, "JSON of prepared volumes by class: writes their units, HU or 0 to 1; null = -1 to 1", section="Files"
     )
-    output_dtype: str = flag(
-        "float32", "type of the voxels: float32 | int16 (whole HU, otherwise scaled codes)", one_of("float32", "int16")
-    )
+    output_dtype: str = flag("float32", "float32 | int16 (whole HU, else scaled codes)", one_of("float32", "int16"))
 
     class_names: list[str] = key(
-        [],
-        "names or ids of the classes to generate; empty = all of the table",
-        flag="--classes",
-        section="Requests (docs/generation.md)",
+        [], "classes by name or id; empty = all of the table", flag="--classes", section="Requests (docs/generation.md)"
     )
     resolution: list[int] | None = flag(
-        None,
-        "voxels z y x of every volume; null = the sizes of the class table",
-        positive_triple("three whole numbers above 0, z y x in voxels"),
+        None, "voxels z y x; null = the class table's", positive_triple("three whole numbers above 0, z y x in voxels")
     )
     spacing: list[float] | None = flag(None, "voxel size x y z in mm; null = that of the class table", voxel_size)
     seeds: str | None = flag(None, "seeds in place of seed, e.g. 0-9 (both included) or 0-3,7; null = seed alone")
@@ -163,10 +107,8 @@ class GenerationConfig(DiffusionModelConfig):
         "ddpm", "ddpm (all timesteps) | ddim | dpm++ | unipc", one_of(*SAMPLING_STRATEGIES), section="Sampling"
     )
     ddim_steps: int = key(100, "steps of ddim, dpm++ and unipc; at most timesteps", at_least(1), flag="--ddim_steps")
-    eta: float = flag(0.0, "noise of ddim alone: 0 = deterministic, 1 = as much as ddpm", fraction)
-    guidance_scale: float = flag(
-        1.0, "classifier-free guidance; 1 = off, others need a model trained with label_dropout", not_negative
-    )
+    eta: float = flag(0.0, "noise of ddim alone: 0 = deterministic, 1 = as much as ddpm", share)
+    guidance_scale: float = flag(1.0, "classifier-free guidance, for models with label_dropout; 1 = off", not_negative)
     seed: int = flag(0, "seed of the noise", not_negative)
     num_samples: int = flag(1, "volumes per class, grid and seed", at_least(1))
     batch_size: int = flag(1, "latents sampled together", at_least(1))
@@ -188,14 +130,8 @@ class GenerationConfig(DiffusionModelConfig):
         one_of("exact", "blended", "tiles"),
     )
     max_memory: float | None = flag(
-        None,
-        "GB that decoding may take; changes no image, only time; null = 80 % of what a GPU has free, 50 % on CPU",
-        positive,
+        None, "GB for decoding; changes only time; null = 80 % of what a GPU has free, 50 % on CPU", positive
     )
-    max_single_pass: int = key(
-        32, "blended and tiles: latents up to this many voxels cubed are decoded whole", at_least(1)
-    )
-    tile: int = key(256, "blended and tiles: edge of a tile in image voxels", at_least(1))
-    classes: list[VolumeClass] = key(
-        [], "what to generate: id, name, grids (z, x, y) and spacings_mm (x, y, z) of each class"
-    )
+    max_single_pass: int = key(32, "blended, tiles: latents up to so many voxels cubed are decoded whole", at_least(1))
+    tile: int = key(256, "blended, tiles: edge of a tile in image voxels", at_least(1))
+    classes: list[VolumeClass] = key([], "class table: id, name, grids (z, x, y) and spacings_mm (x, y, z) of each")

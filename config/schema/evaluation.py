@@ -3,15 +3,11 @@
 from dataclasses import dataclass
 
 from config.schema.diffusion import SAMPLING_STRATEGIES
-from config.schema.option import Rule, at_least, device_flag, flag, interval, not_negative, one_of, positive
+from config.schema.option import device_flag, flag
+from config.schema.rules import Rule, at_least, interval, not_negative, one_of, positive
 
-FEATURE_NETWORKS = (  # those of evaluation/comparison/networks.py
-    "medicalnet_resnet50",
-    "imagenet_resnet50",
-    "radimagenet_resnet50",
-    "random_3d",
-    "random_2d",
-)
+# Those of evaluation/comparison/networks.py
+FEATURE_NETWORKS = ("medicalnet_resnet50", "imagenet_resnet50", "radimagenet_resnet50", "random_3d", "random_2d")
 known_networks = Rule(
     lambda value: value == ["auto"] or (value and set(value) <= set(FEATURE_NETWORKS)),
     f"auto, or some of {' '.join(FEATURE_NETWORKS)}",
@@ -58,12 +54,10 @@ class FeatureConfig(EvaluationConfig):
         "file is there, random ones in place of what has none",
         known_networks,
     )
-    slices: int = flag(16, "slices of each plane for networks on slices; all, where a volume has fewer", at_least(1))
+    slices: int = flag(16, "slices of each plane for networks on slices; all where a volume has fewer", at_least(1))
     batch_size: int = flag(4, "volumes that go through a network together", at_least(1))
     num_halvings: int = flag(10, "random halvings of the real set for the floor", at_least(1))
-    num_pairs: int = flag(
-        100, "pairs of volumes of each set for the diversity; all, where there are fewer", at_least(1)
-    )
+    num_pairs: int = flag(100, "pairs of volumes of each set for the diversity; all where there are fewer", at_least(1))
 
 
 @dataclass
@@ -74,9 +68,7 @@ class GenerationMetricsConfig(FeatureConfig):
     generated: str | None = flag(None, "folder (all classes may be in one) or dataset JSON; required")
     training: str | None = flag(None, "folder or dataset JSON of the training volumes; null = no memorisation check")
     generated_range: list[float] | None = flag(
-        None,
-        "lowest and highest intensity of generated files; null = as the JSON beside each says, else -1 1",
-        interval,
+        None, "lowest and highest intensity of generated files; null = as the JSON beside each, else -1 1", interval
     )
     resample: bool = flag(False, "brings all volumes to the spacing and size that most real ones of their class have")
     ignore_spacing: bool = flag(False, "compares voxels whatever their size in mm and the direction of the axes")

@@ -64,19 +64,18 @@ def decode(stored: np.ndarray) -> np.ndarray:
     return values
 
 
+@dataclass(eq=False)
 class CroppedVolume:
     """A volume in the model's range of which crops are read.
 
-    Arguments:
-        stored: (D, H, W) as `encode` gives it, for instance an array mapped from a file.
-        affine: voxels (x, y, z) to mm, (4, 4) float64.
-        known_foreground: None finds it when it is first asked for.
+    stored: (D, H, W) as `encode` gives it, for instance an array mapped from a file.
+    affine: voxels (x, y, z) to mm, (4, 4) float64.
+    known_foreground: None finds it when it is first asked for.
     """
 
-    def __init__(self, stored: np.ndarray, affine: np.ndarray, known_foreground: Foreground | None = None):
-        self.stored = stored
-        self.affine = affine
-        self.known_foreground = known_foreground
+    stored: np.ndarray
+    affine: np.ndarray
+    known_foreground: Foreground | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -85,9 +84,7 @@ class CroppedVolume:
 
     @cached_property
     def foreground(self) -> Foreground:
-        if self.known_foreground is not None:
-            return self.known_foreground
-        return find_foreground(foreground(decode(self.stored)))
+        return self.known_foreground or find_foreground(foreground(decode(self.stored)))
 
     def crop(self, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """(1, *size) float32, background where it lies outside of the volume. Reads no other part of it."""

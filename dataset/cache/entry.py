@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -22,19 +22,14 @@ from dataset.volumes.volume_io import read_model_volume
 VERSION = 1  # of the format: entries of another one are made again
 RECORD_BYTES = 8192  # about the largest JSON
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Where a volume or latent is cached.
+    """Where a volume or latent is cached."""
 
-    source: its `.nii.gz`. array: the `.npy`, with the JSON beside it. dtype: "int16" or "float32".
-    """
-
-    source: Path
-    array: Path
-    dtype: str
+    source: Path  # its `.nii.gz`
+    array: Path  # the `.npy`, with the JSON beside it
+    dtype: str  # "int16" or "float32"
 
     @property
     def record(self) -> Path:
@@ -66,9 +61,7 @@ class CachedVolume:
         return CroppedVolume(np.asarray(stored), self.affine, self.foreground)
 
 
-def read_volume_for_cache(
-    source: Path, dtype: str, intensity_range: tuple[float, float]
-) -> tuple[np.ndarray, dict[str, Any]]:
+def read_volume_for_cache(source: Path, dtype: str, intensity_range: tuple[float, float]) -> tuple[np.ndarray, dict]:
     """The voxels (D, H, W) of a volume as they are stored, and what the record says of them.
 
     UserError: as `read_model_volume`.
@@ -99,7 +92,7 @@ def write_entry(entry: CacheEntry, read: Callable[[Path], tuple[np.ndarray, dict
     write_atomically(entry.record, json.dumps(record, separators=(",", ":")).encode())
 
 
-def read_entry(entry: CacheEntry, of_record: Callable[[CacheEntry, dict[str, Any]], T]) -> T | None:
+def read_entry(entry: CacheEntry, of_record: Callable[[CacheEntry, dict[str, Any]], Any]) -> Any | None:
     """What `of_record` makes of a sound entry of the present source, or None."""
     try:
         state = entry.source.stat()
@@ -111,6 +104,11 @@ def read_entry(entry: CacheEntry, of_record: Callable[[CacheEntry, dict[str, Any
         return of_record(entry, record)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def entry_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Size of both files."""
+    return array_bytes(shape, dtype) + RECORD_BYTES
 
 
 def array_bytes(shape: Sequence[int], dtype: str) -> int:

@@ -22,10 +22,7 @@ class CachedLatent:
 
 
 class LatentCache(FileCache):
-    """The cache of latents, float32, equal to the files bit for bit.
-
-    Arguments: see `FileCache`. `build` refuses what `read_latent` refuses.
-    """
+    """The cache of latents, float32, equal to the files bit for bit. `build` refuses what `read_latent` refuses."""
 
     noun = "latent"
     options = ""

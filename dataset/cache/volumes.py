@@ -24,15 +24,7 @@ from common.errors import UserError
 from common.files import lock
 from common.parallel import map_in_processes
 from dataset.cache.crops import STORED, CroppedVolume
-from dataset.cache.entry import (
-    RECORD_BYTES,
-    CachedVolume,
-    CacheEntry,
-    array_bytes,
-    read_entry,
-    read_volume_for_cache,
-    write_entry,
-)
+from dataset.cache.entry import CachedVolume, CacheEntry, entry_bytes, read_entry, read_volume_for_cache, write_entry
 from dataset.volumes.index import VOLUME_SUFFIX, cache_folder, cache_path
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
 from dataset.volumes.volume_io import read_header
@@ -76,10 +68,8 @@ class FileCache:
     ):
         if dtype not in self.dtypes:
             raise UserError(f'{self.options}cache is "{dtype}": choose {" or ".join(self.dtypes)}')
-        self.dtype = dtype
-        self.cache_dir = cache_dir
-        self.limit_gb = limit_gb
-        self.settings = settings
+        self.dtype, self.settings = dtype, settings
+        self.cache_dir, self.limit_gb = cache_dir, limit_gb
         self.read, self.of_record, self.shape_of = read, of_record, shape_of
         self.cached: dict[Path, Any] = {}  # what `of_record` made of each sound entry
 
@@ -144,11 +134,11 @@ class FileCache:
 
     def _check_space(self, missing: Sequence[CacheEntry], folders: Mapping[Path, Path]) -> str:
         """UserError where the entries to come exceed the limit or a disk's free space; else size and place in words."""
-        there = sum(self._size(found.shape) for path, found in self.cached.items() if path in folders)
+        there = sum(entry_bytes(found.shape, self.dtype) for path, found in self.cached.items() if path in folders)
         needed: Counter[Path] = Counter()  # by cache folder
         for entry in missing:
             home = cache_folder(folders[entry.source], self.cache_dir)
-            needed[home] += self._size(self.shape_of(entry.source))
+            needed[home] += entry_bytes(self.shape_of(entry.source), self.dtype)
         total = there + needed.total()
         where = f"{min(needed)}" + (f" and {len(needed) - 1} more folders" if len(needed) > 1 else "")
         if self.limit_gb is not None and total > self.limit_gb * GB:
@@ -165,9 +155,6 @@ class FileCache:
                     f"{home}: the cache needs {_gb(size)} more, but the disk has {_gb(free)} free: {self._ways_out}"
                 )
         return f"{_gb(total)} in {where}"
-
-    def _size(self, shape: Sequence[int]) -> int:
-        return array_bytes(shape, self.dtype) + RECORD_BYTES
 
 
 class VolumeCache(FileCache):

@@ -11,28 +11,14 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from dataset.checking.examine import (
-    EMPTY,
-    HEADER_KINDS,
-    NOT_FINITE,
-    OUTSIDE_RANGE,
-    REMEDIES,
-    UNREADABLE,
-    UPPER_HALF,
-    FileFacts,
-    Problem,
-    choose_sample,
-    examine_latent,
-    examine_volume,
-    header_problems,
-    volume_set_problems,
-)
+from dataset.checking import examine
+from dataset.checking.examine import FileFacts, Problem, examine_latent, examine_volume
 from dataset.volumes.intensity import MODEL_RANGE
 from dataset.volumes.volume_io import Header
 
 SAMPLE_SIZE = 8
-VOLUME_KINDS = (UNREADABLE, NOT_FINITE, OUTSIDE_RANGE, EMPTY, UPPER_HALF)
-LATENT_KINDS = (UNREADABLE, NOT_FINITE, EMPTY)
+VOLUME_KINDS = (examine.UNREADABLE, examine.NOT_FINITE, examine.OUTSIDE_RANGE, examine.EMPTY, examine.UPPER_HALF)
+LATENT_KINDS = (examine.UNREADABLE, examine.NOT_FINITE, examine.EMPTY)
 
 
 def check_volumes(
@@ -59,14 +45,13 @@ def check_volumes(
     command += "" if (low, high) == MODEL_RANGE else f" --intensity-range {low:g} {high:g}"
     _warn_of_headers(headers, command, logger)
     facts = _read(files, lambda path: examine_volume(path, intensity_range), logger)
-    problems = [problem for of_name in facts.values() for file in of_name for problem in file.problems]
-    _raise_first([*problems, *volume_set_problems(facts, intensity_range)], VOLUME_KINDS, root_dir, command)
+    problems = examine.file_problems(facts) + examine.volume_set_problems(facts, intensity_range)
+    _raise_first(problems, VOLUME_KINDS, root_dir, command)
 
 
 def check_latents(root_dir: str | Path, files: Mapping[Hashable, Sequence[Path]], logger: logging.Logger) -> None:
     """As `check_volumes` for latents: those of the sample are readable, finite and not constant."""
-    facts = _read(files, examine_latent, logger)
-    problems = [problem for of_name in facts.values() for file in of_name for problem in file.problems]
+    problems = examine.file_problems(_read(files, examine_latent, logger))
     _raise_first(problems, LATENT_KINDS, root_dir, f"python dataset/check.py {root_dir}")
 
 
@@ -76,7 +61,7 @@ def _read(
     """The facts of the sample, by name."""
     begin = time.monotonic()
     facts: dict[Hashable, list[FileFacts]] = {}
-    for name, path in choose_sample(files, SAMPLE_SIZE):
+    for name, path in examine.choose_sample(files, SAMPLE_SIZE):
         facts.setdefault(name, []).append(function(path))
     count, total = sum(map(len, facts.values())), sum(map(len, files.values()))
     logger.info("read %d of %d files whole as a check (%.1f s)", count, total, time.monotonic() - begin)
@@ -89,15 +74,15 @@ def _raise_first(problems: Sequence[Problem], kinds: Collection[str], root_dir: 
     if found:
         more = f"; {len(found) - 1} more in the sample" if len(found) > 1 else ""
         where = f"{root_dir}: " if found[0].path is None else ""
-        raise UserError(f"{where}{found[0]}: {REMEDIES[found[0].kind]}{more}; `{command}` reads all files")
+        raise UserError(f"{where}{found[0]}: {examine.REMEDIES[found[0].kind]}{more}; `{command}` reads all files")
 
 
 def _warn_of_headers(headers: Collection[Header], command: str, logger: logging.Logger) -> None:
-    problems = [problem for header in headers for problem in header_problems(header)]
+    problems = [problem for header in headers for problem in examine.header_problems(header)]
     if not problems:
         return
     kinds = Counter(problem.kind for problem in problems)
-    counts = ", ".join(f"{kind}: {kinds[kind]}" for kind in HEADER_KINDS if kind in kinds)
+    counts = ", ".join(f"{kind}: {kinds[kind]}" for kind in examine.HEADER_KINDS if kind in kinds)
     codes = Counter(header.orientation for header in headers if header.is_oriented)
     mixed = f" (axes mixed: {', '.join(f'{n} {code}' for code, n in codes.most_common())})" if len(codes) > 1 else ""
     logger.warning(

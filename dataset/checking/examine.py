@@ -1,12 +1,9 @@
-"""What is wrong with the files of a data set: with each by itself, and what shows only among many.
-
-`dataset/check.py` asks this of every file, training of a few before it begins. Everything here finds and prints
-nothing.
-"""
+"""What is wrong with the files of a data set: with each by itself, and what shows only among many. Prints nothing."""
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,7 +12,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from dataset.volumes.geometry import LARGEST_SPACING_MM, SHEAR, SMALLEST_SPACING_MM, is_plausible_spacing, shear_of
+from dataset.volumes.geometry import PLAUSIBLE_SPACING, SHEAR, is_plausible_spacing, shear_of
 from dataset.volumes.intensity import RANGE_TOLERANCE, foreground, is_empty, to_model_range
 from dataset.volumes.volume_io import Header, NotFiniteError, read_header, read_latent, read_latent_header, read_volume
 
@@ -152,8 +149,7 @@ def header_problems(header: Header) -> list[Problem]:
     elif header.orientation != "RAS":
         problems.append(Problem(ORIENTATION, f"its axes are {header.orientation}", header.path))
     if not is_plausible_spacing(header.spacing_mm):
-        limits = f"{SMALLEST_SPACING_MM:g} to {LARGEST_SPACING_MM:g} mm"
-        found = f"spacing {format_numbers(header.spacing_mm)} mm is not within {limits}"
+        found = f"spacing {format_numbers(header.spacing_mm)} mm is not within {PLAUSIBLE_SPACING}"
         problems.append(Problem(SPACING, found, header.path))
     elif (cosine := shear_of(header.affine)) > SHEAR:
         problems.append(Problem(SHEARED, f"two axes are {90 - np.degrees(np.arccos(cosine)):.1f}° off", header.path))
@@ -173,6 +169,11 @@ def _finding(kind: str, path: Path, error: UserError) -> Problem:
 
 
 # Many files
+
+
+def file_problems(facts: Mapping[str, Sequence[FileFacts]]) -> list[Problem]:
+    """What is wrong with each file by itself."""
+    return [problem for files in facts.values() for file in files for problem in file.problems]
 
 
 def volume_set_problems(facts: Mapping[str, Sequence[FileFacts]], intensity_range: Sequence[float]) -> list[Problem]:
@@ -208,9 +209,7 @@ def copies(facts: Mapping[str, Sequence[FileFacts]]) -> list[Problem]:
     first: dict[str, tuple[str, Path]] = {}
     problems = []
     for name, files in facts.items():
-        for file in files:
-            if file.digest is None:
-                continue
+        for file in (file for file in files if file.digest is not None):
             of, path = first.setdefault(file.digest, (name, file.path))
             if (of, path) != (name, file.path):
                 where = f", one under {of}, one under {name}" if of != name else ""
@@ -242,9 +241,8 @@ def volume_set_notes(facts: Mapping[str, Sequence[FileFacts]], patch_size: int) 
         if small:
             notes.append(f"{name}: {small} smaller than a patch of {patch_size}: padded with background")
         if uneven:
-            notes.append(
-                f"{name}: {uneven} do not divide into patches of {patch_size}: padded in validation and encoding"
-            )
+            where = "padded in validation and encoding"
+            notes.append(f"{name}: {uneven} do not divide into patches of {patch_size}: {where}")
         if (sizes := len({header.shape for header in headers})) > 1:
             notes.append(f"{name}: {sizes} sizes: diffusion is trained on latents of one size")
         if (spacings := len({format_numbers(header.spacing_mm) for header in headers})) > 1:
@@ -274,19 +272,15 @@ def holds_latents(sample: Sequence[Path]) -> bool:
     """Whether most of some files are 4D, as latents are, by their headers. Unreadable ones are passed over."""
     dimensions = []
     for path in sample:
-        try:
+        with suppress(UserError):
             dimensions.append(len(read_latent_header(path).shape))
-        except UserError:
-            continue
     return 2 * sum(count > 3 for count in dimensions) > len(dimensions)
 
 
 def by_kind(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
     """Problems sorted by kind, in the order of `REMEDIES`."""
-    found = defaultdict(list)
-    for problem in problems:
-        found[problem.kind].append(problem)
-    return {kind: found[kind] for kind in REMEDIES if kind in found}
+    kinds = {kind: [problem for problem in problems if problem.kind == kind] for kind in REMEDIES}
+    return {kind: found for kind, found in kinds.items() if found}
 
 
 def format_size(shape: Sequence[int]) -> str:

@@ -18,22 +18,8 @@ from rich.table import Table
 from common.errors import UserError
 from common.files import write_atomically
 from common.parallel import map_in_processes
-from dataset.checking.examine import (
-    NO_SUBJECT,
-    REMEDIES,
-    FileFacts,
-    Problem,
-    by_kind,
-    choose_sample,
-    examine_latent,
-    examine_volume,
-    format_numbers,
-    format_size,
-    holds_latents,
-    latent_set_problems,
-    volume_set_notes,
-    volume_set_problems,
-)
+from dataset.checking import examine
+from dataset.checking.examine import FileFacts, Problem, examine_latent, examine_volume
 from dataset.order.split import files_below, find_subject
 from dataset.volumes.index import read_dataset_folders, read_dataset_json
 from dataset.volumes.latent_record import RECORD_NAME
@@ -54,13 +40,13 @@ def check(cfg: DictConfig) -> bool:
     is_latents = _is_latents(files, folders)
     subjects, problems = find_subjects(folders, cfg.subject_pattern)
 
-    facts = examine(files, is_latents, list(cfg.intensity_range), cfg.num_workers)
-    problems += [problem for of_name in facts.values() for file in of_name for problem in file.problems]
+    facts = read_all(files, is_latents, list(cfg.intensity_range), cfg.num_workers)
+    problems += examine.file_problems(facts)
     if is_latents:
-        problems, notes = problems + latent_set_problems(facts), []
+        problems, notes = problems + examine.latent_set_problems(facts), []
     else:
-        problems += volume_set_problems(facts, list(cfg.intensity_range))
-        notes = volume_set_notes(facts, cfg.patch_size)
+        problems += examine.volume_set_problems(facts, list(cfg.intensity_range))
+        notes = examine.volume_set_notes(facts, cfg.patch_size)
 
     summaries = {name: summarise(of_name, is_latents) for name, of_name in facts.items()}
     for name, count in subjects.items():
@@ -70,8 +56,7 @@ def check(cfg: DictConfig) -> bool:
     if cfg.report is not None:
         write_report(cfg, summaries, problems, notes)
         _say(console, f"report: {cfg.report}")
-    picture = Path(cfg.picture) if cfg.picture else json_path.with_name(f"{json_path.stem}_check.png")
-    if draw(picture, facts, problems, is_latents, cfg):
+    if picture := draw(cfg, facts, problems, is_latents):
         _say(console, f"picture: {picture}")
     return not problems
 
@@ -79,7 +64,7 @@ def check(cfg: DictConfig) -> bool:
 def _is_latents(files: Mapping[str, Sequence[Path]], folders: Mapping[str, Sequence[Path]]) -> bool:
     if any((folder / RECORD_NAME).is_file() for of_name in folders.values() for folder in of_name):
         return True
-    return holds_latents([path for _, path in choose_sample(files, KIND_SAMPLE)])
+    return examine.holds_latents([path for _, path in examine.choose_sample(files, KIND_SAMPLE)])
 
 
 def find_subjects(folders: Mapping[str, Sequence[Path]], pattern: str | None) -> tuple[dict[str, int], list[Problem]]:
@@ -94,11 +79,11 @@ def find_subjects(folders: Mapping[str, Sequence[Path]], pattern: str | None) ->
             try:
                 subjects[name].add(find(path, below))
             except UserError:
-                problems.append(Problem(NO_SUBJECT, f"{pattern!r} finds nothing in {below!r}", path))
+                problems.append(Problem(examine.NO_SUBJECT, f"{pattern!r} finds nothing in {below!r}", path))
     return {name: len(found) for name, found in subjects.items()}, problems
 
 
-def examine(
+def read_all(
     files: Mapping[str, Sequence[Path]], is_latents: bool, intensity_range: Sequence[float], num_workers: int
 ) -> dict[str, list[FileFacts]]:
     """What every file of each name holds; each file is read once, even if two names have it."""
@@ -115,10 +100,10 @@ def examine(
 def summarise(files: Sequence[FileFacts], is_latents: bool) -> dict[str, Any]:
     """Figures of one name: counts of sizes and spacings, most frequent first, and intensities over its files."""
     headers = [file.header for file in files if file.header]
-    sizes = Counter(format_size(header.latent_shape if is_latents else header.shape) for header in headers)
+    sizes = Counter(examine.format_size(header.latent_shape if is_latents else header.shape) for header in headers)
     summary: dict[str, Any] = {"files": len(files), "sizes": dict(sizes.most_common())}
     if not is_latents:
-        spacings = Counter(format_numbers(header.spacing_mm) for header in headers)
+        spacings = Counter(examine.format_numbers(header.spacing_mm) for header in headers)
         summary["spacings_mm"] = dict(spacings.most_common())
     read = [file for file in files if file.low is not None]
     if read:
@@ -153,8 +138,8 @@ def show(
         table.add_row(*cells)
     console.print(table)
 
-    for kind, found in by_kind(problems).items():
-        _say(console, f"PROBLEM {kind}: {len(found)}. What to do: {REMEDIES[kind]}")
+    for kind, found in examine.by_kind(problems).items():
+        _say(console, f"PROBLEM {kind}: {len(found)}. What to do: {examine.REMEDIES[kind]}")
         for problem in found[:SHOWN]:
             _say(console, f"    {problem}")
         if len(found) > SHOWN:
@@ -165,9 +150,7 @@ def show(
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    shown = [
-        value if len(counts) == 1 else f"{value} ({count})" for value, count in list(counts.items())[:SHOWN_VALUES]
-    ]
+    shown = [size if len(counts) == 1 else f"{size} ({count})" for size, count in list(counts.items())[:SHOWN_VALUES]]
     return "\n".join([*shown, "…"] if len(counts) > SHOWN_VALUES else shown) or "–"
 
 
@@ -185,10 +168,10 @@ def write_report(
         "names": summaries,
         "problems": {
             kind: {
-                "remedy": REMEDIES[kind],
+                "remedy": examine.REMEDIES[kind],
                 "found": [{"file": problem.path and str(problem.path), "found": problem.found} for problem in found],
             }
-            for kind, found in by_kind(problems).items()
+            for kind, found in examine.by_kind(problems).items()
         },
         "notes": list(notes),
     }
@@ -199,13 +182,9 @@ def write_report(
 
 
 def draw(
-    picture: Path,
-    facts: Mapping[str, Sequence[FileFacts]],
-    problems: Iterable[Problem],
-    is_latents: bool,
-    cfg: DictConfig,
-) -> bool:
-    """Draws the slices of some files of each name, none of which has a problem. False if there is nothing to draw."""
+    cfg: DictConfig, facts: Mapping[str, Sequence[FileFacts]], problems: Iterable[Problem], is_latents: bool
+) -> Path | None:
+    """Draws the slices of some files of each name, none of which has a problem. None if there is nothing to draw."""
     unfit = {problem.path for problem in problems}
     sound = {name: [file.path for file in files if file.path not in unfit] for name, files in facts.items()}
     rows = []
@@ -213,10 +192,12 @@ def draw(
         data = read_latent(path)[0] if is_latents else read_model_volume(path, list(cfg.intensity_range)).data
         slices: dict[str, np.ndarray] = central_slices(torch.as_tensor(data))
         rows.append((f"{name}\n{path.name}", [slices[plane] for plane in PLANES]))
-    if rows:
-        columns = () if is_latents else PLANES
-        save_slice_grid(picture, rows, columns=columns, title=LATENT_TITLE if is_latents else VOLUME_TITLE)
-    return bool(rows)
+    if not rows:
+        return None
+    path = Path(cfg.picture) if cfg.picture else Path(cfg.json).with_name(f"{Path(cfg.json).stem}_check.png")
+    columns, title = ((), LATENT_TITLE) if is_latents else (PLANES, VOLUME_TITLE)
+    save_slice_grid(path, rows, columns=columns, title=title)
+    return path
 
 
 def choose_pictures(files: Mapping[str, Sequence[Path]], count: int, seed: int) -> list[tuple[str, Path]]:

@@ -33,7 +33,6 @@ class EpochSampler(Sampler[SampleKey]):
     Arguments:
         length: number of samples of the whole data set.
         rank, world_size: this process and the number of processes.
-        seed: seed of the order.
         shuffle: False walks in order.
         drop_last: leaves out the last samples that do not fill a round of all processes; otherwise the first samples
             are repeated to fill it.
@@ -43,14 +42,7 @@ class EpochSampler(Sampler[SampleKey]):
     """
 
     def __init__(
-        self,
-        length: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
+        self, length: int, *, rank: int = 0, world_size: int = 1, seed: int = 0, shuffle=True, drop_last=False
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} processes: ranks go from 0 to {world_size - 1}")
@@ -59,14 +51,10 @@ class EpochSampler(Sampler[SampleKey]):
                 f"{length} samples are too few for {world_size} processes: "
                 f"give at least {world_size} files or start fewer processes"
             )
-        self.length = length
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.epoch = 0
-        self.position = 0
+        self.length, self.seed = length, seed
+        self.rank, self.world_size = rank, world_size
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.epoch = self.position = 0
 
     @property
     def num_samples(self) -> int:

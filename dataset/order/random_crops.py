@@ -30,21 +30,21 @@ def random_crop(
         lowest = np.maximum(lowest, volume.foreground.first - size + 1)
         highest = np.minimum(highest, volume.foreground.last)
     if np.array_equal(lowest, highest):
-        return _as_tuple(lowest), volume.crop(lowest, size)
+        return tuple(lowest.tolist()), volume.crop(lowest, size)
     best_share, best = 0.0, None
     for _ in range(MAX_DRAWS):
         start = rng.integers(lowest, highest + 1)
         crop = volume.crop(start, size)
         share = np.count_nonzero(foreground(crop.numpy())) / crop.numel()  # several times as fast as with torch
         if share >= SPARSE_SHARE or (share > 0 and rng.random() < background_keep):
-            return _as_tuple(start), crop
+            return tuple(start.tolist()), crop
         if share > best_share:
-            best_share, best = share, (_as_tuple(start), crop)
+            best_share, best = share, (tuple(start.tolist()), crop)
     if best is not None:
         return best
     voxel = rng.choice(volume.foreground.voxels)
     start = rng.integers(np.maximum(voxel - size + 1, lowest), np.minimum(voxel, highest) + 1)
-    return _as_tuple(start), volume.crop(start, size)
+    return tuple(start.tolist()), volume.crop(start, size)
 
 
 def _crop_starts(shape: Sequence[int], size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +75,3 @@ def augment(data: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     if turn and data.shape[-2] == data.shape[-1]:
         data = data.rot90(1, (-2, -1))
     return data.contiguous()
-
-
-def _as_tuple(start: np.ndarray) -> tuple[int, int, int]:
-    return tuple(int(first) for first in start)

@@ -27,16 +27,12 @@ class Split:
 
 @dataclass(frozen=True)
 class SplitFile:
-    """A file as the split sees it.
-
-    subject: files of one subject are never parted. order: the text whose hash with the seed decides; two subjects of
-    different classes may have the same.
-    """
+    """A file as the split sees it."""
 
     name: str  # of the dataset JSON
     path: Path
-    subject: Any
-    order: str
+    subject: Any  # files of one subject are never parted
+    order: str  # its hash with the seed decides; subjects of different classes may have the same
 
 
 def split_dataset(root_dir: str | Path, fraction: float, seed: int, subject_pattern: str | None = None) -> Split:
@@ -117,7 +113,7 @@ def _choose(files: Sequence[SplitFile], fraction: float, seed: int) -> set[Any]:
     """
     sides = _Sides(files, fraction)
     orders = {file.subject: file.order for file in files}
-    subjects = sorted(orders, key=lambda subject: _hash(orders[subject], seed))
+    subjects = sorted(orders, key=lambda subject: hashlib.sha256(f"{seed}/{orders[subject]}".encode()).digest())
     for subject in subjects:
         if sides.is_free(subject) and sides.cost(subject) < 0:
             sides.hold_out(subject)
@@ -159,10 +155,6 @@ class _Sides:
         for name, count in self.counts[subject].items():
             self.missing[name] -= count
             self.in_training[name] -= 1
-
-
-def _hash(text: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{text}".encode()).digest()
 
 
 # Record

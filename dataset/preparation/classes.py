@@ -29,20 +29,15 @@ def choose_class_id(folder: str | Path, name: str, wanted: int | None) -> int:
 
     UserError: another class has the wanted id, or the class has another id.
     """
-    known = class_ids(folder)
+    path, known = Path(folder) / VOLUMES_JSON, class_ids(folder)
     given = known.get(name, wanted)
     if given is None:
         return max(known.values(), default=-1) + 1
     if wanted is not None and given != wanted:
-        raise UserError(
-            f"{Path(folder) / VOLUMES_JSON}: class {name} has the id {given}, not {wanted}: give class_id={given} or "
-            "another name"
-        )
+        raise UserError(f"{path}: class {name} has the id {given}, not {wanted}: give class_id={given} or another name")
     others = [other for other, class_id in known.items() if class_id == given and other != name]
     if others:
-        raise UserError(
-            f"{Path(folder) / VOLUMES_JSON}: class id {given} is {others[0]}: give class {name} another class_id"
-        )
+        raise UserError(f"{path}: class id {given} is {others[0]}: give class {name} another class_id")
     return given
 
 
@@ -61,12 +56,9 @@ def add_classes(folder: str | Path, names: Mapping[int, str]) -> None:
     for file_name, added in contents.items():
         path = folder / file_name
         entries = read_json_object(path) if path.exists() else {}
-        if file_name == VOLUMES_JSON and (
-            taken := [key for key in added if entries.get(key, added[key]) != added[key]]
-        ):
-            raise UserError(
-                f"{path}: class id {taken[0]} is {entries[taken[0]]}: give {added[taken[0]]} another class_id"
-            )
+        for key, name in added.items() if file_name == VOLUMES_JSON else ():
+            if entries.get(key, name) != name:
+                raise UserError(f"{path}: class id {key} is {entries[key]}: give {name} another class_id")
         merged = {**added, **entries}
         if merged != entries:
             ordered = dict(sorted(merged.items(), key=lambda item: (len(item[0]) if item[0].isdigit() else 0, item[0])))

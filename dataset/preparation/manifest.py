@@ -46,7 +46,6 @@ class Intensity:
         return f"{self.method} {self.low:g} to {self.high:g}{unit}"
 
     def record(self) -> dict[str, Any]:
-        """As JSON has it."""
         return asdict(self)
 
 

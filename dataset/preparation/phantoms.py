@@ -1,7 +1,4 @@
-"""Digital phantoms: a chest as CT shows it, a head as MR shows it, and data sets of them.
-
-Anatomy, intensities, texture and spacing are random, and each phantom depends on (seed, class, index) only.
-"""
+"""What dataset/phantoms.py makes: the anatomy of a chest and a head, and data sets of them."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +14,7 @@ from dataset.preparation.classes import add_classes
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX
 from dataset.volumes.intensity import BACKGROUND
-from dataset.volumes.volume_io import is_whole_volume, write_nifti
+from dataset.volumes.volume_io import is_whole_volume, nifti_to_tensor, write_volume
 
 TEXTURE = 0.02  # standard deviation of the texture: 1 % of the intensity range
 LEVELS = 1024  # intensities are multiples of 1/1024, which halves the size of the compressed files
@@ -208,19 +205,11 @@ def field_of_view(rng: np.random.Generator, size: int, lengths_mm: tuple[int, in
     return tuple(round(float(length * factor / size), 2) for length, factor in zip(lengths_mm, scale, strict=True))
 
 
-CLASSES: tuple[tuple[str, Callable[[int, np.random.Generator], Phantom]], ...] = (
-    ("CTChest", chest_phantom),
-    ("MRBrain", brain_phantom),
-)
+CLASSES = (("CTChest", chest_phantom), ("MRBrain", brain_phantom))
 
 
 def write_phantoms(
-    output_dir: Path,
-    num_per_class: int,
-    num_held_out: int,
-    size: int,
-    seed: int,
-    progress: Callable[[list], object] = iter,
+    output_dir: Path, num_per_class: int, num_held_out: int, size: int, seed: int, progress: Callable = iter
 ) -> None:
     """Writes both data sets with their JSONs; files that are there already and whole are left alone.
 
@@ -228,19 +217,15 @@ def write_phantoms(
     """
     check_record(output_dir, {"size": size, "seed": seed, "version": VERSION})
     jobs = []
-    for folder, count, start in (
-        (output_dir, num_per_class, 0),
-        (output_dir / "held_out", num_held_out, HELD_OUT_START),
-    ):
-        if count == 0:
-            continue
+    parts = ((output_dir, num_per_class, 0), (output_dir / "held_out", num_held_out, HELD_OUT_START))
+    for folder, count, start in parts:
         for class_id, (name, _) in enumerate(CLASSES):
             jobs += [(folder / name / f"{name}_{i:04d}.nii.gz", class_id, start + i) for i in range(count)]
     check_no_others(output_dir, {path for path, _, _ in jobs})
     for path, class_id, index in progress(jobs):
         if not is_whole_volume(path):
             phantom = make_phantom(class_id, index, size, seed)
-            write_nifti(path, phantom.data, affine_from_spacing(phantom.spacing_mm))
+            write_volume(path, nifti_to_tensor(phantom.data), affine_from_spacing(phantom.spacing_mm))
     for folder in sorted({path.parents[1] for path, _, _ in jobs}):
         add_classes(folder, {class_id: name for class_id, (name, _) in enumerate(CLASSES)})
 
@@ -257,6 +242,5 @@ def check_record(output_dir: Path, options: dict[str, int]) -> None:
 def check_no_others(output_dir: Path, expected: set[Path]) -> None:
     """Files beyond those asked for would be trained on or measured as well."""
     others = sorted(set(output_dir.rglob(f"*{VOLUME_SUFFIX}")) - expected)
-    others = [path for path in others if not path.parent.name.endswith(LATENT_SUFFIX)]
-    if others:
+    if others := [path for path in others if not path.parent.name.endswith(LATENT_SUFFIX)]:
         raise UserError(f"{output_dir}: {len(others)} files more than asked for, e.g. {others[0]}: name a new folder")

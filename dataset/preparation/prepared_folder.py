@@ -17,7 +17,7 @@ from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manif
 from dataset.preparation.recipe import Recipe, describe, prepare
 from dataset.preparation.sources import Source, fingerprint, read_source, source_sha256
 from dataset.volumes.index import VOLUME_SUFFIX
-from dataset.volumes.volume_io import write_nifti
+from dataset.volumes.volume_io import nifti_to_tensor, write_volume
 
 LIBRARIES = ("numpy", "nibabel", "pydicom", "SimpleITK", "torchio")
 
@@ -38,13 +38,10 @@ class Outcome:
 
 @dataclass
 class PreparedFolder:
-    """The prepared volumes of one class.
-
-    folder: where they are. input: the folder that sources are found in. recipe: how they are prepared.
-    """
+    """The prepared volumes of one class."""
 
     folder: Path
-    input: Path
+    input: Path  # the folder that sources are found in
     recipe: Recipe
     entries: dict[str, dict[str, Any]] = field(init=False)  # of the manifest, by file
 
@@ -152,7 +149,7 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
     except Exception as error:  # one odd file must not end a night's work, whatever a library says of it
         return Outcome(source, reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
     path = folder / file_name(source)
-    write_nifti(path, prepared.data, prepared.affine)
+    write_volume(path, nifti_to_tensor(prepared.data), prepared.affine)
     after = describe(prepared.data, prepared.affine)
     entry = {
         "file": file_name(source),

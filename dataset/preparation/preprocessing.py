@@ -15,10 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import UserError
-from common.files import (
-    lock_folder,
-    write_atomically,
-)
+from common.files import lock_folder, write_atomically
 from dataset.preparation.classes import add_classes, choose_class_id
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder
 from dataset.preparation.recipe import Recipe
@@ -81,7 +78,7 @@ def preprocess(cfg: DictConfig) -> bool:
     if prepared.entries:
         class_id = choose_class_id(output_dir, target.name, target.class_id)  # another class may have come since
         add_classes(output_dir, {class_id: target.name})
-    _report(console, folder, outcomes, len(selected) - len(todo), prepared)
+    _report(console, outcomes, len(selected) - len(todo), prepared)
     return not any(outcome.status == "failed" for outcome in outcomes)
 
 
@@ -134,11 +131,8 @@ def resolve_target(cfg: DictConfig) -> Target:
         raise UserError(f"modality {modality} doesn't fit the preset {cfg.preset}, which is {preset.modality}")
     window, percentiles = cfg.window, cfg.percentiles
     if window is None and percentiles is None:
-        window = DEFAULT_WINDOW if modality == "CT" else None
-        percentiles = None if modality == "CT" else DEFAULT_PERCENTILES
-    size = cfg.size
-    if size is None and grid is not None:
-        size = _voxels(cfg, grid)
+        window, percentiles = (DEFAULT_WINDOW, None) if modality == "CT" else (None, DEFAULT_PERCENTILES)
+    size = _voxels(cfg, grid) if cfg.size is None and grid is not None else cfg.size
     recipe = Recipe(
         window=_floats(window),
         percentiles=_floats(percentiles),
@@ -212,11 +206,10 @@ def _listing(cfg: DictConfig, found: Found) -> Table:
     return table
 
 
-def _report(
-    console: Console, folder: Path, outcomes: Sequence[Outcome], num_kept: int, prepared: PreparedFolder
-) -> None:
+def _report(console: Console, outcomes: Sequence[Outcome], num_kept: int, prepared: PreparedFolder) -> None:
     """Prints the table of what became of everything, and writes the problems beside the volumes."""
-    console.print(f"{folder}: {len(prepared.entries)} volumes", **PLAIN)
+    problems_path = prepared.folder / PROBLEMS_NAME
+    console.print(f"{prepared.folder}: {len(prepared.entries)} volumes", **PLAIN)
     table = Table()
     for column in ("status", "volumes", "why"):
         table.add_column(column, overflow="fold")
@@ -230,7 +223,7 @@ def _report(
     for outcome in failed[:MAX_SHOWN]:
         _add_row(table, "failed", "1", f"{outcome.source.label}: {outcome.reason}")
     if len(failed) > MAX_SHOWN:
-        _add_row(table, "failed", str(len(failed) - MAX_SHOWN), f"more, see {folder / PROBLEMS_NAME}")
+        _add_row(table, "failed", str(len(failed) - MAX_SHOWN), f"more, see {problems_path}")
     console.print(table)
     cut = {file: e["foreground_lost"] for file, e in prepared.entries.items() if e["foreground_lost"] > NOTABLE_LOSS}
     if cut:
@@ -240,7 +233,7 @@ def _report(
             f"{cut[worst]:.0%} ({worst}): foreground_lost in the manifest has all",
             **PLAIN,
         )
-    _write_problems(folder / PROBLEMS_NAME, failed)
+    _write_problems(problems_path, failed)
 
 
 def _add_row(table: Table, *cells: str) -> None:

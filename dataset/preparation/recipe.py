@@ -73,7 +73,8 @@ def prepare(scan: Scan, recipe: Recipe) -> Prepared:
         raise UserError(f"size {size_text(scan.data.shape)}: at least {MIN_VOXELS} voxels along each axis are needed")
     intensity = find_intensity(scan.data, recipe)
     steps = [*scan.notes, f"{intensity} mapped to [{MODEL_RANGE[0]:g}, {MODEL_RANGE[1]:g}]"]
-    unit_range = _to_unit_range(scan.data, intensity)
+    scale = np.float32(1 / (intensity.high - intensity.low))
+    unit_range = np.clip((scan.data - np.float32(intensity.low)) * scale, 0, 1, dtype=np.float32)
     image = tio.ScalarImage(tensor=torch.from_numpy(unit_range)[None], affine=scan.affine)  # (1, X, Y, Z)
     for step in (_straighten, _reorient, _resample):
         image = step(image, recipe, steps)
@@ -131,11 +132,6 @@ def _check_hounsfield(lowest: float, highest: float) -> None:
         )
 
 
-def _to_unit_range(data: np.ndarray, intensity: Intensity) -> np.ndarray:
-    scale = np.float32(1 / (intensity.high - intensity.low))
-    return np.clip((data - np.float32(intensity.low)) * scale, 0, 1, dtype=np.float32)
-
-
 # Geometry: each step takes an image with its recipe, adds to the words on what was done, and gives the next image
 
 
@@ -182,10 +178,7 @@ def _resample(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tio.S
 def _crop_or_pad(image: tio.ScalarImage, recipe: Recipe, steps: list[str]) -> tuple[tio.ScalarImage, float]:
     """Crops around the middle of the foreground, pads on both sides. Also gives the share of foreground cut off."""
     shape = np.array(image.spatial_shape)
-    if recipe.size is None:
-        size = -(-shape // recipe.multiple) * recipe.multiple
-    else:
-        size = np.array(recipe.size)
+    size = np.array(recipe.size or -(-shape // recipe.multiple) * recipe.multiple)
     lost = 0.0
     if np.any(shape > size):
         mask, stride = coarse_foreground(image.numpy()[0])

@@ -13,25 +13,10 @@ from common.errors import UserError
 from common.files import file_sha256
 from common.parallel import map_in_processes
 from dataset.preparation.dicom import Series, Slice, check_series, group_series, is_dicom, read_slice, read_stack
-from dataset.volumes.geometry import (
-    LARGEST_SPACING_MM,
-    SMALLEST_SPACING_MM,
-    affine_of_orientation,
-    is_plausible_spacing,
-    mm_text,
-    spacing_of,
-)
+from dataset.volumes.geometry import PLAUSIBLE_SPACING, affine_of_orientation, is_plausible_spacing, mm_text, spacing_of
 from dataset.volumes.gzip_files import GZIP_MAGIC
 from dataset.volumes.index import walk_files
-from dataset.volumes.volume_io import (
-    HEADER_BYTES,
-    NIFTI1_STARTS,
-    NIFTI2_STARTS,
-    NIFTI_SUFFIXES,
-    Header,
-    read_header,
-    read_nifti,
-)
+from dataset.volumes.volume_io import HEADER_BYTES, NIFTI_STARTS, NIFTI_SUFFIXES, Header, read_header, read_nifti
 
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 
@@ -100,7 +85,8 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
         if isinstance(look, Slice):
             slices.append(look)
         elif look == "nifti":
-            found.sources.append(Source(_stem(path.relative_to(folder)), (path,)))
+            name = re.sub(r"\.nii(\.gz)?$", "", path.relative_to(folder).as_posix())
+            found.sources.append(Source(name, (path,)))
         elif look is None:
             found.num_other += 1
         else:
@@ -120,7 +106,7 @@ def _look(path: Path) -> Slice | str | None:
         start = _first_bytes(path)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-    if start[:4] in (*NIFTI1_STARTS, *NIFTI2_STARTS) or path.name.endswith(NIFTI_SUFFIXES):
+    if start[:4] in NIFTI_STARTS or path.name.endswith(NIFTI_SUFFIXES):
         return "nifti"
     if not is_dicom(start):
         return None
@@ -140,10 +126,6 @@ def _first_bytes(path: Path) -> bytes:
             return gzip.GzipFile(fileobj=file).read(HEADER_BYTES)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             return start
-
-
-def _stem(path: Path) -> str:
-    return re.sub(r"\.nii(\.gz)?$", "", path.as_posix())
 
 
 # Reading
@@ -200,8 +182,8 @@ def _plausible(affine: np.ndarray, label: str) -> np.ndarray:
         raise UserError(f"{label}: spacing {mm_text(spacing)}: a voxel without extent, the header is damaged")
     if not is_plausible_spacing(spacing):
         raise UserError(
-            f"{label}: spacing {mm_text(spacing)} is not that of a scan ({SMALLEST_SPACING_MM:g} to "
-            f"{LARGEST_SPACING_MM:g} mm): wrong units in the header, correct it there"
+            f"{label}: spacing {mm_text(spacing)} is not that of a scan ({PLAUSIBLE_SPACING}): wrong units in "
+            "the header, correct it there"
         )
     return affine
 

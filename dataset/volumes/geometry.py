@@ -9,6 +9,7 @@ from common.errors import UserError
 
 # Beyond these a spacing is a mistake, mostly of units.
 SMALLEST_SPACING_MM, LARGEST_SPACING_MM = 0.05, 20.0
+PLAUSIBLE_SPACING = f"{SMALLEST_SPACING_MM:g} to {LARGEST_SPACING_MM:g} mm"
 SHEAR = 0.01  # cosine between two axes, about 0.6 degrees; a tilted CT gantry gives 0.1 and more
 
 

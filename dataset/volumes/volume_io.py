@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from einops import rearrange
 
 from common.errors import UserError
 from common.files import write_atomically
@@ -21,8 +22,8 @@ from dataset.volumes.intensity import RANGE_TOLERANCE, is_empty, to_model_range
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
-NIFTI1_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"))
 NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
+NIFTI_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"), *NIFTI2_STARTS)
 UNITS = {1: "meter", 2: "mm", 3: "micron"}  # codes of lengths; others are not defined
 LARGEST_CODE = 32767  # codes of scaled int16 volumes lie between its negative and it
 
@@ -87,16 +88,12 @@ class Volume:
 
 def nifti_to_tensor(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """(..., X, Y, Z) -> (..., Z, X, Y), that is (..., D, H, W). A view."""
-    return _move_axis(volume, -1, -3)
+    return rearrange(volume, "... x y z -> ... z x y")
 
 
 def tensor_to_nifti(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """(..., D, H, W) -> (..., X, Y, Z), the inverse of `nifti_to_tensor`. A view."""
-    return _move_axis(volume, -3, -1)
-
-
-def _move_axis(array: np.ndarray | torch.Tensor, source: int, destination: int) -> np.ndarray | torch.Tensor:
-    return (torch if isinstance(array, torch.Tensor) else np).moveaxis(array, source, destination)
+    return rearrange(volume, "... z x y -> ... x y z")
 
 
 # Volumes
@@ -149,24 +146,7 @@ def write_volume(
     value_range: Sequence[float] | None = None,
     is_whole_units: bool = False,
 ) -> None:
-    """Writes (D, H, W) or (1, D, H, W) as NIfTI (X, Y, Z), so that readers get the values back; see `write_nifti`."""
-    array = _to_array(data)
-    if array.ndim == 4 and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim != 3:
-        raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
-    write_nifti(path, tensor_to_nifti(array), affine, dtype, value_range, is_whole_units)
-
-
-def write_nifti(
-    path: str | Path,
-    array: np.ndarray,
-    affine: np.ndarray | torch.Tensor,
-    dtype: str = "float32",
-    value_range: Sequence[float] | None = None,
-    is_whole_units: bool = False,
-) -> None:
-    """Writes voxels (X, Y, Z).
+    """Writes (D, H, W) or (1, D, H, W) as NIfTI (X, Y, Z), so that readers get the values back.
 
     The file appears under its name only when it is whole. UserError if it cannot be written.
 
@@ -177,10 +157,17 @@ def write_nifti(
         is_whole_units: int16 holds the values themselves, rounded, if the range allows it (HU); otherwise, and without,
             there are 65,535 codes over the range, with slope and intercept in the header.
     """
+    array = _to_array(data)
+    if array.ndim == 4 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 3:
+        raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
+    array = tensor_to_nifti(array)
     slope, intercept = 1.0, 0.0
     if dtype == "int16":
+        _check_range(path, array, value_range)
         slope, intercept = int16_scale(value_range, is_whole_units)
-        stored = _to_int16(path, array, value_range, slope, intercept)
+        stored = _by_slice(array, np.int16, lambda voxels: _int16_codes(voxels, value_range, slope, intercept))
     elif dtype == "float32":
         stored = _by_slice(array, np.float32, lambda voxels: voxels)
     else:
@@ -200,20 +187,17 @@ def int16_scale(value_range: Sequence[float], is_whole_units: bool = False) -> t
 
 
 def int16_read_back(array: np.ndarray, value_range: Sequence[float], is_whole_units: bool = False) -> np.ndarray:
-    """What readers get of values (any shape) that `write_nifti` writes as int16, float32."""
+    """What readers get of values (any shape) that `write_volume` writes as int16, float32."""
     slope, intercept = int16_scale(value_range, is_whole_units)
     codes = _int16_codes(array, value_range, slope, intercept)
     return (codes * slope + intercept).astype(np.float32)
 
 
-def _to_int16(
-    path: str | Path, array: np.ndarray, value_range: Sequence[float], slope: float, intercept: float
-) -> np.ndarray:
+def _check_range(path: str | Path, array: np.ndarray, value_range: Sequence[float]) -> None:
     low, high = value_range
     tolerance = RANGE_TOLERANCE * (high - low)
     if not (low - tolerance <= array.min() and array.max() <= high + tolerance):  # also NaN
         raise ValueError(f"{path}: values {array.min():g} to {array.max():g} outside the range [{low:g}, {high:g}]")
-    return _by_slice(array, np.int16, lambda voxels: _int16_codes(voxels, value_range, slope, intercept))
 
 
 def _int16_codes(voxels: np.ndarray, value_range: Sequence[float], slope: float, intercept: float) -> np.ndarray:
@@ -233,9 +217,7 @@ def _by_slice(array: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np
     """
     stored = np.empty(array.shape, dtype, order="F")
     for z in range(array.shape[2]):
-        stored[..., z] = convert(array[..., z]).astype(
-            dtype, copy=False
-        )  # first: to cast and turn at once takes longer
+        stored[..., z] = convert(array[..., z]).astype(dtype, copy=False)  # to cast and turn at once takes longer
     return stored
 
 
@@ -329,17 +311,13 @@ def _open(path: str | Path, num_bytes: int | None = None) -> tuple[Header, nib.N
     """What a file says of itself, and its image; of the first `num_bytes` alone an image without voxels."""
     path = Path(path)
     content = read_bytes(path, num_bytes)
-    image = _parse(path, content)
-    return _describe(path, image.header, content), image
-
-
-def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     image_class = nib.Nifti2Image if content[:4] in NIFTI2_STARTS else nib.Nifti1Image
     try:
-        return image_class.from_bytes(content)
+        image = image_class.from_bytes(content)
     except Exception as error:  # nibabel raises many types, from struct.error to ImageFileError, for a wrong header
-        reason = "truncated" if content[:4] in (*NIFTI1_STARTS, *NIFTI2_STARTS) else "not a NIfTI image"
+        reason = "truncated" if content[:4] in NIFTI_STARTS else "not a NIfTI image"
         raise UserError(f"{path}: {reason}: a whole .nii.gz file is needed") from error
+    return _describe(path, image.header, content), image
 
 
 def _voxels(path: Path, image: nib.Nifti1Image) -> np.ndarray:
