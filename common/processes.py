@@ -4,8 +4,6 @@
 is made. Devices go by LOCAL_RANK, the process's place on its own node, so several nodes work.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ T tokens of a sub-volume, p patch_size; K width of the condition; M width of the
 first F of which keep that width and take part in both flows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

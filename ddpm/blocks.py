@@ -4,8 +4,6 @@ Letters: B batch, C channels, d h w grid; N sub-volumes of a latent, T tokens of
 Attribute names are those of the published checkpoints.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ A process draws its timesteps (``draw_timesteps``), makes the loss (``p_losses``
 generation need these three. Another objective is another class that has them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -7,8 +7,6 @@ sampler is a new function and one entry in ``SAMPLERS``. Ancestral sampling and 
 ``ddpm/solvers.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ Letters: a_t = 1 - beta_t; abar_t = a_0 * ... * a_t (``alphas_cumprod``). Timest
 Equation numbers are those of Ho et al., "Denoising Diffusion Probabilistic Models", NeurIPS 2020.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

@@ -5,8 +5,6 @@ formulas only; timesteps, noise levels and the limit of x_0 are ours, so that ev
 The package is imported when a solver is called: models and the other samplers do without it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ Without torchrun it is a single process. The same command again goes on with its
 Ctrl-C saves a checkpoint first. Several nodes need `--results-dir` on a file system they share.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

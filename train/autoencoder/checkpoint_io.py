@@ -1,7 +1,5 @@
 """How Lightning reads and writes the autoencoder's checkpoints, and the random state in them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import deque
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What Lightning's training of the autoencoder reports besides its losses."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What ends the autoencoder's training after a step, on all ranks at once: a signal, or a loss that is not finite."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytorch_lightning as pl

@@ -1,7 +1,5 @@
 """What all ranks agree on in each step: whether it is sound, and whether to stop."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A run's batches of latents: shuffled by (seed, epoch), split over ranks, resumable within an epoch."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

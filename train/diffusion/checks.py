@@ -1,7 +1,5 @@
 """What is checked before a BiFlowNet run costs time: options, latents on disk and the autoencoder that made them."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

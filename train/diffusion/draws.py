@@ -6,8 +6,6 @@ run needs no generator state. A run's numbers depend on the order of its draws: 
 dropped conditions, noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ the other ranks wait for rank 0. So a preview has a time limit, far below the pr
 minutes, gloo: 30).
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging

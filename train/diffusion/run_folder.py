@@ -10,8 +10,6 @@
 A repeated command finds its folder by `config.yaml`. Everything here runs on rank 0 only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What rank 0 writes at a checkpoint, while all ranks train on."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a BiFlowNet run has to remember: weights, averaged weights, optimiser, scaler, position in the data and RNG."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from dataclasses import dataclass
@@ -50,7 +48,7 @@ class TrainingState:
     _read: tuple[Path | None, dict | None] = (None, None)  # a checkpoint file's content, by its path
 
     @classmethod
-    def start(cls, cfg: DictConfig, model: nn.Module, device: torch.device, autoencoder: str | None) -> TrainingState:
+    def start(cls, cfg: DictConfig, model: nn.Module, device: torch.device, autoencoder: str | None) -> "TrainingState":
         """That of a new run; `model` is on its device."""
         use_scaler = cfg.enable_amp and cfg.amp_dtype == "fp16"
         return cls(

@@ -1,7 +1,5 @@
 """The training loop of the diffusion models, whatever conditions them and whichever of their parts train."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import signal

@@ -3,8 +3,6 @@
 Each `check` returns one line when a state begins, with numbers and what to do, and None otherwise.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Numbers of a training run: metrics.jsonl, and TensorBoard beside it."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -74,7 +72,7 @@ class RunLog:
         self._logger = here.logger
         self._data_bound = DataBound(remedy_for_waiting)
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error: object) -> None:

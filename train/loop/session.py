@@ -1,7 +1,5 @@
 """What every training process has from its start to its end: its place among the ranks, signals, the log."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator

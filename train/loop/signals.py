@@ -1,7 +1,5 @@
 """A request to stop (SIGTERM, SIGINT) that the training loop honours between two steps."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -20,7 +18,7 @@ class StopRequest:
         self.received = 0
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
