@@ -23,7 +23,8 @@ from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import list_volumes
 from dataset.volumes.latent_record import start_folder
 from dataset.volumes.volume_io import read_latent, write_latent
-from train.diffusion.batches import CacheLoader, GlobalBatchSampler, close_loader, endless, make_cache, make_loader
+from train.diffusion.batches import CacheLoader, GlobalBatchSampler, make_cache, make_loader
+from train.loop.signals import close_loader
 
 SHAPE = (4, 2, 3, 5)
 GRID = SHAPE[1:]
@@ -62,12 +63,13 @@ def loader_of(data: Singleres_dataset, num_workers: int = 0, batch_size: int = 2
 def first_batches(data: Singleres_dataset, num_workers: int, count: int, samples_seen: int = 0) -> list:
     """The batches of a run that goes on in its first epoch."""
     loader = loader_of(data, num_workers)
-    places = iter([(0, samples_seen), (1, 0), (2, 0)])
     order = loader.sampler if isinstance(loader, CacheLoader) else loader.batch_sampler
-    batches = endless(loader, lambda: order.start_at(*next(places)))
-    found = [next(batches) for _ in range(count)]
+    found = []
+    for place in ((0, samples_seen), (1, 0), (2, 0)):
+        order.start_at(*place)
+        found += loader
     close_loader(loader)
-    return found
+    return found[:count]
 
 
 def bits(tensor: torch.Tensor) -> bytes:

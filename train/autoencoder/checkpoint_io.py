@@ -20,9 +20,6 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     (Lightning's AsyncCheckpointIO can't be used with another CheckpointIO than Lightning's own: the strategy replaces
     what it wraps.)
-
-    Args:
-        work: does the writing; its errors are `save_checkpoint`'s.
     """
 
     def __init__(self, work: BackgroundWork) -> None:
