@@ -158,6 +158,7 @@ def test_a_latent_that_was_encoded_again_is_cached_anew(root, caplog):
     built(root)
     write_latent(root.parent / "class1_latents" / "3.nii.gz", latent(99))
     (root.parent / "class0_latents" / "8.nii.gz").unlink()
+    caplog.clear()  # a test that ran before may have set the level
     with caplog.at_level(logging.INFO, "dataset.cache.volumes"):
         data = built(root)
         built(root)
