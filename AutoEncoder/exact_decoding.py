@@ -79,11 +79,6 @@ class Stage:
         """How many input voxels beyond a block `run_with` needs: one output voxel a 3³ convolution, one for `up`."""
         return math.ceil((1 + num_affines) / 2)
 
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Channels before and after the first residual block."""
-        return self.blocks[0].conv1.in_channels, self.blocks[0].conv1.out_channels
-
 
 @torch.no_grad()
 def decode_exactly(decoder: Decoder, z: Tensor, max_bytes: int | None = None) -> Tensor:
@@ -117,7 +112,10 @@ def _run_in_blocks(stage: Stage, x: Tensor, block: Sequence[int]) -> Tensor:
     """`stage.run(x)`, (B, C, d, h, w) -> (B, C', 2d, 2h, 2w)."""
     affines: list[Affine] = []
     for norm in stage.norms:
-        affines.append(_known_affine(norm) or _measured_affine(norm, stage, affines, x, block))
+        if isinstance(norm, nn.GroupNorm):
+            affines.append(_measured_affine(norm, stage, affines, x, block))
+        else:  # a batch norm in eval mode
+            affines.append(_affine(norm, norm.running_mean[None], norm.running_var[None]))
     out = None
     for target, part in _each_block(stage, affines, x, block):
         if out is None:
@@ -149,13 +147,6 @@ def _each_block(
 def _activate(x: Tensor, affine: Affine) -> Tensor:
     """SiLU of the normalised x, in the norm's own precision as under autocast."""
     return F.silu(torch.addcmul(affine.shift, x.to(affine.scale.dtype), affine.scale), inplace=True)
-
-
-def _known_affine(norm: nn.Module) -> Affine | None:
-    """What a batch norm does in eval mode; None for a group norm, which has to see its input first."""
-    if isinstance(norm, nn.GroupNorm):
-        return None
-    return _affine(norm, norm.running_mean[None], norm.running_var[None])
 
 
 def _measured_affine(
@@ -200,10 +191,7 @@ def plan_blocks(
     limit = math.inf if max_bytes is None else max_bytes
     stages = _stages(decoder)
     grids = [tuple(extent * 2**i for extent in grid) for i in range(len(stages))]
-    plans = [
-        list(_candidates(stage, stage_grid, batch, element_bytes))
-        for stage, stage_grid in zip(stages, grids, strict=True)
-    ]
+    plans = [list(_candidates(*pair, batch, element_bytes)) for pair in zip(stages, grids, strict=True)]
     needed = max(_latent_grid_bytes(decoder, batch, grid), *(min(plan)[0] for plan in plans))
     if needed > limit:
         raise ValueError(
@@ -224,7 +212,7 @@ def _candidates(
 ) -> Iterator[tuple[float, tuple[int, ...]]]:
     """(bytes that the stage needs, block), from the whole grid on, the longest edge halved each time."""
     margin = stage.margin(len(stage.norms))
-    wide, narrow = stage.widths
+    wide, narrow = stage.blocks[0].conv1.in_channels, stage.blocks[0].conv1.out_channels
     out_channels = narrow if stage.final is None else stage.final[-1].out_channels
     stored = batch * math.prod(grid) * (stage.up.conv_trans.in_channels + 8 * out_channels) * element_bytes
     # At their peak, in the first convolution: its input, the normalised input, both again as the convolution wants them

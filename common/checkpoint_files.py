@@ -5,14 +5,13 @@ published checkpoints hold (an OmegaConf config in Lightning's `hyper_parameters
 `args`). Saving never leaves half a file: a temporary file beside the target takes its place only once it is whole.
 """
 
-import argparse
-import collections
 import glob
 import logging
 import pickle
 import re
-import typing
 import zipfile
+from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,19 +27,8 @@ from common.errors import UserError
 from common.files import replacing
 
 # What a pickled DictConfig of plain values consists of, and argparse's Namespace; nothing here can run code.
-SAFE_TYPES = (
-    DictConfig,
-    ListConfig,
-    AnyNode,
-    ContainerMetadata,
-    Metadata,
-    typing.Any,
-    collections.defaultdict,
-    dict,
-    list,
-    int,
-    argparse.Namespace,
-)
+OF_OMEGACONF = (DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata)
+SAFE_TYPES = (*OF_OMEGACONF, Any, defaultdict, dict, list, int, Namespace)
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +71,11 @@ def _only_safe_types() -> Iterator[None]:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found:
-            return (
-                f"refused: it asks for {found[1]}, and loading that could run code; "
-                "expected only tensors, plain values, an OmegaConf config or an argparse.Namespace"
-            )
+    if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
+        return (
+            f"refused: it asks for {found[1]}, and loading that could run code; "
+            "expected only tensors, plain values, an OmegaConf config or an argparse.Namespace"
+        )
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
     if is_zip and not zipfile.is_zipfile(path):

@@ -1,7 +1,5 @@
 """torch.compile, and what users are told where it can't."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

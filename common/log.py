@@ -1,7 +1,5 @@
 """The programs' log: text to the console and, in training, to log.txt."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from pathlib import Path

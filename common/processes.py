@@ -4,8 +4,6 @@
 is made. Devices go by LOCAL_RANK, the process's place on its own node, so several nodes work.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,12 +56,7 @@ class Distributed:
 
     def on_all(self, function: Callable[[], Result]) -> list[Result]:
         """Call `function` on every rank: the picklable results in rank order; a UserError of any is raised on all."""
-        result, message = None, None
-        try:
-            result = function()
-        except UserError as error:
-            message = str(error)
-        gathered = self.gather((result, message))
+        gathered = self.gather(_attempt(function))
         for _, message in gathered:
             if message is not None:
                 raise UserError(message)
@@ -79,12 +72,7 @@ class Distributed:
 
         Every rank gets its picklable result, or with `share=False` rank 0 its result and the others None.
         """
-        result, message = None, None
-        if self.is_main:
-            try:
-                result = function()
-            except UserError as error:
-                message = str(error)
+        result, message = _attempt(function) if self.is_main else (None, None)
         if self.world_size > 1:
             shared = [result if share else None, message]
             torch_distributed.broadcast_object_list(shared, src=0)
@@ -131,6 +119,14 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
             f"{torch.cuda.device_count()}; start torchrun with --nproc-per-node {torch.cuda.device_count()} or less"
         )
     return torch.device("cuda", local_rank)
+
+
+def _attempt(function: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """Its result, or the message of its UserError."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def cleanup() -> None:

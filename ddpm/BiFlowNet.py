@@ -8,8 +8,6 @@ T tokens of a sub-volume, p patch_size; K width of the condition; M width of the
 first F of which keep that width and take part in both flows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 
@@ -18,17 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddpm.blocks import (
-    DiTBlock,
-    FinalLayer,
-    PatchEmbed_Voxel,
-    ResnetBlock,
-    SinusoidalEmbedding,
-    downsample,
-    residual_attention,
-    sincos_position_embedding,
-    upsample,
-)
+from ddpm import blocks
+from ddpm.blocks import DiTBlock, FinalLayer, PatchEmbed_Voxel, ResnetBlock
 from ddpm.diffusion import GaussianDiffusion
 
 __all__ = ["BiFlowNet", "GaussianDiffusion", "PatchEmbed_Voxel"]
@@ -131,11 +120,10 @@ class BiFlowNet(nn.Module):
 
     def _build_conditions(self, dim: int) -> None:
         self.time_mlp = nn.Sequential(
-            SinusoidalEmbedding(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim)
+            blocks.SinusoidalEmbedding(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim)
         )
         if self.cond_classes is not None:
-            num_ids = self.cond_classes + (self.null_label is not None)
-            self.cond_emb = nn.Embedding(num_ids, 4 * dim)
+            self.cond_emb = nn.Embedding(self.cond_classes + (self.null_label is not None), 4 * dim)
         if self.res_condition:
             self.res_mlp = nn.Sequential(nn.Linear(3, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
 
@@ -161,22 +149,22 @@ class BiFlowNet(nn.Module):
             return ResnetBlock(in_channels, out_channels, resnet_groups, cond_dim)
 
         def attention(channels: int, level: int) -> nn.Module:
-            return residual_attention(channels, attn_heads) if attention_flags[level] else nn.Identity()
+            return blocks.residual_attention(channels, attn_heads) if attention_flags[level] else nn.Identity()
 
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for level in range(num_levels):
             below, width = widths[level], widths[level + 1]
             parts = [resnet(below, width), attention(width, level), resnet(width, width), attention(width, level)]
             halves = num_flow - 1 <= level < num_levels - 1
-            self.downs.append(nn.ModuleList([*parts, downsample(width) if halves else nn.Identity()]))
+            self.downs.append(nn.ModuleList([*parts, blocks.downsample(width) if halves else nn.Identity()]))
         for level in reversed(range(num_levels)):
             below, width = widths[level], widths[level + 1]
             parts = [resnet(2 * width, width), attention(width, level)]
             parts += [resnet(2 * width, below), attention(below, level)]
-            self.ups.append(nn.ModuleList([*parts, upsample(below) if level >= num_flow else nn.Identity()]))
+            self.ups.append(nn.ModuleList([*parts, blocks.upsample(below) if level >= num_flow else nn.Identity()]))
 
         self.mid_block1 = resnet(widths[-1], widths[-1])
-        self.mid_spatial_attn = residual_attention(widths[-1], attn_heads)
+        self.mid_spatial_attn = blocks.residual_attention(widths[-1], attn_heads)
         self.mid_block2 = resnet(widths[-1], widths[-1])
 
     def initialize_weights(self) -> None:
@@ -193,9 +181,9 @@ class BiFlowNet(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
 
         # Positions are not learned.
-        grid = self.x_embedder.grid_size
+        positions = blocks.sincos_position_embedding(self.pos_embed.shape[-1], self.x_embedder.grid_size)
         with torch.no_grad():
-            self.pos_embed.copy_(sincos_position_embedding(self.pos_embed.shape[-1], grid)[None])
+            self.pos_embed.copy_(positions[None])
 
         # adaLN-Zero: with gates of zero each transformer block starts as the identity, from where depth trains best.
         # The intra-patch flow adds nothing to the U-Net at first, and comes in as far as it helps.
@@ -363,8 +351,7 @@ def grid_multiple(widths: list[int], sub_volume_size: tuple[int, int, int] = (8,
 
     widths: as for count_flow_levels; [1, *dim_mults] gives the same where the first convolution has the base width.
     """
-    down_factor = count_down_factor(widths)
-    return tuple(math.lcm(size, down_factor) for size in sub_volume_size)
+    return tuple(math.lcm(size, count_down_factor(widths)) for size in sub_volume_size)
 
 
 def _check_arguments(

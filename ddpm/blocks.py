@@ -4,8 +4,6 @@ Letters: B batch, C channels, d h w grid; N sub-volumes of a latent, T tokens of
 Attribute names are those of the published checkpoints.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -51,9 +49,6 @@ class PatchEmbed_Voxel(nn.Module):
     Args:
         voxel_size: (D, H, W) of the sub-volume, or one number for a cube.
         patch_size: edge of the cube that becomes a token.
-        in_chans: C.
-        embed_dim: width of a token.
-        bias: whether the projection has one.
     """
 
     def __init__(self, voxel_size=8, patch_size=2, in_chans=3, embed_dim=768, bias=True):
@@ -89,10 +84,6 @@ class PatchAttention(nn.Module):
     """Multi-head self-attention among the tokens of a sub-volume, (B·N, T, C) to the same shape.
 
     As `timm.layers.Attention` with biases, names of the parameters included, but for the padding of `attend`.
-
-    Args:
-        dim: width of a token, C.
-        num_heads: a divisor of dim.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -123,16 +114,10 @@ def attend(qkv: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero (Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023).
 
-    Tokens attend within their own sub-volume only; the condition is shared by all sub-volumes of a sample.
+    Tokens attend within their own sub-volume only; the condition is shared by all sub-volumes of a sample. The MLP is
+    dim·mlp_ratio wide. With ``skip``, the output of an earlier block is merged by a Linear layer (U-ViT style).
 
-    Args:
-        dim: width of a token, C.
-        num_heads: attention heads, a divisor of dim.
-        cond_dim: width of the condition, K.
-        mlp_ratio: hidden width of the MLP, in dim.
-        skip: whether ``forward`` takes the output of an earlier block, merged by a Linear layer (U-ViT style).
-
-    Shapes: x, skip and the result (B, N, T, C); condition (B, K).
+    Shapes: x, skip and the result (B, N, T, C = dim); condition (B, K = cond_dim).
     """
 
     def __init__(self, dim: int, num_heads: int, cond_dim: int, mlp_ratio: float = 4.0, skip: bool = False):
@@ -153,9 +138,8 @@ class DiTBlock(nn.Module):
         return x + gate_mlp[:, None, None, :] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
     def _attend(self, x: Tensor) -> Tensor:
-        num_samples = x.shape[0]
-        x = self.attn(rearrange(x, "b n t c -> (b n) t c"))  # (B·N, T, C)
-        return rearrange(x, "(b n) t c -> b n t c", b=num_samples)
+        tokens = self.attn(rearrange(x, "b n t c -> (b n) t c"))  # (B·N, T, C)
+        return rearrange(tokens, "(b n) t c -> b n t c", b=len(x))
 
 
 class FinalLayer(nn.Module):
@@ -219,10 +203,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         depth, height, width = x.shape[2:]
-        tokens = rearrange(x, "b c d h w -> b (d h w) c")
-        q, k, v = rearrange(
-            self.to_qkv(tokens), "b t (three heads e) -> three b heads t e", three=3, heads=self.num_heads
-        )
+        qkv = self.to_qkv(rearrange(x, "b c d h w -> b (d h w) c"))  # (B, T, 3·heads·32)
+        q, k, v = rearrange(qkv, "b t (three heads e) -> three b heads t e", three=3, heads=self.num_heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, 32)
         x = rearrange(x, "b heads (d h w) e -> b (heads e) d h w", d=depth, h=height, w=width)
         return self.to_out(x)  # (B, C, d, h, w)

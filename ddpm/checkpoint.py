@@ -44,10 +44,7 @@ def build_biflownet(cfg: DictConfig, null_label: bool | None = None) -> BiFlowNe
 
 
 def load_biflownet(
-    cfg: DictConfig,
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    checkpoint: Mapping[str, Any] | None = None,
+    cfg: DictConfig, path: str | Path, device: str | torch.device = "cpu", checkpoint: Mapping[str, Any] | None = None
 ) -> BiFlowNet:
     """Builds the model of a generation config with a checkpoint's EMA weights, frozen and in eval mode.
 

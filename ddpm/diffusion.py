@@ -4,8 +4,6 @@ A process draws its timesteps (``draw_timesteps``), makes the loss (``p_losses``
 generation need these three. Another objective is another class that has them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,18 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import samplers
-from ddpm.schedule import (
-    Denoise,
-    Generator,
-    Limit,
-    NoiseSchedule,
-    Progress,
-    clip_start,
-    cosine_betas,
-    dynamic_threshold,
-    noise_schedule,
-)
+from ddpm import samplers, schedule
+from ddpm.schedule import Denoise, Generator, Limit, NoiseSchedule, Progress
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 Conditions = Mapping[str, Tensor]  # what a denoiser is given beside (x, t), by the names of its arguments
@@ -62,7 +50,7 @@ class GaussianDiffusion(nn.Module):
         self.loss_type = loss_type
         self.use_dynamic_thres = use_dynamic_thres
         self.dynamic_thres_percentile = dynamic_thres_percentile
-        for name, table in noise_schedule(cosine_betas(timesteps))._asdict().items():
+        for name, table in schedule.noise_schedule(schedule.cosine_betas(timesteps))._asdict().items():
             self.register_buffer(name, table)
 
     @property
@@ -87,8 +75,8 @@ class GaussianDiffusion(nn.Module):
     def limit_start(self, x_start: Tensor) -> Tensor:
         """Keep a predicted x_0 within [-1, 1], the range of normalised latents."""
         if self.use_dynamic_thres:
-            return dynamic_threshold(x_start, self.dynamic_thres_percentile)
-        return clip_start(x_start)
+            return schedule.dynamic_threshold(x_start, self.dynamic_thres_percentile)
+        return schedule.clip_start(x_start)
 
     def _limit(self, clip_denoised: bool) -> Limit:
         return self.limit_start if clip_denoised else (lambda x_start: x_start)
@@ -109,8 +97,7 @@ class GaussianDiffusion(nn.Module):
         if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
             check_conditions(denoise_fn, conditions)
         noise = torch.randn_like(x_start) if noise is None else noise
-        x_noisy = self.q_sample(x_start, t, noise)
-        prediction = predict_noise(denoise_fn, x_noisy, t, conditions)
+        prediction = predict_noise(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
         return LOSSES[self.loss_type](prediction, noise)
 
     # -------------------------------------------------------------------------------------------------------- sampling
@@ -262,8 +249,7 @@ def conditioned(denoise_fn, x: Tensor, conditions: Conditions, cond_scale: float
     check_conditions(denoise_fn, conditions)
     if cond_scale == 1:
         return partial(predict_noise, denoise_fn, conditions=conditions)
-    has_null_label = _attribute(denoise_fn, "null_label") is not None
-    if "y" not in conditions or not has_null_label:
+    if "y" not in conditions or _attribute(denoise_fn, "null_label") is None:
         reason = "the denoiser was trained without a null label" if "y" in conditions else "no class ids y were given"
         raise ValueError(
             f"cond_scale is {cond_scale}, but {reason}: guidance needs both. Use cond_scale=1, or a model trained with "
@@ -272,22 +258,16 @@ def conditioned(denoise_fn, x: Tensor, conditions: Conditions, cond_scale: float
     if "res" in conditions:
         conditions = {**conditions, "res": conditions["res"].expand(len(x), 3)}
     is_dropped = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    return _guided(
-        denoise_fn, conditions, _attribute(denoise_fn, "drop_conditions")(conditions, is_dropped), cond_scale
-    )
-
-
-def _guided(denoise_fn, conditions: Conditions, without: Conditions, cond_scale: float) -> Denoise:
-    """without: the same conditions (B, ...), but those that guidance strengthens replaced by what stands for none."""
+    without = _attribute(denoise_fn, "drop_conditions")(conditions, is_dropped)  # (B, ...) each
     both = {name: torch.cat([value, without[name]]) for name, value in conditions.items()}  # (2B, ...)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def guided(x: Tensor, t: Tensor) -> Tensor:
         # One pass over both halves instead of two passes: the same work with fewer launches.
         noise = predict_noise(denoise_fn, torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, C, d, h, w)
         noise_with, noise_without = noise.chunk(2)  # (B, C, d, h, w) each
         return torch.lerp(noise_without, noise_with, cond_scale)
 
-    return denoise
+    return guided
 
 
 def check_conditions(denoise_fn, conditions: Conditions) -> None:

@@ -2,12 +2,11 @@
 
     sampler(denoise, z, schedule, limit=..., generator=..., progress=..., [its own options]) -> x_0, like z
 
-``denoise(x, t)`` predicts the noise in x (B, ...) at timesteps t (B,); conditions and guidance are inside it. A new
-sampler is a new function and one entry in ``SAMPLERS``. Ancestral sampling and DDIM are here, the multistep solvers in
+``denoise(x, t)`` predicts the noise in x (B, ...) at timesteps t (B,); conditions and guidance are inside it. The types
+of denoise, schedule, limit, generator and progress are those of their names in ``ddpm/schedule.py``. A new sampler is a
+new function and one entry in ``SAMPLERS``. Ancestral sampling and DDIM are here, the multistep solvers in
 ``ddpm/solvers.py``.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.schedule import (
-    Denoise,
-    Generator,
-    Limit,
-    NoiseSchedule,
-    Progress,
-    clip_start,
-    each_timestep,
-    per_sample,
-    trailing_timesteps,
-)
+from ddpm.schedule import Generator, Limit, NoiseSchedule, clip_start, each_timestep, per_sample, trailing_timesteps
 from ddpm.solvers import dpm_solver, unipc
 
 
@@ -57,15 +46,7 @@ def ancestral_step(
     return mean + per_sample(t > 0, x) * (0.5 * log_variance).exp() * noise
 
 
-def ancestral(
-    denoise: Denoise,
-    z: Tensor,
-    schedule: NoiseSchedule,
-    limit: Limit = clip_start,
-    generator: Generator = None,
-    progress: Progress | None = None,
-    start: int | None = None,
-) -> Tensor:
+def ancestral(denoise, z, schedule, limit=clip_start, generator=None, progress=None, start=None) -> Tensor:
     """Ancestral sampling: every timestep from ``start`` (None: T - 1) down to 0, one draw of noise each.
 
     ``z`` is x at timestep ``start``; for None it is pure noise.
@@ -81,14 +62,7 @@ def ancestral(
 
 
 def ddim_step(
-    x: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    noise_prediction: Tensor,
-    schedule: NoiseSchedule,
-    limit: Limit = clip_start,
-    eta: float = 0.0,
-    generator: Generator = None,
+    x: Tensor, t: Tensor, t_next: Tensor, noise_prediction: Tensor, schedule, limit=clip_start, eta=0.0, generator=None
 ) -> Tensor:
     """x at timesteps t_next (B,) from x at t (B,), t_next < t; t_next = -1 is clean data, where abar = 1.
 
@@ -110,16 +84,7 @@ def ddim_step(
     return x_next
 
 
-def ddim(
-    denoise: Denoise,
-    z: Tensor,
-    schedule: NoiseSchedule,
-    limit: Limit = clip_start,
-    generator: Generator = None,
-    progress: Progress | None = None,
-    steps: int = 100,
-    eta: float = 0.0,
-) -> Tensor:
+def ddim(denoise, z, schedule, limit=clip_start, generator=None, progress=None, steps: int = 100, eta=0.0) -> Tensor:
     """DDIM sampling from noise z in ``steps`` steps; eta 0 is deterministic, eta 1 has the posterior's variance."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it has to lie between 0 (deterministic) and 1 (the posterior's variance).")
@@ -142,7 +107,7 @@ class Sampler:
     options: dict[str, str]  # option of GaussianDiffusion.sample -> argument of run
 
 
-SAMPLERS: dict[str, Sampler] = {
+SAMPLERS = {
     "ddpm": Sampler(ancestral, {}),
     "ddim": Sampler(ddim, {"ddim_steps": "steps", "eta": "eta"}),
     "dpm++": Sampler(dpm_solver, {"ddim_steps": "steps"}),
@@ -151,7 +116,6 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def get_sampler(strategy: str) -> Sampler:
-    """The sampler of this name; ValueError that lists the names otherwise."""
     if strategy not in SAMPLERS:
         raise ValueError(f"sampling strategy {strategy!r} is unknown: choose one of {', '.join(sorted(SAMPLERS))}.")
     return SAMPLERS[strategy]

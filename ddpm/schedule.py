@@ -5,8 +5,6 @@ Letters: a_t = 1 - beta_t; abar_t = a_0 * ... * a_t (``alphas_cumprod``). Timest
 Equation numbers are those of Ho et al., "Denoising Diffusion Probabilistic Models", NeurIPS 2020.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -50,10 +48,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def each_timestep(timesteps: Sequence[int], x: Tensor, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
-    """Each timestep as a number and as (B,) for the samples of x (B, ...).
-
-    progress: called as progress(steps done, steps in all) when the caller comes back from a step.
-    """
+    """Each timestep as a number and as (B,) for the samples of x (B, ...); `progress` is called after its step."""
     for done, timestep in enumerate(timesteps, start=1):
         yield timestep, torch.full((len(x),), timestep, device=x.device, dtype=torch.long)
         if progress is not None:
@@ -86,8 +81,7 @@ class NoiseSchedule(NamedTuple):
 
     @property
     def timesteps(self) -> int:
-        """T."""
-        return len(self.betas)
+        return len(self.betas)  # T
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noisy x_t of clean data: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (eq. 4)."""
@@ -153,5 +147,5 @@ def dynamic_threshold(x_start: Tensor, percentile: float) -> Tensor:
     Saharia et al., "Imagen", NeurIPS 2022, section 2.3: strong guidance otherwise saturates most values at the clip.
     """
     bound = torch.quantile(x_start.flatten(1).abs().float(), percentile, dim=1).clamp(min=1)  # (B,)
-    bound = per_sample(bound, x_start)  # (B, 1, ..., 1)
+    bound = per_sample(bound, x_start)
     return x_start.clamp(-bound, bound) / bound

@@ -1,69 +1,31 @@
 """Multistep solvers from diffusers: more accurate than DDIM for the same number of steps.
 
-Both solve the probability-flow ODE for x_0 predictions, at second order, and draw no noise. diffusers supplies their
-formulas only; timesteps, noise levels and the limit of x_0 are ours, so that every sampler sees the same ones.
+Both solve the probability-flow ODE for x_0 predictions, at second order. They draw no noise: ``generator`` belongs to
+the interface of samplers (``ddpm/samplers.py``) and is not used. diffusers supplies their formulas only; timesteps,
+noise levels and the limit of x_0 are ours, so that every sampler sees the same ones.
 The package is imported when a solver is called: models and the other samplers do without it.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ddpm.schedule import (
-    Denoise,
-    Generator,
-    Limit,
-    NoiseSchedule,
-    Progress,
-    clip_start,
-    each_timestep,
-    trailing_timesteps,
-)
+from ddpm.schedule import NoiseSchedule, clip_start, each_timestep, trailing_timesteps
 
 
-def dpm_solver(
-    denoise: Denoise,
-    z: Tensor,
-    schedule: NoiseSchedule,
-    limit: Limit = clip_start,
-    generator: Generator = None,
-    progress: Progress | None = None,
-    steps: int = 25,
-) -> Tensor:
-    """DPM-Solver++(2M) from noise z in ``steps`` steps (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
-
-    Deterministic: ``generator`` belongs to the interface of samplers and is not used.
-    """
+def dpm_solver(denoise, z, schedule, limit=clip_start, generator=None, progress=None, steps: int = 25) -> Tensor:
+    """DPM-Solver++(2M) from noise z in ``steps`` steps (Lu et al. 2022, arXiv 2211.01095, algorithm 2)."""
     return _solve("DPMSolverMultistepScheduler", denoise, z, schedule, limit, progress, steps)
 
 
-def unipc(
-    denoise: Denoise,
-    z: Tensor,
-    schedule: NoiseSchedule,
-    limit: Limit = clip_start,
-    generator: Generator = None,
-    progress: Progress | None = None,
-    steps: int = 25,
-) -> Tensor:
+def unipc(denoise, z, schedule, limit=clip_start, generator=None, progress=None, steps: int = 25) -> Tensor:
     """UniPC of order 2, B_2(h), from noise z in ``steps`` steps (Zhao et al., NeurIPS 2023, arXiv 2302.04867).
 
     The corrector uses each prediction a second time, so a step costs one call of the denoiser as elsewhere.
-    Deterministic: ``generator`` belongs to the interface of samplers and is not used.
     """
     return _solve("UniPCMultistepScheduler", denoise, z, schedule, limit, progress, steps)
 
 
-def _solve(
-    scheduler_name: str,
-    denoise: Denoise,
-    z: Tensor,
-    schedule: NoiseSchedule,
-    limit: Limit,
-    progress: Progress | None,
-    steps: int,
-) -> Tensor:
+def _solve(scheduler_name: str, denoise, z, schedule, limit, progress, steps: int) -> Tensor:
     timesteps = trailing_timesteps(schedule.timesteps, steps)
     scheduler = _scheduler(scheduler_name, schedule, timesteps)
     x = z

@@ -26,13 +26,10 @@ class VolumeLogger(Callback):
     """
 
     def __init__(self, folder: Path, every: int, work: BackgroundWork) -> None:
-        self.folder = folder
-        self.every = every
-        self._work = work
+        self.folder, self.every, self._work = folder, every, work
         self._validation_due = 0  # batch from which on a validation is logged
 
     def is_due(self, batches_done: int) -> bool:
-        """Whether the batch that makes it `batches_done` is logged: powers of two first, then every `every`-th."""
         if batches_done >= self.every:
             return batches_done % self.every == 0
         return batches_done & (batches_done - 1) == 0

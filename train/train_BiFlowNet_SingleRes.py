@@ -7,8 +7,6 @@ Without torchrun it is a single process. The same command again goes on with its
 Ctrl-C saves a checkpoint first. Several nodes need `--results-dir` on a file system they share.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +36,7 @@ def train(cfg: DictConfig) -> dict:
     from ddpm.diffusion import GaussianDiffusion
     from train.diffusion import checks
     from train.diffusion.batches import LatentBatches, make_cache
+    from train.diffusion.state import Origin
     from train.diffusion.training import fit
     from train.loop.session import session
 
@@ -47,12 +46,12 @@ def train(cfg: DictConfig) -> dict:
         dataset = Singleres_dataset(cfg.data_path, cfg.resolution, vq_size=cfg.vq_size, cache=cache)
         checks.check_data(cfg, dataset, here)
         batches = LatentBatches(dataset, cfg.batch_size, cfg.global_seed, cfg.num_workers, here)
-        origin = checks.find_autoencoder(cfg, dataset, here)
+        origin = here.distributed.on_main(lambda: checks.find_autoencoder(cfg, dataset, here.logger), share=False)
         torch.manual_seed(cfg.global_seed)  # the same weights on every rank
         model = build_biflownet(cfg)
         checks.check_grid(cfg, model)
         process = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type)
-        return fit(cfg, here, model, model, batches, process, origin)
+        return fit(cfg, here, model, model, batches, process, origin or Origin())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from config.schema.autoencoder import AutoencoderConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train stage 1."""
     cfg = parse_command_line(argv, AutoencoderConfig, "PatchVolume_8x.yaml", __doc__)
     from train.autoencoder.training import train
 

@@ -20,7 +20,6 @@ from config.schema.autoencoder import AutoencoderConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train stage 2."""
     cfg = parse_command_line(argv, AutoencoderConfig, "PatchVolume_8x_s2.yaml", __doc__)
     from train.autoencoder.training import train
 

@@ -26,10 +26,7 @@ class MedicalNetPerceptual(EvalModule):
     """
 
     def __init__(
-        self,
-        weights_dir: str | Path | None = None,
-        pretrained: bool = True,
-        entry_point: str = "medicalnet_resnet10_23datasets",
+        self, weights_dir: str | Path | None = None, pretrained=True, entry_point="medicalnet_resnet10_23datasets"
     ) -> None:
         super().__init__()
         self.net = torch.hub.load(

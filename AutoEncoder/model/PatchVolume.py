@@ -20,14 +20,7 @@ from AutoEncoder.model.networks import ResBlock
 
 
 class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the public name
-    """The autoencoder as a LightningModule that trains one of its two stages.
-
-    Args:
-        cfg: as in `Autoencoder`.
-
-    Raises:
-        ValueError: an option has a value that networks or training cannot have.
-    """
+    """The autoencoder as a LightningModule that trains one of its two stages; config and errors as of `Autoencoder`."""
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)

@@ -11,6 +11,7 @@ Its training is in `PatchVolume.py`.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from AutoEncoder.exact_decoding import decode_exactly
 from AutoEncoder.model.codebook import Codebook
-from AutoEncoder.model.networks import Decoder, Encoder
+from AutoEncoder.model.networks import Decoder, Encoder, normalize
 from AutoEncoder.patches import crop_to, pad_to_multiple, patch_batches, stitch_patches, tile_slices
 
 # Keys that official configurations and checkpoints do not have, with the values that reproduce the official release.
@@ -58,14 +59,9 @@ class Autoencoder(nn.Module):
         self.downsample_factor = int(model.downsample[0])
         self.patch_size = int(self.cfg.dataset.patch_size)
         self.embedding_dim = int(model.embedding_dim)
-        networks = dict(
-            image_channels=self.cfg.dataset.image_channels,
-            embedding_dim=self.embedding_dim,
-            norm_type=model.norm_type,
-            num_groups=model.num_groups,
-        )
-        self.encoder = Encoder(model.n_hiddens, model.downsample, **networks)
-        self.decoder = Decoder(model.n_hiddens, model.downsample, **networks)
+        norm = partial(normalize, norm_type=model.norm_type, num_groups=model.num_groups)
+        shape = (model.n_hiddens, model.downsample, self.cfg.dataset.image_channels, self.embedding_dim, norm)
+        self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
         if self.patch_size % self.downsample_factor:
             raise ValueError(
                 f"dataset.patch_size {self.patch_size} does not divide by the compression {self.downsample_factor}"
@@ -73,11 +69,7 @@ class Autoencoder(nn.Module):
         self.pre_vq_conv = nn.Conv3d(self.embedding_dim, self.embedding_dim, kernel_size=1)
         self.post_vq_conv = nn.Conv3d(self.embedding_dim, self.embedding_dim, kernel_size=1)
         self.codebook = Codebook(
-            model.n_codes,
-            self.embedding_dim,
-            no_random_restart=model.no_random_restart,
-            restart_thres=model.restart_thres,
-            decay=model.codebook_decay,
+            model.n_codes, self.embedding_dim, model.no_random_restart, model.restart_thres, model.codebook_decay
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -186,9 +178,8 @@ class Autoencoder(nn.Module):
             raise ValueError(f"patch_size {patch_size} does not divide by the compression {ratio}")
         grid = latent.shape[-3:]
         volume = None
-        tiles = list(tile_slices(grid, patch_size // ratio))
         by_shape: dict[tuple[int, ...], list[tuple[slice, ...]]] = {}
-        for tile in tiles:
+        for tile in tile_slices(grid, patch_size // ratio):
             by_shape.setdefault(tuple(axis.stop - axis.start for axis in tile), []).append(tile)
         for group in by_shape.values():
             for start in range(0, len(group), sliding_window):

@@ -28,19 +28,7 @@ class Codebook(nn.Module):
         decay: of the moving averages, 0.99 in the official release.
     """
 
-    embeddings: Tensor
-    N: Tensor
-    z_avg: Tensor
-    recent_counts: Tensor
-
-    def __init__(
-        self,
-        n_codes: int,
-        embedding_dim: int,
-        no_random_restart: bool = False,
-        restart_thres: float = 1.0,
-        decay: float = 0.99,
-    ) -> None:
+    def __init__(self, n_codes: int, embedding_dim: int, no_random_restart=False, restart_thres=1.0, decay=0.99):
         super().__init__()
         self.register_buffer("embeddings", torch.randn(n_codes, embedding_dim))
         self.register_buffer("N", torch.zeros(n_codes))
@@ -65,10 +53,7 @@ class Codebook(nn.Module):
         self._known_initialised = False
 
     def forward(self, z: Tensor) -> dict[str, Tensor]:
-        """Quantise `z` and, in training mode, update the codes.
-
-        Args:
-            z: encoder outputs, (B, E, D, H, W).
+        """Quantise `z`, encoder outputs (B, E, D, H, W), and in training mode update the codes.
 
         Returns:
             `embeddings`: quantised z with the straight-through gradient, (B, E, D, H, W), in the type of z;
@@ -166,22 +151,17 @@ class Codebook(nn.Module):
         return chosen
 
 
-# How evenly a codebook is used: pure functions of how often each code occurred, computed in float64.
+# How evenly a codebook is used: pure functions of how often each code occurred, (n_codes,), computed in float64.
+# ValueError for other shapes, negative or infinite counts, or none at all.
 
 
 def codebook_usage(counts: Tensor) -> float:
-    """Share of the codes that occurred at least once, in [0, 1].
-
-    counts: (n_codes,). Raises ValueError for other shapes, negative or infinite counts, or none at all.
-    """
+    """Share of the codes that occurred at least once, in [0, 1]."""
     return (_frequencies(counts) > 0).double().mean().item()
 
 
 def perplexity(counts: Tensor) -> float:
-    """Exponential of the entropy of the codes' frequencies: 1 for one code alone, n_codes for all equally often.
-
-    counts: (n_codes,). Raises ValueError for other shapes, negative or infinite counts, or none at all.
-    """
+    """Exponential of the entropy of the codes' frequencies: 1 for one code alone, n_codes for all equally often."""
     frequencies = _frequencies(counts)
     frequencies = frequencies[frequencies > 0]  # 0·log 0 = 0
     return (-(frequencies * frequencies.log()).sum()).exp().item()

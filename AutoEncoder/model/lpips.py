@@ -61,17 +61,6 @@ class ScalingLayer(nn.Module):
         return (x - self.shift) / self.scale
 
 
-class LinearHead(nn.Module):
-    """One non-negative weight per channel: a 1x1 convolution. The dropout only keeps the published name `model.1`."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.model = nn.Sequential(nn.Dropout(), nn.Conv2d(width, 1, 1, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
 def normalise_channels(features: Tensor, eps: float) -> Tensor:
     """f / (‖f‖₂ + eps) at each pixel, in float32 whatever the autocast type.
 
@@ -89,7 +78,7 @@ class EvalModule(nn.Module):
 
 
 class LPIPS(EvalModule):
-    """Perceptual distance of 2D slices: LPIPS v0.1 with the VGG-16 backbone (Zhang et al., CVPR 2018).
+    """Perceptual distance of 2D slices, LPIPS v0.1 with the VGG-16 backbone.
 
     Frozen and always in eval mode; gradients flow to the inputs only.
 
@@ -106,7 +95,9 @@ class LPIPS(EvalModule):
         self.scaling_layer = ScalingLayer()
         self.net = VGG16Features()
         for i, width in enumerate(WIDTHS):
-            self.add_module(f"lin{i}", LinearHead(width))
+            # One non-negative weight per channel: a 1x1 convolution. The dropout only keeps the published name.
+            head = nn.Sequential(nn.Dropout(), nn.Conv2d(width, 1, 1, bias=False))
+            self.add_module(f"lin{i}", nn.ModuleDict({"model": head}))
         if pretrained:
             # The heads first: they are small, so that a mistake shows before half a gigabyte is fetched.
             for weights in (load_head_weights(self, weights_dir), load_vgg_weights(self, weights_dir)):
@@ -126,7 +117,7 @@ class LPIPS(EvalModule):
         distance = x.new_zeros((), dtype=torch.float32)
         for i, (fx, fy) in enumerate(zip(features_x, features_y, strict=True)):
             difference = (normalise_channels(fx, 1e-10) - normalise_channels(fy, 1e-10)) ** 2  # (N, WIDTHS[i], h', w')
-            weighted = getattr(self, f"lin{i}")(difference)  # (N, 1, h', w')
+            weighted = self.get_submodule(f"lin{i}.model")(difference)  # (N, 1, h', w')
             distance = distance + weighted.float().mean(dim=(2, 3), keepdim=True)  # (N, 1, 1, 1)
         return distance
 
@@ -155,12 +146,7 @@ class TriplanarLPIPS(EvalModule):
     """
 
     def __init__(
-        self,
-        weights_dir: str | Path | None = None,
-        pretrained: bool = True,
-        *,
-        fraction: float = 0.2,
-        chunk_pixels: int = 2**21,
+        self, weights_dir: str | Path | None = None, pretrained: bool = True, *, fraction=0.2, chunk_pixels=2**21
     ) -> None:
         super().__init__()
         if not 0 < fraction <= 1:

@@ -42,7 +42,9 @@ def load_vgg_weights(lpips: nn.Module, weights_dir: str | Path | None) -> dict[s
     if path is None:
         weights, path = download_vgg(folders), cache / VGG_FILE
     else:
-        warn_of_other_hash(path)
+        digest = file_sha256(path)
+        if not digest.startswith(VGG_HASH):  # no error: it may be the user's own VGG-16
+            logger.warning("%s is not torchvision's file: its SHA-256 is %s, not %s…", path, digest, VGG_HASH)
         weights = read_weights(path)
     wanted = [name for name in lpips.state_dict() if name.startswith("net.")]
     return select(lpips, {name: re.sub(r"^net\.slice\d+", "features", name) for name in wanted}, weights, path)
@@ -115,13 +117,6 @@ def socket_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def warn_of_other_hash(path: Path) -> None:
-    """A file lying in a folder may be the user's own VGG-16, so another hash is worth a warning, not an error."""
-    digest = file_sha256(path)
-    if not digest.startswith(VGG_HASH):
-        logger.warning("%s is not torchvision's file: its SHA-256 is %s, not %s…", path, digest, VGG_HASH)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

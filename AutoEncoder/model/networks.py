@@ -5,7 +5,7 @@ Attribute names are those of the published checkpoints.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.convolution import Conv3d, ConvTranspose3d
+
+Norm = Callable[[int], nn.Module]  # channels -> `normalize` of the configured type and groups
 
 ATTENTION_HEADS = 4
 ATTENTION_HEAD_DIM = 32
@@ -61,13 +63,13 @@ class ResBlock(nn.Module):
 
     recomputes = False
 
-    def __init__(self, in_channels: int, out_channels: int, norm_type: str, num_groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
         super().__init__()
         if in_channels != out_channels:
             self.resConv = Conv3d(in_channels, out_channels, kernel_size=1)
-        self.norm1 = normalize(in_channels, norm_type, num_groups)
+        self.norm1 = norm(in_channels)
         self.conv1 = Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm2 = normalize(out_channels, norm_type, num_groups)
+        self.norm2 = norm(out_channels)
         self.conv2 = Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,10 +90,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Full self-attention over all voxels of a small grid, added to its input, (B, C, d, h, w) -> the same shape."""
 
-    def __init__(self, channels: int, norm_type: str, num_groups: int) -> None:
+    def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
         inner = ATTENTION_HEADS * ATTENTION_HEAD_DIM
-        self.norm = normalize(channels, norm_type, num_groups)
+        self.norm = norm(channels)
         self.to_qkv = nn.Linear(channels, 3 * inner, bias=False)
         self.to_out = Conv3d(inner, channels, kernel_size=1)
 
@@ -108,11 +110,11 @@ class AttentionBlock(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention, residual block at the latent resolution; shape unchanged."""
 
-    def __init__(self, channels: int, norm_type: str, num_groups: int) -> None:
+    def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
-        self.res1 = ResBlock(channels, channels, norm_type, num_groups)
-        self.attn = AttentionBlock(channels, norm_type, num_groups)
-        self.res2 = ResBlock(channels, channels, norm_type, num_groups)
+        self.res1 = ResBlock(channels, channels, norm)
+        self.attn = AttentionBlock(channels, norm)
+        self.res2 = ResBlock(channels, channels, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.res2(self.attn(self.res1(x)))
@@ -133,17 +135,11 @@ class Level(nn.Module):
     """Two residual blocks and, on all but the last level, the change of resolution called `resample_name`."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        norm_type: str,
-        num_groups: int,
-        resample_name: str,
-        resample: nn.Module | None,
+        self, in_channels: int, out_channels: int, norm: Norm, resample_name: str, resample: nn.Module | None
     ) -> None:
         super().__init__()
-        self.res1 = ResBlock(in_channels, out_channels, norm_type, num_groups)
-        self.res2 = ResBlock(out_channels, out_channels, norm_type, num_groups)
+        self.res1 = ResBlock(in_channels, out_channels, norm)
+        self.res2 = ResBlock(out_channels, out_channels, norm)
         self.resample_name = resample_name
         if resample is not None:
             self.add_module(resample_name, resample)
@@ -157,13 +153,7 @@ class Encoder(nn.Module):
     """Image (B, image_channels, D, H, W) -> (B, E, D/f, H/f, W/f), f = the compression."""
 
     def __init__(
-        self,
-        n_hiddens: int,
-        downsample: Sequence[int],
-        image_channels: int,
-        embedding_dim: int,
-        norm_type: str = "group",
-        num_groups: int = 24,
+        self, n_hiddens: int, downsample: Sequence[int], image_channels: int, embedding_dim: int, norm: Norm
     ) -> None:
         super().__init__()
         levels = num_downsamplings(downsample)
@@ -171,14 +161,10 @@ class Encoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             down = Conv3d(width, width, kernel_size=4, stride=2, padding=1) if i < levels else None
-            self.conv_blocks.append(Level(widths[max(i - 1, 0)], width, norm_type, num_groups, "down", down))
+            self.conv_blocks.append(Level(widths[max(i - 1, 0)], width, norm, "down", down))
         self.conv_first = Conv3d(image_channels, widths[0], kernel_size=3, padding=1)
-        self.mid_block = MidBlock(widths[-1], norm_type, num_groups)
-        self.final_block = nn.Sequential(
-            normalize(widths[-1], norm_type, num_groups),
-            nn.SiLU(),
-            Conv3d(widths[-1], embedding_dim, kernel_size=3, padding=1),
-        )
+        self.mid_block = MidBlock(widths[-1], norm)
+        self.final_block = nn.Sequential(norm(widths[-1]), nn.SiLU(), Conv3d(widths[-1], embedding_dim, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_first(x)  # (B, w0, D, H, W)
@@ -191,28 +177,18 @@ class Decoder(nn.Module):
     """(B, E, d, h, w) -> image (B, image_channels, f·d, f·h, f·w)."""
 
     def __init__(
-        self,
-        n_hiddens: int,
-        upsample: Sequence[int],
-        image_channels: int,
-        embedding_dim: int,
-        norm_type: str = "group",
-        num_groups: int = 24,
+        self, n_hiddens: int, upsample: Sequence[int], image_channels: int, embedding_dim: int, norm: Norm
     ) -> None:
         super().__init__()
         levels = num_downsamplings(upsample)
         widths = level_widths(n_hiddens, levels)[::-1]
         self.conv_first = Conv3d(embedding_dim, widths[0], kernel_size=3, padding=1)
-        self.mid_block = MidBlock(widths[0], norm_type, num_groups)
+        self.mid_block = MidBlock(widths[0], norm)
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             up = Upsample(width) if i < levels else None
-            self.conv_blocks.append(Level(widths[max(i - 1, 0)], width, norm_type, num_groups, "up", up))
-        self.final_block = nn.Sequential(
-            normalize(widths[-1], norm_type, num_groups),
-            nn.SiLU(),
-            Conv3d(widths[-1], image_channels, kernel_size=3, padding=1),
-        )
+            self.conv_blocks.append(Level(widths[max(i - 1, 0)], width, norm, "up", up))
+        self.final_block = nn.Sequential(norm(widths[-1]), nn.SiLU(), Conv3d(widths[-1], image_channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_first(z))  # (B, w0, d, h, w)

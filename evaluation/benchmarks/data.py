@@ -33,7 +33,8 @@ from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_latent
 from dataset.vqgan import VQGANDataset
 from evaluation.benchmarks.measuring import Report, Row, in_turn
-from train.diffusion.batches import close_loader, make_loader
+from train.diffusion.batches import make_loader
+from train.loop.signals import close_loader
 
 INT16_TOLERANCE = 2e-5
 PARITY_EPOCHS = 2

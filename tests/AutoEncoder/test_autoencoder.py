@@ -53,7 +53,7 @@ def test_batch_norm_is_available():
 
 def test_attention_is_the_paper_s_formula():
     torch.manual_seed(0)
-    block = AttentionBlock(8, "group", 4)
+    block = AttentionBlock(8, lambda channels: normalize(channels, "group", 4))
     x = torch.randn(2, 8, 2, 3, 4)
     tokens = block.norm(x).flatten(2).transpose(1, 2)  # (B, n, C), tokens in z, x, y order
     q, k, v = block.to_qkv(tokens).chunk(3, dim=-1)

@@ -19,7 +19,7 @@ from config.loading import load_config
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from ddpm.checkpoint import build_biflownet, load_biflownet, load_biflownet_weights
-from train.autoencoder.model import build_autoencoder
+from train.autoencoder.training import build_autoencoder
 
 TINY_AE = (
     "model.n_hiddens=8 model.num_groups=4 model.downsample=[4,4,4] model.n_codes=32 model.embedding_dim=4 "

@@ -23,15 +23,9 @@ from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import list_volumes
 from dataset.volumes.latent_record import start_folder
 from dataset.volumes.volume_io import read_latent, write_latent
-from train.diffusion.batches import (
-    CacheLoader,
-    GlobalBatchSampler,
-    LatentBatches,
-    close_loader,
-    make_cache,
-    make_loader,
-)
+from train.diffusion.batches import CacheLoader, GlobalBatchSampler, LatentBatches, make_cache, make_loader
 from train.loop.session import session
+from train.loop.signals import close_loader
 
 SHAPE = (4, 2, 3, 5)
 GRID = SHAPE[1:]
@@ -162,6 +156,7 @@ def test_a_latent_that_was_encoded_again_is_cached_anew(root, caplog):
     built(root)
     write_latent(root.parent / "class1_latents" / "3.nii.gz", latent(99))
     (root.parent / "class0_latents" / "8.nii.gz").unlink()
+    caplog.clear()  # a test that ran before may have set the level
     with caplog.at_level(logging.INFO, "dataset.cache.volumes"):
         data = built(root)
         built(root)

@@ -21,7 +21,7 @@ from ddpm.diffusion import GaussianDiffusion
 from train.diffusion import preview, run_folder
 from train.diffusion.batches import GlobalBatchSampler
 from train.diffusion.draws import _mix, draw_dropped, draw_noise, sample_generators
-from train.diffusion.preview import write_preview
+from train.diffusion.preview import Previews
 from train.loop.metrics_file import MetricsWriter
 
 CPU = torch.device("cpu")
@@ -179,9 +179,12 @@ def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, ti
     model = Denoiser()
     before = torch.get_rng_state()
     grid, diffusion, logger = (8, 8, 16), GaussianDiffusion(4, 20), logging.getLogger("preview test")
-    path = write_preview(tmp_path, 12, 1, grid, 3, model, diffusion, autoencoder, logger, CPU, time_limit_s)
+    previews = Previews(
+        tmp_path, [0, 1], grid, 3, model, diffusion, autoencoder, CPU, logger, time_limit_s=time_limit_s
+    )
+    path = previews.write(12, 1, model.state_dict())
     assert torch.equal(torch.get_rng_state(), before)
-    assert model.calls == [([1], [[0.25, 0.25, 0.5]])] * num_calls
+    assert previews.model.calls == [([1], [[0.25, 0.25, 0.5]])] * num_calls
     if time_limit_s > 0:
         assert path == tmp_path / "step_0000012_class_1.nii.gz"
         assert path.exists()
@@ -198,16 +201,18 @@ def test_a_preview_without_memory_is_left_out(tmp_path, caplog, monkeypatch):
     model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
     decode = preview.decode
     monkeypatch.setattr(preview, "decode", lambda *latent, max_bytes: decode(*latent, max_bytes=1000))
-    assert write_preview(tmp_path, 12, 1, (8, 8, 8), 3, model, diffusion, autoencoder, logger, CPU) is None
+    previews = Previews(tmp_path, [1], (8, 8, 8), 3, model, diffusion, autoencoder, CPU, logger)
+    assert previews.write(12, 0, model.state_dict()) is None
     assert "preview of step 12: not enough GPU memory; say preview=false" in caplog.text
 
 
 def test_a_preview_is_given_up_when_training_stops(tmp_path, caplog):
     """Within one step of sampling: schedulers grant little time after their signal."""
     model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
-    arguments = (tmp_path, 12, 1, (8, 8, 8), 3, model, diffusion, None, logger, CPU)
-    assert write_preview(*arguments, is_stopping=lambda: True) is None
-    assert len(model.calls) == 1
+    arguments = (tmp_path, [1], (8, 8, 8), 3, model, diffusion, None, CPU, logger)
+    previews = Previews(*arguments, is_stopping=lambda: True)
+    assert previews.write(12, 0, model.state_dict()) is None
+    assert len(previews.model.calls) == 1
     assert "preview of step 12: given up, as training is to stop" in caplog.text
 
 

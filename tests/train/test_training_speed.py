@@ -18,11 +18,11 @@ from dataset.Singleres_dataset import Singleres_dataset
 from ddpm import diffusion
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
-from train.diffusion import agreement, preview, run_folder, saving, training
+from train.diffusion import agreement, run_folder, saving, training
+from train.diffusion.preview import Previews
 from train.diffusion.saving import Saving
 from train.diffusion.state import TrainingState
 from train.loop import session
-from train.loop.background import BackgroundWork
 from train.loop.metrics_file import MetricsWriter
 from train.loop.session import Session
 from train.loop.step_flags import StepFlags
@@ -163,20 +163,21 @@ def test_steps_read_no_value(data, tmp_path, monkeypatch, late_flags, options):
 def test_training_goes_on_while_a_checkpoint_and_a_preview_are_written(data, ae_ckpt, tmp_path, monkeypatch):
     """The preview of step 2 waits until step 3 is logged, and still shows the averaged weights of step 2."""
     third_step, seen = threading.Event(), {}
-    write, write_preview = MetricsWriter.write, preview.write_preview
+    write, write_preview = MetricsWriter.write, Previews.write
 
     def note(self, step: int, scalars: dict) -> None:
         write(self, step, scalars)
         if step == 3:
             third_step.set()
 
-    def wait(folder, step, class_id, grid, steps, model, *arguments, **options):
+    def wait(self, step: int, turn: int, weights: dict):
         assert third_step.wait(60)
-        seen[step] = {name: value.clone() for name, value in model.state_dict().items()}
-        return write_preview(folder, step, class_id, grid, steps, model, *arguments, **options)
+        path = write_preview(self, step, turn, weights)
+        seen[step] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return path
 
     monkeypatch.setattr(MetricsWriter, "write", note)
-    monkeypatch.setattr(preview, "write_preview", wait)
+    monkeypatch.setattr(Previews, "write", wait)
     options = {"preview": True, "AE_ckpt": str(ae_ckpt), "preview_steps": 1, "max_steps": 4, "lr": 1e-2}
     folder = train(runs.config(data, tmp_path, **options))["folder"]
     for step in (2, 4):
@@ -211,10 +212,9 @@ def test_a_checkpoint_is_tried_though_the_one_before_failed(tmp_path, monkeypatc
     monkeypatch.setattr(saving.run_folder, "remove_old_checkpoints", lambda *_: None)
 
     def save_twice() -> None:
-        with BackgroundWork() as background:
-            save = Saving(background, tmp_path, 1, None, logging.getLogger("test")).save
-            save(5, {}, None)
-            save(8, {}, None)
+        with Saving(tmp_path, 1, None, logging.getLogger("test")) as saves:
+            saves.save(5, {}, None)
+            saves.save(8, {}, None)
 
     with pytest.raises(UserError, match="disk full"):
         save_twice()
@@ -230,14 +230,14 @@ def test_a_full_disk_at_the_last_checkpoint_is_an_error_too(data, tmp_path, monk
 def test_a_checkpoint_holds_the_state_of_its_step(tmp_path):
     """Though the weights go on changing before it is written."""
     may_write, weight = threading.Event(), torch.ones(3)
-    with BackgroundWork() as background:
-        background.submit(may_write.wait, 10)
-        wait, background.wait = background.wait, lambda: None  # the caller doesn't wait here
-        background.submit = lambda function, *args: background._thread.submit(function, *args)
-        Saving(background, tmp_path, 1, None, logging.getLogger("test")).save(5, {"model": {"w": weight}}, None)
+    with Saving(tmp_path, 1, None, logging.getLogger("test")) as saves:
+        saves.submit(may_write.wait, 10)
+        wait, saves.wait = saves.wait, lambda: None  # the caller doesn't wait here
+        saves.submit = lambda function, *args: saves._thread.submit(function, *args)
+        saves.save(5, {"model": {"w": weight}}, None)
         weight.zero_()
         may_write.set()
-        background.wait = wait
+        saves.wait = wait
     assert checkpoint(tmp_path, 5)["model"]["w"].tolist() == [1, 1, 1]
 
 

@@ -1,7 +1,5 @@
 """What the autoencoder's training reads: the split of its files, data sets, and batches in an order that resumes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path

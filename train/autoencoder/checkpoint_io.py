@@ -1,7 +1,5 @@
 """How Lightning reads and writes the autoencoder's checkpoints, and the random state in them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import deque
 from pathlib import Path
@@ -22,9 +20,6 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     (Lightning's AsyncCheckpointIO can't be used with another CheckpointIO than Lightning's own: the strategy replaces
     what it wraps.)
-
-    Args:
-        work: does the writing; its errors are `save_checkpoint`'s.
     """
 
     def __init__(self, work: BackgroundWork) -> None:

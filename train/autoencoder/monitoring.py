@@ -1,7 +1,5 @@
 """What Lightning's training of the autoencoder reports besides its losses."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -10,7 +8,6 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor
 from tqdm import tqdm
 
 from AutoEncoder.model.codebook import codebook_usage, perplexity
@@ -23,10 +20,6 @@ class TrainingMonitor(Callback):
     """Logs speed, waiting for data, memory, learning rate and the codebook's use, and gives early warnings.
 
     All at every `log_every`-th step, as `train/…` beside the losses. Training has to run over `meter.timed(loader)`.
-
-    Args:
-        cfg: AutoencoderConfig.
-        logger: gets the warnings.
     """
 
     def __init__(self, cfg: DictConfig, logger: logging.Logger) -> None:
@@ -56,8 +49,8 @@ class TrainingMonitor(Callback):
         warnings = [self._data_bound.check(scalars["data_wait"])]
 
         scalars["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-
-        counts = _take_counts(pl_module)
+        counts = pl_module.codebook.recent_counts.to("cpu", copy=True)  # since the last logged step, of all ranks
+        pl_module.codebook.recent_counts.zero_()
         if counts.any():  # stage 1, once the codebook has started
             scalars |= {"codebook_usage": codebook_usage(counts), "codebook_perplexity": perplexity(counts)}
             warnings.append(self._collapse.check(counts))
@@ -73,14 +66,6 @@ class TrainingMonitor(Callback):
                 self._logger.warning("step %d: %s", trainer.global_step, warning)
 
 
-def _take_counts(model: pl.LightningModule) -> Tensor:
-    """How often each code was used on all ranks since the last call, (n_codes,), on the CPU. To be called on all."""
-    recent = model.codebook.recent_counts
-    counts = recent.to("cpu", copy=True)
-    recent.zero_()
-    return counts
-
-
 class StepProgress(Callback):
     """One progress bar over all optimiser steps, with the last losses; nothing where there is no terminal."""
 
@@ -90,14 +75,8 @@ class StepProgress(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
         total = trainer.max_steps if trainer.max_steps >= 0 else None
-        self._bar = tqdm(
-            desc=self.label,
-            total=total,
-            initial=trainer.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None if trainer.is_global_zero else True,
-        )
+        shown = dict(dynamic_ncols=True, disable=None if trainer.is_global_zero else True)
+        self._bar = tqdm(desc=self.label, total=total, initial=trainer.global_step, unit="step", **shown)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         self._bar.update(1)
@@ -114,11 +93,8 @@ class StepProgress(Callback):
 class JsonLinesLogger(Logger):
     """Writes what Lightning logs as JSON lines: one for each logged step, and one for each validation.
 
-    Steps are optimiser steps done, as in the names of checkpoints; Lightning's own are one less.
-
-    Args:
-        path: the file. Lines after `start_step`, of an interrupted run, are dropped.
-        start_step: optimiser step that the run goes on from.
+    Steps are optimiser steps done, as in the names of checkpoints; Lightning's own are one less. Lines after
+    `start_step`, of an interrupted run, are dropped.
     """
 
     def __init__(self, path: Path, start_step: int = 0) -> None:

@@ -31,25 +31,19 @@ def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logg
         return None, 0
     source = Path(cfg.model.resume_from_checkpoint)
     checkpoint = load_autoencoder_weights(model, source)
-    if cfg.model.stage == 1:
-        return (
-            (source, _global_step(source, checkpoint)) if _can_resume(model, source, checkpoint, logger) else (None, 0)
-        )
-    if not model.codebook.initialised:
+    if cfg.model.stage == 1 and _can_resume(model, source, checkpoint, logger):
+        return source, _global_step(source, checkpoint)
+    if cfg.model.stage == 2 and not model.codebook.initialised:
         raise UserError(f"{source}: its codebook was never started from data: train stage 1 for longer")
     return None, 0
 
 
 def _own_checkpoint(checkpoints: Path) -> Path | None:
-    """The run's newest readable checkpoint; None in a new run.
-
-    Raises:
-        UserError: there are checkpoints, but none can be read: starting anew would overwrite them.
-    """
+    """The run's newest readable checkpoint; None in a new run. UserError where none can be read, but there are some."""
     if not checkpoints.is_dir():
         return None
     newest = newest_checkpoint(checkpoints)
-    if newest is None and any(checkpoints.glob("*.ckpt")):
+    if newest is None and any(checkpoints.glob("*.ckpt")):  # starting anew would overwrite them
         raise UserError(f"{checkpoints}: none of its checkpoints can be read: move the folder away to start anew")
     return newest
 

@@ -1,7 +1,5 @@
 """What ends the autoencoder's training after a step, on all ranks at once: a signal, or a loss that is not finite."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -46,13 +44,11 @@ class StepWatch(Callback):
     Args:
         checkpoint: file that is saved at a signal.
         work: writes checkpoints and previews; what went wrong with it ends the training here.
-        is_late: whether news come one step late; None: on a GPU.
+        is_late: as of `StepFlags`.
     """
 
     def __init__(self, checkpoint: Path, work: BackgroundWork, is_late: bool | None = None) -> None:
-        self._checkpoint = checkpoint
-        self._work = work
-        self._is_late = is_late
+        self._checkpoint, self._work, self._is_late = checkpoint, work, is_late
         self._request = StopRequest()
         self._flags: StepFlags | None = None
         self._received = 0  # signal that some rank has received

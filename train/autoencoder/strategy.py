@@ -1,7 +1,5 @@
 """Several processes train one autoencoder: the gradients of each optimiser's pass are averaged in its own turn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

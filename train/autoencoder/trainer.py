@@ -36,14 +36,7 @@ EXPECTED_WARNINGS = (
 def build_trainer(
     cfg: DictConfig, root: Path, start_step: int, monitor: TrainingMonitor, work: BackgroundWork
 ) -> pl.Trainer:
-    """The trainer of a run.
-
-    Args:
-        root: the run's folder.
-        start_step: optimiser step that it goes on from.
-        monitor: among the callbacks.
-        work: writes checkpoints and previews.
-    """
+    """The trainer of the run in `root`, which goes on from `start_step`; `work` writes checkpoints and previews."""
     world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
     per_node = processes_per_node(cfg)
     with quiet_lightning():

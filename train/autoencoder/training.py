@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
+from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.compilation import compiling
 from common.errors import UserError
 from common.files import lock_folder
@@ -28,13 +29,12 @@ from dataset.order.split import Split, keep_split
 from dataset.volumes.index import read_dataset_json
 from dataset.volumes.volume_io import Header
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
-from train.autoencoder.model import build_autoencoder, prepare_for_training
 from train.autoencoder.monitoring import TrainingMonitor
 from train.autoencoder.resume import load_weights
 from train.autoencoder.step_watch import NotFinite, TrainingStopped
 from train.autoencoder.trainer import build_trainer, process_rank, processes_per_node, quiet_lightning
-from train.diffusion.batches import close_loader
 from train.loop.background import BackgroundWork
+from train.loop.signals import close_loader
 
 
 def train(cfg: DictConfig, stage: int) -> dict[str, float]:
@@ -122,6 +122,22 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
         )
     if cfg.dataset.image_channels != 1:
         raise UserError(f"dataset.image_channels is {cfg.dataset.image_channels}, but volumes are read with 1 channel")
+
+
+def build_autoencoder(cfg: DictConfig) -> patchvolumeAE:
+    """A new autoencoder; what the model refuses in its config becomes a UserError."""
+    try:
+        return patchvolumeAE(cfg)
+    except ValueError as error:
+        raise UserError(f"autoencoder config: {error}") from error
+
+
+def prepare_for_training(model: patchvolumeAE) -> None:
+    """Builds the perceptual network, before long work; a weight file that is missing or wrong becomes a UserError."""
+    try:
+        model.setup("fit")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{error}; or set model.perceptual_weight=0 to train without it") from error
 
 
 def _check_sample(cfg: DictConfig, headers: list[Header], logger: logging.Logger) -> None:

@@ -1,7 +1,5 @@
 """What all ranks agree on in each step: whether it is sound, and whether to stop."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,21 +18,14 @@ class Agreement:
     On a GPU what a step brought is known in the next one (`StepFlags`). So the optimiser has to leave a bad step out on
     the device, by `exchange`'s result as its `found_inf`, and a signal stops one step later.
 
-    Args:
-        stop: this rank's signals.
-        files: of the data set, by index.
-        may_overflow: gradients may be infinite: a gradient scaler leaves those steps out by itself.
-
-    Attributes:
-        signal_number: 0, or the signal that all ranks stop for.
+    files: of the data set, by index.
+    may_overflow: gradients may be infinite: a gradient scaler leaves those steps out by itself.
     """
 
     def __init__(self, distributed: Distributed, stop: StopRequest, files: Sequence[Path], may_overflow: bool) -> None:
-        self.signal_number = 0
-        self._distributed = distributed
-        self._stop = stop
-        self._files = files
-        self._may_overflow = may_overflow
+        self.signal_number = 0  # or the signal that all ranks stop for
+        self._distributed, self._stop = distributed, stop
+        self._files, self._may_overflow = files, may_overflow
         self._flags = StepFlags(distributed.device)
         self._batches: dict[int, tuple[Tensor, Tensor]] = {}  # of steps whose flags are to come: loss, indices
 
@@ -69,8 +60,8 @@ class Agreement:
     def _describe_non_finite(self, step: int, loss: Tensor, indices: Tensor) -> str:
         """What each concerned rank's batch was. To be called on all ranks."""
         files = ", ".join(str(self._files[index]) for index in indices.tolist())
-        rank = self._distributed.rank
-        ranks = self._distributed.gather((loss.isfinite().item(), f"rank {rank}: loss {loss.item():g}, files {files}"))
+        own = f"rank {self._distributed.rank}: loss {loss.item():g}, files {files}"
+        ranks = self._distributed.gather((loss.isfinite().item(), own))
         # With finite losses and a gradient that is not, the average no longer tells whose it was.
         guilty = [text for is_finite, text in ranks if not is_finite] or [text for _, text in ranks]
         what = "gradient" if all(is_finite for is_finite, _ in ranks) else "loss"

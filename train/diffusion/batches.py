@@ -1,7 +1,5 @@
 """A run's batches of latents: shuffled by (seed, epoch), split over ranks, resumable within an epoch."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +16,7 @@ from dataset.cache.latents import LatentCache
 from dataset.order.epochs import EpochSampler, SampleKey
 from dataset.Singleres_dataset import Singleres_dataset
 from train.loop.session import Session
-from train.loop.signals import ignore_signals
+from train.loop.signals import close_loader, ignore_signals
 
 
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
@@ -26,11 +24,8 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
 
     A global batch is the next `batch_size * world_size` samples of the epoch's order; rank r has its samples r,
     r + world_size, ... So the same samples make up a step however they are split. The last samples of an epoch that
-    fill no global batch are left out: the batch size is constant.
-
-    Args:
-        sampler: walks this rank's samples, with `drop_last`.
-        batch_size: samples per rank and step.
+    fill no global batch are left out: the batch size is constant. `sampler` walks this rank's samples, with
+    `drop_last`; `batch_size` is that of a rank.
     """
 
     def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
@@ -76,11 +71,9 @@ class CacheLoader:
     """The batches of `make_loader`, read from the cache by threads of this process, each straight into its place.
 
     Loading processes would have to hand batches over through shared memory, which takes several times as long as
-    reading them. Reading a file leaves the interpreter to the training.
-
-    Args:
-        num_threads: each reads a whole batch, ahead; 0: a batch is read when it is asked for.
-        pin_memory: see `make_loader`; in memory that the threads fill, so that nothing is copied for it.
+    reading them. Reading a file leaves the interpreter to the training. Each thread reads a whole batch, ahead, with
+    `pin_memory` into page-locked memory, so that nothing is copied for it; without threads a batch is read when it is
+    asked for.
     """
 
     def __init__(
@@ -106,7 +99,6 @@ class CacheLoader:
             yield ahead.popleft().result()
 
     def close(self) -> None:
-        """End the threads."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
@@ -139,11 +131,8 @@ def make_loader(
 ) -> DataLoader | CacheLoader:
     """Batches [index (B,), latent (B, C, d, h, w), class id (B,), resolution / vq_size (B, 3)].
 
-    sampler: the samples of each batch of a pass.
     num_workers: processes that load, or with a cache threads; 0: neither. The order of batches is the same.
     pin_memory: in page-locked memory, from where a GPU fetches them beside its work. Needs a GPU.
-
-    The loader has a generator of its own, so that it takes nothing from the global one.
     """
     if dataset.cache is not None:
         return CacheLoader(dataset, sampler, num_workers, pin_memory)
@@ -154,16 +143,8 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_signals if num_workers else None,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(0),  # its own, so that nothing is taken from the global one
     )
-
-
-def close_loader(loader: DataLoader | CacheLoader) -> None:
-    """End what loads. Processes ignore signals, so leaving that to the interpreter's exit would hang."""
-    if isinstance(loader, CacheLoader):
-        loader.close()
-    elif loader._iterator is not None:  # only set with persistent workers; there is no public way
-        loader._iterator._shutdown_workers()
 
 
 @dataclass(frozen=True)
@@ -184,17 +165,11 @@ class LatentBatches:
     """Latents of one size with their conditions, epoch after epoch.
 
     Args:
-        dataset: its cache, if it has one, has to be built before the first batch.
+        dataset: its cache, if it has one, has to be built (`build_cache`) before the first batch.
         batch_size: latents per rank and step.
         seed: of the order.
         num_workers: see `make_loader`.
         here: this process, whose end ends what loads.
-
-    Attributes:
-        global_batch: latents per step over all ranks.
-        num_samples: latents in all.
-        positions: place of each sample of this rank's batch in the global batch.
-        files: of the data set, by index.
     """
 
     def __init__(self, dataset: Singleres_dataset, batch_size: int, seed: int, num_workers: int, here: Session) -> None:
@@ -206,9 +181,9 @@ class LatentBatches:
         here.closing.callback(close_loader, self._loader)
         self.files = dataset.files
         self.num_samples = len(dataset)
-        self.global_batch = batch_size * ranks.world_size
+        self.global_batch = batch_size * ranks.world_size  # latents per step over all ranks
         self.steps_per_epoch = self._sampler.steps_per_epoch
-        self.positions = self._sampler.positions
+        self.positions = self._sampler.positions  # of this rank's samples in the global batch
 
     @property
     def classes(self) -> list[int]:
@@ -227,10 +202,7 @@ class LatentBatches:
             self._dataset.cache.build(self._dataset.class_folders, self._num_workers, logger)
 
     def endless(self, position: Callable[[], tuple[int, int]]) -> Iterator[Batch]:
-        """Batches, epoch after epoch; `position` gives the epoch and how many of its samples, over all ranks, are done.
-
-        It is asked before each epoch.
-        """
+        """Batches; `position`, asked before each epoch, gives it and how many of its samples are done on all ranks."""
         while True:
             self._sampler.start_at(*position())
             yield from map(_as_batch, self._loader)  # unlike a loop it keeps no batch until the next one has come

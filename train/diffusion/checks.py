@@ -1,7 +1,5 @@
 """What is checked before a BiFlowNet run costs time: options, latents on disk and the autoencoder that made them."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -31,11 +29,7 @@ def check_options(cfg: DictConfig, logger: logging.Logger) -> None:
 
 
 def check_data(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> None:
-    """Channels, class ids and number of latents fit the configuration, and a few are sound.
-
-    Raises:
-        UserError: naming the option that does not fit, or the file.
-    """
+    """Channels, class ids and number of latents fit the configuration, and a few are sound; else UserError."""
     if dataset.num_channels != cfg.volume_channels:
         raise UserError(
             f"{dataset.files[0]}: a latent of {dataset.num_channels} channels, volume_channels is "
@@ -66,8 +60,8 @@ def check_grid(cfg: DictConfig, model: nn.Module) -> None:
         )
 
 
-def find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> Origin:
-    """The autoencoder that made the latents, on rank 0: by their records, and `AE_ckpt` if it is that one.
+def find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logger: logging.Logger) -> Origin:
+    """The autoencoder that made the latents: by their records, and `AE_ckpt` if it is that one.
 
     Each latent folder's `latents.json` says which autoencoder made it. Folders without one (made by other software)
     pass with a warning.
@@ -75,10 +69,6 @@ def find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, here: Session)
     Raises:
         UserError: folders of different autoencoders, another autoencoder than `AE_ckpt`, other channels.
     """
-    return here.distributed.on_main(lambda: _find_autoencoder(cfg, dataset, here.logger), share=False) or Origin()
-
-
-def _find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logger: logging.Logger) -> Origin:
     records = {folder: record or {} for folder, record in dataset.latent_records.items()}
     made_by = {folder: record.get("autoencoder") for folder, record in records.items()}
     known = [folder for folder, fingerprint in made_by.items() if fingerprint]

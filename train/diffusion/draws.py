@@ -6,8 +6,6 @@ run needs no generator state. A run's numbers depend on the order of its draws: 
 dropped conditions, noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,13 +14,7 @@ from torch import Tensor
 
 
 def sample_generators(seed: int, step: int, positions: Sequence[int], device: torch.device) -> list[torch.Generator]:
-    """A generator for each sample of a batch (a GPU draws other values than a CPU).
-
-    Args:
-        seed: the run's global seed.
-        step: optimiser step, counted from 1.
-        positions: (B,) place of each sample in the global batch of this step.
-    """
+    """A generator for each sample of a batch by its place in the global one (a GPU draws other values than a CPU)."""
     return [torch.Generator(device).manual_seed(_mix(seed, step, position)) for position in positions]
 
 

@@ -1,7 +1,5 @@
 """Exponential moving average of a model's weights, the weights that samples are drawn with."""
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -13,22 +11,16 @@ class EMA:
 
     ema <- decay * ema + (1 - decay) * parameter, at every `every`-th optimiser step; before step `start` the copy is
     simply equal to the model, since an average over the first steps would mostly hold the initial weights. Parameters
-    and buffers are matched by name; buffers are always copied.
+    and buffers are matched by name; buffers are always copied. Steps are counted from 1.
 
-    Args:
-        model: the trained model, not wrapped in DistributedDataParallel.
-        decay: share of the old average that an update keeps, in [0, 1).
-        every: optimiser steps between updates.
-        start: first optimiser step (counted from 1) that averages.
+    model: not wrapped in DistributedDataParallel.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.995, every: int = 10, start: int = 2000) -> None:
         if not 0 <= decay < 1 or every < 1:
             raise ValueError(f"EMA needs 0 <= decay < 1 and every >= 1, got decay {decay} and every {every}")
         self.source = model
-        self.decay = decay
-        self.every = every
-        self.start = start
+        self.decay, self.every, self.start = decay, every, start
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         # Lists, for one kernel over all parameters instead of one each. They hold the parameters themselves, which
         # keep their identity when modules are moved, converted or loaded.
@@ -37,7 +29,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Follow the model after optimiser step `step`, counted from 1."""
+        """Follow the model after optimiser step `step`."""
         if step >= self.start and step % self.every:
             return
         averages, sources = self._parameters

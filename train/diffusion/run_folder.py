@@ -10,8 +10,6 @@
 A repeated command finds its folder by `config.yaml`. Everything here runs on rank 0 only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from pathlib import Path
@@ -36,10 +34,8 @@ IRRELEVANT_KEYS = keys_of(BiFlowNetConfig, FREE)
 def open_run_folder(config: dict, name: str = "BiFlowNet") -> Path:
     """The folder of the newest earlier run with the same configuration, or a new one, with config.yaml in it.
 
-    Args:
-        config: the resolved configuration, plain values; its `results_dir` holds the run folders, and its `run_name`,
-            if not None, replaces the numbered name.
-        name: what follows the number.
+    config: the resolved one, plain values; its `results_dir` holds the run folders, and its `run_name`, if not None,
+    replaces the numbered name. name: what follows the number.
 
     Raises:
         UserError: the folder cannot be written, or `run_name` exists with another configuration.
@@ -59,10 +55,11 @@ def open_run_folder(config: dict, name: str = "BiFlowNet") -> Path:
 
 
 def open_locked(config: dict, closing: contextlib.ExitStack) -> Path:
-    """`open_run_folder` for this configuration, locked until `closing` closes, without half-written files."""
+    """`open_run_folder`, locked until `closing` closes, without half-written files."""
     folder = open_run_folder(config, config["model"])
     closing.enter_context(lock_folder(folder, "training"))
-    remove_partial_files(folder)
+    for file in folder.rglob(".*.tmp*"):  # of a killed process
+        file.unlink(missing_ok=True)
     return folder
 
 
@@ -71,7 +68,10 @@ def find_checkpoint(folder: Path, given: str | None) -> Path | None:
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is None:
         return None if given is None else Path(given)
-    set_aside_checkpoints_after(folder, step_of(newest))
+    # Later ones could not be read. Under their own names they would count among the latest and push out whole ones.
+    for file in list_checkpoints(folder):
+        if step_of(file) > step_of(newest):
+            file.rename(file.with_name(file.name + ".damaged"))
     return newest
 
 
@@ -96,22 +96,6 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the `keep` latest of the checkpoints that there are; 0 keeps all."""
     for file in list_checkpoints(folder)[:-keep] if keep else []:
         file.unlink(missing_ok=True)
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Delete what a killed process left half written in the run folder, which must be locked."""
-    for file in folder.rglob(".*.tmp*"):
-        file.unlink(missing_ok=True)
-
-
-def set_aside_checkpoints_after(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps than the one a run goes on from to `*.pt.damaged`.
-
-    Those are the ones that could not be read. Under their own names they would count among the latest and push out
-    whole ones.
-    """
-    damaged = [file for file in list_checkpoints(folder) if step_of(file) > step]
-    return [file.rename(file.with_name(file.name + ".damaged")) for file in damaged]
 
 
 def differing_keys(config: dict, other: dict) -> list[str]:

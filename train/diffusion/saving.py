@@ -1,7 +1,5 @@
 """What rank 0 writes at a checkpoint, while all ranks train on."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,35 +11,19 @@ from common.checkpoint_files import save_checkpoint
 from train.diffusion import run_folder
 from train.diffusion.batches import LatentBatches
 from train.diffusion.preview import Previews
+from train.diffusion.state import Origin
 from train.loop.background import BackgroundWork, snapshot
-from train.loop.session import Session
 
 
-class Saving:
-    """A run's checkpoints and previews, written in order beside training.
+class Saving(BackgroundWork):
+    """A run's checkpoints and previews, written in order beside training; `previews` None: none are made.
 
-    Args:
-        background: does the writing; whoever entered it gets the errors that are left at the end.
-        keep: newest checkpoints kept; 0: all.
-        previews: None: none are made.
+    keep: newest checkpoints kept; 0: all.
     """
 
-    def __init__(
-        self, background: BackgroundWork, folder: Path, keep: int, previews: Previews | None, logger: logging.Logger
-    ) -> None:
-        self._background = background
-        self._folder = folder
-        self._keep = keep
-        self._previews = previews
-        self._logger = logger
-
-    def check(self) -> None:
-        """Raise what went wrong with a checkpoint, without waiting for one that is being written."""
-        self._background.check()
-
-    def wait(self) -> None:
-        """Until all is written. Raises what went wrong."""
-        self._background.wait()
+    def __init__(self, folder: Path, keep: int, previews: Previews | None, logger: logging.Logger) -> None:
+        super().__init__()
+        self._folder, self._keep, self._previews, self._logger = folder, keep, previews, logger
 
     def save(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
         """Take a checkpoint's content as it is now, and have it and then a preview of its averaged weights written.
@@ -52,9 +34,9 @@ class Saving:
             UserError: the checkpoint before could not be written; this one is tried all the same.
         """
         try:
-            self._background.wait()  # first: two copies of all weights and averages would be many GB
+            self.wait()  # first: two copies of all weights and averages would be many GB
         finally:
-            self._background.submit(self._write, step, snapshot(content), preview_turn)
+            self.submit(self._write, step, snapshot(content), preview_turn)
 
     def _write(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
         path = run_folder.checkpoint_path(self._folder, step)
@@ -66,23 +48,16 @@ class Saving:
 
 
 def open_saving(
-    cfg: DictConfig,
-    folder: Path,
-    model: nn.Module,
-    batches: LatentBatches,
-    process: nn.Module,
-    autoencoder: nn.Module | None,
-    here: Session,
+    cfg: DictConfig, folder: Path, model: nn.Module, batches: LatentBatches, process: nn.Module, origin: Origin, here
 ) -> Saving:
     """Checkpoints into `folder`, and previews where they are wanted and there is an autoencoder (on rank 0 alone).
 
-    model: the averaged one, of which previews take a copy.
+    model: the averaged one, of which previews take a copy. here: the `Session`, at whose end all is written.
     """
-    background = here.closing.enter_context(BackgroundWork())
     previews = None
-    if cfg.preview and autoencoder is not None:
+    if cfg.preview and origin.autoencoder is not None:
         previews = Previews(
-            folder / "samples", batches.classes, tuple(cfg.resolution), cfg.preview_steps, model, process, autoencoder,
-            here.device, here.logger, is_stopping=lambda: here.stop.received > 0,
+            folder / "samples", batches.classes, tuple(cfg.resolution), cfg.preview_steps, model, process,
+            origin.autoencoder, here.device, here.logger, is_stopping=lambda: here.stop.received > 0,
         )  # fmt: skip
-    return Saving(background, folder, cfg.keep_checkpoints, previews, here.logger)
+    return here.closing.enter_context(Saving(folder, cfg.keep_checkpoints, previews, here.logger))

@@ -1,7 +1,5 @@
 """What a BiFlowNet run has to remember: weights, averaged weights, optimiser, scaler, position in the data and RNG."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from dataclasses import dataclass
@@ -50,19 +48,14 @@ class TrainingState:
     _read: tuple[Path | None, dict | None] = (None, None)  # a checkpoint file's content, by its path
 
     @classmethod
-    def start(cls, cfg: DictConfig, model: nn.Module, device: torch.device, autoencoder: str | None) -> TrainingState:
+    def start(cls, cfg: DictConfig, model: nn.Module, device: torch.device, autoencoder: str | None) -> "TrainingState":
         """That of a new run; `model` is on its device."""
-        use_scaler = cfg.enable_amp and cfg.amp_dtype == "fp16"
-        return cls(
-            model,
-            EMA(model, cfg.ema_decay, cfg.ema_every, cfg.ema_start),
-            build_adam(model.parameters(), cfg.lr, tuple(cfg.adam_betas), fused=True),
-            torch.amp.GradScaler(device.type, enabled=use_scaler),
-            autoencoder=autoencoder,
-        )
+        ema = EMA(model, cfg.ema_decay, cfg.ema_every, cfg.ema_start)
+        optimizer = build_adam(model.parameters(), cfg.lr, tuple(cfg.adam_betas), fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=cfg.enable_amp and cfg.amp_dtype == "fp16")
+        return cls(model, ema, optimizer, scaler, autoencoder=autoencoder)
 
     def is_finished(self, epochs: int, max_steps: int | None) -> bool:
-        """Whether the run has reached its last epoch or step."""
         return self.epoch >= epochs or (max_steps is not None and self.step >= max_steps)
 
     def advance(self, global_batch: int, num_samples: int) -> None:
@@ -109,11 +102,7 @@ class TrainingState:
         }
 
     def check_fits(self, path: str | Path) -> None:
-        """Refuse a checkpoint file whose weights do not fit. What was read is kept for `load`: it may be gigabytes.
-
-        Raises:
-            UserError: as `load`.
-        """
+        """Errors as `load`, before anything is loaded. What was read is kept for `load`: it may be gigabytes."""
         self._read = Path(path), load_checkpoint(path)
         load_biflownet_weights(self.model, path, use_ema=False, checkpoint=self._read[1])
 
@@ -129,11 +118,10 @@ class TrainingState:
         load_biflownet_weights(self.model, path, use_ema=False, checkpoint=checkpoint)
         load_biflownet_weights(self.ema.model, path, use_ema=True, checkpoint=checkpoint)
         self._load_optimizer(checkpoint, path, logger)
-        if self.scaler.is_enabled():
-            if checkpoint.get("scaler"):
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            else:
-                logger.warning("%s has no gradient scaler state: the scale starts anew", path)
+        if self.scaler.is_enabled() and checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        elif self.scaler.is_enabled():
+            logger.warning("%s has no gradient scaler state: the scale starts anew", path)
         self._load_position(checkpoint, path, num_samples, global_batch, logger)
         self.end_epoch_if_done(global_batch, num_samples)
         _warn_of_other_values(checkpoint.get("args"), config, path, logger)

@@ -1,7 +1,5 @@
 """The training loop of the diffusion models, whatever conditions them and whichever of their parts train."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import signal
@@ -90,7 +88,7 @@ def fit(
     )  # fmt: skip
     run_log = here.closing.enter_context(RunLog(folder, state.step, here, batches.remedy_for_waiting))
     here.closing.enter_context(logging_redirect_tqdm([logger]))
-    saving = open_saving(cfg, folder, state.ema.model, batches, process, origin.autoencoder, here)
+    saving = open_saving(cfg, folder, state.ema.model, batches, process, origin, here)
     hidden = None if here.is_main else True  # None: shown where stderr is a terminal
     progress = here.closing.enter_context(tqdm(total=steps_to_do, initial=state.step, disable=hidden, unit="step"))
     if cfg.compile:

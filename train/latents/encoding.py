@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from logging import Logger
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from AutoEncoder.checkpoint import load_autoencoder
-from AutoEncoder.latents import normalise_latents
+from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
+from AutoEncoder.latents import codebook_range, normalise_latents
 from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.log import get_logger
@@ -24,7 +25,6 @@ from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import latent_folder
 from dataset.volumes.latent_record import start_folder
 from dataset.volumes.volume_io import read_latent, write_latent
-from train.latents.record import make_record
 
 
 def generate_latents(cfg: DictConfig) -> list[Path]:
@@ -61,6 +61,27 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         cleanup()
 
 
+def make_record(autoencoder: nn.Module, checkpoint: str | Path, intensity_range: Sequence[float]) -> dict[str, Any]:
+    """What `latents.json` says of an autoencoder; `dataset/volumes/latent_record.py` reads, compares and writes it.
+
+    intensity_range: range of the files on disk that was mapped to [-1, 1].
+    """
+    try:
+        low, high = codebook_range(autoencoder.codebook.embeddings)
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    return {
+        "autoencoder": latent_fingerprint(autoencoder),
+        "checkpoint": Path(checkpoint).name,
+        "downsample": autoencoder.downsample_factor,
+        "embedding_dim": autoencoder.embedding_dim,
+        "codebook_min": low.item(),
+        "codebook_max": high.item(),
+        "patch_size": autoencoder.patch_size,
+        "intensity_range": [float(value) for value in intensity_range],
+    }
+
+
 def _log_plan(logger: Logger, dataset: Singleres_dataset, folders: Sequence[Path], patch_size: int) -> None:
     low, high = dataset.intensity_range
     logger.info("%d volumes, intensities in [%g, %g] -> %s", len(dataset), low, high, ", ".join(map(str, folders)))
@@ -77,7 +98,6 @@ def _log_plan(logger: Logger, dataset: Singleres_dataset, folders: Sequence[Path
 def _encode_missing(
     cfg: DictConfig, autoencoder: nn.Module, dataset: Singleres_dataset, batches: list[list[int]], place: Distributed
 ) -> None:
-    """Encodes and writes what is missing in this process's batches."""
     mine = [index for batch in batches for index in batch]
     bar = {"unit": "volume", "disable": not place.is_main}
     missing = {
@@ -112,8 +132,9 @@ def latent_folders(dataset: Singleres_dataset) -> list[Path]:
     sources = [folder for folders in dataset.folders.values() for folder in folders]
     targets = [latent_folder(folder) for folder in sources]
     for target in targets:
+        real = Path(os.path.realpath(target))
         for source in sources:
-            if _real(target) == _real(source) or _real(source) in _real(target).parents:
+            if Path(os.path.realpath(source)) in (real, *real.parents):
                 raise UserError(
                     f"{dataset.root_dir}: the latents {target} would lie among the images of {source}: "
                     "name folders that do not lie within each other"
@@ -121,10 +142,6 @@ def latent_folders(dataset: Singleres_dataset) -> list[Path]:
         if targets.count(target) > 1:
             raise UserError(f"{dataset.root_dir}: a folder is named twice, its latents are {target}: name it once")
     return targets
-
-
-def _real(folder: Path) -> Path:
-    return Path(os.path.realpath(folder))
 
 
 def has_latent(index: int, dataset: Singleres_dataset, autoencoder: nn.Module) -> bool:
@@ -140,8 +157,6 @@ def has_latent(index: int, dataset: Singleres_dataset, autoencoder: nn.Module) -
 def volumes_in_order(indices: list[int], dataset: Singleres_dataset, num_workers: int) -> Iterator[Tensor]:
     """Volumes (1, D, H, W) of these indices, read ahead by worker processes, one each."""
     options = {"prefetch_factor": 1} if num_workers else {}  # more would only cost memory
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=indices, num_workers=min(num_workers, len(indices)), **options
-    )
-    for volume, _ in loader:
+    options["num_workers"] = min(num_workers, len(indices))
+    for volume, _ in DataLoader(dataset, batch_size=None, sampler=indices, **options):
         yield volume

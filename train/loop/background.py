@@ -1,7 +1,5 @@
 """Slow work of rank 0, checkpoints and previews, beside training: the other ranks would have to wait for it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -22,7 +20,7 @@ class BackgroundWork:
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future | None = None
 
-    def __enter__(self) -> BackgroundWork:
+    def __enter__(self) -> "BackgroundWork":
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
         return self
 

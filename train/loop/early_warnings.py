@@ -3,8 +3,6 @@
 Each `check` returns one line when a state begins, with numbers and what to do, and None otherwise.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -53,11 +51,7 @@ class Onset:
 
 
 class DataBound:
-    """Training that waits for its data.
-
-    Args:
-        advice: what to change.
-    """
+    """Training that waits for its data; `advice` says what to change."""
 
     def __init__(self, advice: str) -> None:
         self.advice = advice
@@ -98,11 +92,7 @@ class CodebookCollapse:
 
 
 class DiscriminatorWins:
-    """A discriminator that tells every reconstruction from its volume: what it teaches the generator is worth nothing.
-
-    Args:
-        loss_type: hinge or vanilla, `model.disc_loss_type`.
-    """
+    """A discriminator that tells every reconstruction from its volume: what it teaches the generator is worthless."""
 
     def __init__(self, loss_type: str) -> None:
         undecided = DISCRIMINATOR_LOSSES[loss_type](torch.zeros(1), torch.zeros(1)).item()

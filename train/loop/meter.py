@@ -1,7 +1,5 @@
 """What a training loop costs between two logged steps: time, waiting for data, memory."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -29,7 +27,7 @@ class LoopMeter:
         self._steps = 0
         self._samples = 0
 
-    def timed(self, batches: Iterable) -> TimedBatches:
+    def timed(self, batches: Iterable) -> "TimedBatches":
         """The same batches; how long the loop waits for each is measured."""
         return TimedBatches(batches, self)
 

@@ -1,7 +1,5 @@
 """Numbers of a training run: metrics.jsonl, and TensorBoard beside it."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -14,10 +12,7 @@ from train.loop.session import Session
 class JsonLines:
     """A file with one line of JSON for each logged step.
 
-    Args:
-        path: the file; what it holds is kept.
-        start_step: the optimiser step the run goes on from. What an interrupted run logged after it is dropped, so
-            that each step occurs once.
+    What it holds is kept, up to `start_step`, the optimiser step the run goes on from, so that each step occurs once.
     """
 
     def __init__(self, path: Path, start_step: int = 0) -> None:
@@ -35,12 +30,7 @@ class JsonLines:
 
 
 class MetricsWriter:
-    """Scalars of a run, once as JSON lines (`metrics.jsonl`) and once for TensorBoard. For rank 0 only.
-
-    Args:
-        folder: the run folder.
-        start_step: as of `JsonLines`.
-    """
+    """Scalars of a run, once as JSON lines (`metrics.jsonl`) and once for TensorBoard. For rank 0 only."""
 
     def __init__(self, folder: Path, start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
@@ -49,7 +39,6 @@ class MetricsWriter:
         self.board = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Record `scalars` of optimiser step `step`."""
         self.lines.write(step, scalars)
         for name, value in scalars.items():
             self.board.add_scalar(f"train/{name}", value, step)
@@ -63,10 +52,6 @@ class RunLog:
     """What a training loop tells of its logged steps: numbers to the files, a line to the log, a warning of waiting.
 
     On rank 0 alone; elsewhere nothing is told. To be used in a `with` block.
-
-    Args:
-        folder, start_step: as of `MetricsWriter`.
-        remedy_for_waiting: what to change where training waits for its data.
     """
 
     def __init__(self, folder: Path, start_step: int, here: Session, remedy_for_waiting: str) -> None:
@@ -74,7 +59,7 @@ class RunLog:
         self._logger = here.logger
         self._data_bound = DataBound(remedy_for_waiting)
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,5 @@
 """What every training process has from its start to its end: its place among the ranks, signals, the log."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -19,17 +17,12 @@ from train.loop.signals import StopRequest
 
 @dataclass(frozen=True)
 class Session:
-    """One process's training from start to end.
-
-    Attributes:
-        closing: closes what is given to it when the session ends, in reverse order, whatever happens.
-        stop: signals that ask to stop.
-    """
+    """One process's training from start to end."""
 
     distributed: Distributed
-    stop: StopRequest
+    stop: StopRequest  # signals that ask to stop
     logger: logging.Logger
-    closing: contextlib.ExitStack
+    closing: contextlib.ExitStack  # closes what is given to it when the session ends, whatever happens
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,4 @@
-"""A request to stop (SIGTERM, SIGINT) that the training loop honours between two steps."""
-
-from __future__ import annotations
+"""Signals (SIGTERM, SIGINT): a request to stop between two steps, and loading processes that outlive one."""
 
 import signal
 import threading
@@ -20,7 +18,7 @@ class StopRequest:
         self.received = 0
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
@@ -39,3 +37,14 @@ def ignore_signals(worker_id: int) -> None:
     """Make a DataLoader worker outlive a signal sent to the whole process group; its parent ends it in order."""
     for number in StopRequest.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def close_loader(loader) -> None:
+    """End what a DataLoader loads with. Processes ignore signals, so leaving that to the interpreter's exit would hang.
+
+    A loader of another kind has a `close` of its own.
+    """
+    if hasattr(loader, "close"):
+        loader.close()
+    elif loader._iterator is not None:  # only set with persistent workers; there is no public way
+        loader._iterator._shutdown_workers()

@@ -1,7 +1,5 @@
 """What went wrong in a step, read without making a GPU wait."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,13 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCKS_PER_STAGE = {
-    10: (1, 1, 1, 1),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-    200: (3, 24, 36, 3),
-}
+BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 WIDTHS = (64, 128, 256, 512)
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)  # instead of further strides, so that features keep 1/8 of the resolution

@@ -106,7 +106,8 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 def check_hash(path: Path, file: str | None = None) -> None:
     """ValueError when the SHA-256 of `path` isn't the one listed for `file` (default: its own name)."""
     file = file or path.name
-    digest = sha256_of(path)
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
     listed = {**read_sums(DEFAULT_FOLDER), **read_sums(path.parent)}
     if file not in listed:
         if digest not in _logged:
@@ -116,15 +117,6 @@ def check_hash(path: Path, file: str | None = None) -> None:
         raise ValueError(
             f"{path.parent / file} has SHA-256 {digest}, but {SUMS_FILE} lists {listed[file]}: fetch the file again"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_sums(folder: Path) -> dict[str, str]:
