@@ -56,7 +56,7 @@ def parse_command_line(
     given = {name: value for name, value in vars(given).items() if value is not None}
     if given.pop("help"):
         for option in positionals:
-            parser.add_argument(option.name, metavar=option.flag, help=_help_text(option))
+            parser.add_argument(option.name, metavar=option.flag, help=option.meaning)
         parser.epilog = _other_keys(options)
         parser.print_help()
         raise SystemExit(0)

@@ -1,6 +1,6 @@
-"""How near generated volumes are to real ones: FID, MMD, precision, diversity and a memorisation check, by class.
+r"""How near generated volumes are to real ones: FID, MMD, precision, diversity and a memorisation check, by class.
 
-    python evaluation/generation_metrics.py --real held_out.json --generated generated --training training.json \\
+    python evaluation/generation_metrics.py --real held_out.json --generated generated --training training.json \
         --output-dir evaluation
 
     OUT/generation.json, .csv     figures with N, 95 % interval and a real-against-real floor; settings; warnings

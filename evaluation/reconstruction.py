@@ -1,6 +1,6 @@
-"""How well autoencoders reconstruct volumes that they were not trained on: PSNR, SSIM, LPIPS, seams, use of the codes.
+r"""How well autoencoders reconstruct volumes that they were not trained on: PSNR, SSIM, LPIPS, seams, use of the codes.
 
-    python evaluation/reconstruction.py --data held_out.json --AE-ckpt stage1/last.ckpt stage2/last.ckpt \\
+    python evaluation/reconstruction.py --data held_out.json --AE-ckpt stage1/last.ckpt stage2/last.ckpt \
         --output-dir OUT
 
     OUT/reconstruction.json, .csv               every metric of each class and checkpoint, with 95 % intervals; of

@@ -1,4 +1,4 @@
-"""Trains the latent diffusion model BiFlowNet on latents of one size (Wang et al., IEEE TMI 2025, section III-B).
+r"""Trains the latent diffusion model BiFlowNet on latents of one size (Wang et al., IEEE TMI 2025, section III-B).
 
     torchrun --nproc-per-node 8 train/train_BiFlowNet_SingleRes.py --config config/BiFlowNet_8x.yaml \
         --data-path config/Singleres_latents.json --AE-ckpt autoencoder.ckpt --results-dir results

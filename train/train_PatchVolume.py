@@ -1,4 +1,4 @@
-"""Stage 1 of the Patch-Volume autoencoder: patches (Wang et al., IEEE TMI 2025, section III-A).
+r"""Stage 1 of the Patch-Volume autoencoder: patches (Wang et al., IEEE TMI 2025, section III-A).
 
     python train/train_PatchVolume.py --config config/PatchVolume_8x.yaml \
         dataset.root_dir=config/PatchVolume_data.json model.default_root_dir=results/PatchVolume_8x

@@ -1,4 +1,4 @@
-"""Stage 2 of the Patch-Volume autoencoder: whole volumes (Wang et al., IEEE TMI 2025, section III-A).
+r"""Stage 2 of the Patch-Volume autoencoder: whole volumes (Wang et al., IEEE TMI 2025, section III-A).
 
     python train/train_PatchVolume_stage2.py --config config/PatchVolume_8x_s2.yaml \
         dataset.root_dir=config/PatchVolume_data.json model.default_root_dir=results/PatchVolume_8x_s2 \

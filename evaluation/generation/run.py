@@ -167,8 +167,8 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             f"{cfg.AE_ckpt}: its latents have {autoencoder.embedding_dim} channels, volume_channels is "
             f"{cfg.volume_channels}: give the autoencoder that the model was trained with, or --volume-channels"
         )
-    model = load_biflownet(cfg, cfg.model_ckpt, device)
-    checkpoint = load_checkpoint(cfg.model_ckpt, mmap=True)
+    checkpoint = load_checkpoint(cfg.model_ckpt)
+    model = load_biflownet(cfg, cfg.model_ckpt, device, checkpoint)
     made_by = checkpoint.get("autoencoder")
     if made_by is not None and made_by != latent_fingerprint(autoencoder):
         raise UserError(
