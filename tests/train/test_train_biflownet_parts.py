@@ -203,7 +203,7 @@ def test_a_preview_without_memory_is_left_out(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(preview, "decode", lambda *latent, max_bytes: decode(*latent, max_bytes=1000))
     previews = Previews(tmp_path, [1], (8, 8, 8), 3, model, diffusion, autoencoder, CPU, logger)
     assert previews.write(12, 0, model.state_dict()) is None
-    assert "preview of step 12: not enough GPU memory; say preview=false" in caplog.text
+    assert "preview of step 12: not enough memory; say preview=false" in caplog.text
 
 
 def test_a_preview_is_given_up_when_training_stops(tmp_path, caplog):

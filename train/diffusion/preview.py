@@ -72,7 +72,7 @@ class Previews:
             save_slice_grid(picture, [(f"class {class_id}", list(central_slices(volume).values()))])
             return path
         except torch.OutOfMemoryError:
-            self.logger.warning("preview of step %d: not enough GPU memory; say preview=false", step)
+            self.logger.warning("preview of step %d: not enough memory; say preview=false", step)
         except (GivenUp, UserError) as error:  # a preview is not worth a training run
             self.logger.warning("preview of step %d: %s", step, error)
         return None
@@ -104,7 +104,7 @@ class Previews:
             with _moved(self.autoencoder, self.device):
                 return decode(self.autoencoder, latent[0], max_bytes=max_bytes)
         except UserError as error:  # the smallest blocks don't fit
-            raise GivenUp("not enough GPU memory; say preview=false") from error
+            raise GivenUp("not enough memory; say preview=false") from error
 
 
 @contextlib.contextmanager
