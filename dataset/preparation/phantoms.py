@@ -14,7 +14,7 @@ from dataset.preparation.classes import add_classes
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX
 from dataset.volumes.intensity import BACKGROUND
-from dataset.volumes.volume_io import is_whole_volume, nifti_to_tensor, write_volume
+from dataset.volumes.volume_io import is_whole_volume, write_nifti
 
 TEXTURE = 0.02  # standard deviation of the texture: 1 % of the intensity range
 LEVELS = 1024  # intensities are multiples of 1/1024, which halves the size of the compressed files
@@ -225,7 +225,7 @@ def write_phantoms(
     for path, class_id, index in progress(jobs):
         if not is_whole_volume(path):
             phantom = make_phantom(class_id, index, size, seed)
-            write_volume(path, nifti_to_tensor(phantom.data), affine_from_spacing(phantom.spacing_mm))
+            write_nifti(path, phantom.data, affine_from_spacing(phantom.spacing_mm))
     for folder in sorted({path.parents[1] for path, _, _ in jobs}):
         add_classes(folder, {class_id: name for class_id, (name, _) in enumerate(CLASSES)})
 

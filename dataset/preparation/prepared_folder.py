@@ -17,7 +17,7 @@ from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manif
 from dataset.preparation.recipe import Recipe, describe, prepare
 from dataset.preparation.sources import Source, fingerprint, read_source, source_sha256
 from dataset.volumes.index import VOLUME_SUFFIX
-from dataset.volumes.volume_io import nifti_to_tensor, write_volume
+from dataset.volumes.volume_io import write_nifti
 
 LIBRARIES = ("numpy", "nibabel", "pydicom", "SimpleITK", "torchio")
 
@@ -149,7 +149,7 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
     except Exception as error:  # one odd file must not end a night's work, whatever a library says of it
         return Outcome(source, reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
     path = folder / file_name(source)
-    write_volume(path, nifti_to_tensor(prepared.data), prepared.affine)
+    write_nifti(path, prepared.data, prepared.affine)
     after = describe(prepared.data, prepared.affine)
     entry = {
         "file": file_name(source),

@@ -163,19 +163,27 @@ def write_volume(
     if array.ndim != 3:
         raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
     array = tensor_to_nifti(array)
-    slope, intercept = 1.0, 0.0
-    if dtype == "int16":
+    if dtype == "float32":
+        write_nifti(path, array, affine)
+    elif dtype == "int16":
         _check_range(path, array, value_range)
         slope, intercept = int16_scale(value_range, is_whole_units)
-        stored = _by_slice(array, np.int16, lambda voxels: _int16_codes(voxels, value_range, slope, intercept))
-    elif dtype == "float32":
-        stored = _by_slice(array, np.float32, lambda voxels: voxels)
+        codes = _by_slice(array, np.int16, lambda voxels: _int16_codes(voxels, value_range, slope, intercept))
+        _write(path, _image(codes, affine, slope, intercept))
     else:
         raise ValueError(f"{path}: dtype {dtype!r}: float32 or int16 is needed")
+
+
+def write_nifti(path: str | Path, data: np.ndarray, affine: np.ndarray | torch.Tensor) -> None:
+    """Writes (X, Y, Z), NIfTI's own axes, as float32; otherwise as `write_volume`."""
+    _write(path, _image(_by_slice(data, np.float32, lambda voxels: voxels), affine))
+
+
+def _image(stored: np.ndarray, affine: np.ndarray | torch.Tensor, slope=1.0, intercept=0.0) -> nib.Nifti1Image:
     image = nib.Nifti1Image(stored, _to_array(affine, np.float64))
     image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(slope, intercept)
-    _write(path, image)
+    return image
 
 
 def int16_scale(value_range: Sequence[float], is_whole_units: bool = False) -> tuple[float, float]:
