@@ -41,7 +41,9 @@ class AutoencoderModelConfig:
     l1_weight: float = key(4.0, "weight of the L1 reconstruction error", not_negative)
     perceptual_weight: float = key(2.0, "weight of the perceptual loss; 0 = its network is never built", not_negative)
     perceptual_3d: bool = key(False, "true: 3D MedicalNet features; false: 2D LPIPS on slices of the three axes")
-    perceptual_weights: str | None = key(None, "folder of that network's weights; null = the usual place", resume=FREE)
+    perceptual_weights: str | None = key(
+        None, "folder with the perceptual network's weights; null = the usual place", resume=FREE
+    )
 
     stage: int = key(
         1, "1: patches, whole model; 2: volumes, decoder and post_vq_conv only", one_of(1, 2), section="Optimisation"
@@ -70,7 +72,9 @@ class AutoencoderModelConfig:
         None, "checkpoint. Stage 1 continues it; null = a new run. Stage 2 starts from it; required", resume=EXTENDS
     )
     checkpoint_every: int = key(3000, "optimiser steps between checkpoints", at_least(1), resume=FREE)
-    val_every: int | None = key(None, "optimiser steps between validations; null = one epoch", at_least(1), resume=FREE)
+    val_every: int | None = key(
+        None, "optimiser steps between validations; null = once an epoch", at_least(1), resume=FREE
+    )
     log_every: int = key(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
     log_volume_every: int = key(
         1500, "batches between logged volumes (and at powers of two before); 0 = none", not_negative, resume=FREE
@@ -102,8 +106,12 @@ class AutoencoderDataConfig:
         one_of("int16", "float32", "none"),
         resume=FREE,
     )
-    cache_dir: str | None = key(None, "their folder; null = FOLDER_cache beside each folder of volumes", resume=FREE)
-    cache_limit_gb: float | None = key(None, "their limit in GB; null = what the disk holds", positive, resume=FREE)
+    cache_dir: str | None = key(
+        None, "folder of the cache; null = FOLDER_cache beside each folder of volumes", resume=FREE
+    )
+    cache_limit_gb: float | None = key(
+        None, "largest size of the cache in GB; null = what the disk holds", positive, resume=FREE
+    )
 
 
 @dataclass

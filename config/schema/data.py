@@ -73,7 +73,10 @@ class PreprocessConfig:
     interpolation: str = flag("linear", "linear | bspline", one_of("linear", "bspline"))
 
     modality: str | None = flag(
-        None, "CT | MR; only DICOM series of it count; null = the preset's", one_of("CT", "MR"), section="Intensities"
+        None,
+        "CT | MR; of DICOM series only those of it are taken; null = the preset's",
+        one_of("CT", "MR"),
+        section="Intensities",
     )
     window: list[float] | None = flag(
         None, "lowest and highest value, mapped to -1 and 1; null = -1000 1000 HU for CT without percentiles", interval

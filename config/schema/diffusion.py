@@ -37,7 +37,9 @@ class BiFlowNetConfig(DiffusionModelConfig):
     data_path: str | None = flag(None, "JSON: class id -> folder of latents; required", resume=EXTENDS, section="Files")
     AE_ckpt: str | None = flag(None, "autoencoder checkpoint that made the latents; null = no previews", resume=EXTENDS)
     results_dir: str = flag("results", "folder that gets the run folders NNN-BiFlowNet", resume=FREE)
-    run_name: str | None = flag(None, "run folder in results_dir; null = the same config's, or a new one", resume=FREE)
+    run_name: str | None = flag(
+        None, "run folder in results_dir; null = that of the same config, or a new one", resume=FREE
+    )
     ckpt: str | None = flag(None, "checkpoint to continue exactly; null = the run's newest, if any", resume=EXTENDS)
 
     model: str = flag("BiFlowNet", "name of the model, part of the run folder's name", resume=EXTENDS, section="Model")
@@ -66,10 +68,16 @@ class BiFlowNetConfig(DiffusionModelConfig):
 
     resolution: list[int] = flag([32, 32, 32], "latent grid (z, x, y); multiples of 8", latent_grid, section="Run")
     cache: str = key("float32", "uncompressed latent copies: float32 | none", one_of("float32", "none"), resume=FREE)
-    cache_dir: str | None = key(None, "their folder; null = FOLDER_cache beside each folder of latents", resume=FREE)
-    cache_limit_gb: float | None = key(None, "their limit in GB; null = what the disk holds", positive, resume=FREE)
+    cache_dir: str | None = key(
+        None, "folder of the cache; null = FOLDER_cache beside each folder of latents", resume=FREE
+    )
+    cache_limit_gb: float | None = key(
+        None, "largest size of the cache in GB; null = what the disk holds", positive, resume=FREE
+    )
     global_seed: int = flag(0, "seed of weights, data order, noise and timesteps", not_negative)
-    num_workers: int = flag(8, "loading threads (processes without cache); 0 = when needed", not_negative, resume=FREE)
+    num_workers: int = flag(
+        8, "threads that load from the cache; processes without it; 0 = load when needed", not_negative, resume=FREE
+    )
     device: str = device_flag(EXTENDS)
     log_every: int = flag(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
     ckpt_every: int = flag(500, "optimiser steps between checkpoints", at_least(1), resume=FREE)
@@ -95,7 +103,9 @@ class GenerationConfig(DiffusionModelConfig):
         [], "classes by name or id; empty = all of the table", flag="--classes", section="Requests (docs/generation.md)"
     )
     resolution: list[int] | None = flag(
-        None, "voxels z y x; null = the class table's", positive_triple("three whole numbers above 0, z y x in voxels")
+        None,
+        "voxels z y x of every volume; null = the class table's",
+        positive_triple("three whole numbers above 0, z y x in voxels"),
     )
     spacing: list[float] | None = flag(None, "voxel size x y z in mm; null = that of the class table", voxel_size)
     seeds: str | None = flag(None, "seeds in place of seed, e.g. 0-9 (both included) or 0-3,7; null = seed alone")
@@ -108,7 +118,9 @@ class GenerationConfig(DiffusionModelConfig):
     )
     ddim_steps: int = key(100, "steps of ddim, dpm++ and unipc; at most timesteps", at_least(1), flag="--ddim_steps")
     eta: float = flag(0.0, "noise of ddim alone: 0 = deterministic, 1 = as much as ddpm", share)
-    guidance_scale: float = flag(1.0, "classifier-free guidance, for models with label_dropout; 1 = off", not_negative)
+    guidance_scale: float = flag(
+        1.0, "classifier-free guidance; 1 = off, others need a model trained with label_dropout", not_negative
+    )
     seed: int = flag(0, "seed of the noise", not_negative)
     num_samples: int = flag(1, "volumes per class, grid and seed", at_least(1))
     batch_size: int = flag(1, "latents sampled together", at_least(1))
@@ -130,7 +142,9 @@ class GenerationConfig(DiffusionModelConfig):
         one_of("exact", "blended", "tiles"),
     )
     max_memory: float | None = flag(
-        None, "GB for decoding; changes only time; null = 80 % of what a GPU has free, 50 % on CPU", positive
+        None,
+        "GB that decoding may take; changes no image, only time; null = 80 % of what a GPU has free, 50 % on CPU",
+        positive,
     )
     max_single_pass: int = key(32, "blended, tiles: latents up to so many voxels cubed are decoded whole", at_least(1))
     tile: int = key(256, "blended, tiles: edge of a tile in image voxels", at_least(1))
