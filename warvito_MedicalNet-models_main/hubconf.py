@@ -8,7 +8,6 @@ folder `medicalnet` beside this file) and `progress` (show a bar while a file is
 eval mode, and raises a ValueError that names file, folder and address when the weights can't be had.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from medicalnet_models.resnet import MedicalNetResNet
@@ -17,24 +16,57 @@ from medicalnet_models.weights import load_weights
 dependencies = ["torch"]
 
 
-def _entry_point(depth: int, file: str, what: str) -> Callable[..., MedicalNetResNet]:
-    def build(pretrained: bool = True, weights_dir: str | Path | None = None, progress: bool = True):
-        net = MedicalNetResNet(depth)
-        if pretrained:
-            load_weights(net, depth, file, weights_dir, progress)
-        return net.eval()
-
-    build.__doc__ = f"ResNet-{depth}{what}."
-    return build
+def _build(depth: int, file: str, pretrained: bool, weights_dir: str | Path | None, progress: bool) -> MedicalNetResNet:
+    net = MedicalNetResNet(depth)
+    if pretrained:
+        load_weights(net, depth, file, weights_dir, progress)
+    return net.eval()
 
 
-ON_23 = " trained on 23 data sets, "
-medicalnet_resnet10 = _entry_point(10, "resnet_10.pth", ", 512 features")
-medicalnet_resnet10_23datasets = _entry_point(
-    10, "resnet_10_23dataset.pth", f"{ON_23}512 features: the network of the perceptual loss"
-)
-medicalnet_resnet50 = _entry_point(50, "resnet_50.pth", ", 2048 features")
-medicalnet_resnet50_23datasets = _entry_point(50, "resnet_50_23dataset.pth", f"{ON_23}2048 features")
-medicalnet_resnet101 = _entry_point(101, "resnet_101.pth", ", 2048 features")
-medicalnet_resnet152 = _entry_point(152, "resnet_152.pth", ", 2048 features")
-medicalnet_resnet200 = _entry_point(200, "resnet_200.pth", ", 2048 features")
+def medicalnet_resnet10(
+    pretrained: bool = True, weights_dir: str | Path | None = None, progress: bool = True
+) -> MedicalNetResNet:
+    """ResNet-10, 512 features."""
+    return _build(10, "resnet_10.pth", pretrained, weights_dir, progress)
+
+
+def medicalnet_resnet10_23datasets(
+    pretrained: bool = True, weights_dir: str | Path | None = None, progress: bool = True
+) -> MedicalNetResNet:
+    """ResNet-10 trained on 23 data sets, 512 features: the network of the perceptual loss."""
+    return _build(10, "resnet_10_23dataset.pth", pretrained, weights_dir, progress)
+
+
+def medicalnet_resnet50(
+    pretrained: bool = True, weights_dir: str | Path | None = None, progress: bool = True
+) -> MedicalNetResNet:
+    """ResNet-50, 2048 features."""
+    return _build(50, "resnet_50.pth", pretrained, weights_dir, progress)
+
+
+def medicalnet_resnet50_23datasets(
+    pretrained: bool = True, weights_dir: str | Path | None = None, progress: bool = True
+) -> MedicalNetResNet:
+    """ResNet-50 trained on 23 data sets, 2048 features."""
+    return _build(50, "resnet_50_23dataset.pth", pretrained, weights_dir, progress)
+
+
+def medicalnet_resnet101(
+    pretrained: bool = True, weights_dir: str | Path | None = None, progress: bool = True
+) -> MedicalNetResNet:
+    """ResNet-101, 2048 features."""
+    return _build(101, "resnet_101.pth", pretrained, weights_dir, progress)
+
+
+def medicalnet_resnet152(
+    pretrained: bool = True, weights_dir: str | Path | None = None, progress: bool = True
+) -> MedicalNetResNet:
+    """ResNet-152, 2048 features."""
+    return _build(152, "resnet_152.pth", pretrained, weights_dir, progress)
+
+
+def medicalnet_resnet200(
+    pretrained: bool = True, weights_dir: str | Path | None = None, progress: bool = True
+) -> MedicalNetResNet:
+    """ResNet-200, 2048 features."""
+    return _build(200, "resnet_200.pth", pretrained, weights_dir, progress)
