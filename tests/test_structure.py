@@ -81,6 +81,11 @@ def test_the_training_loop_is_put_together_from_few_parts():
     assert len([module for module in modules if module.split(".")[0] in OURS]) <= 12
 
 
+def test_no_file_is_longer_than_400_lines():
+    paths = [path for folder in (*OURS, "tests", "warvito_MedicalNet-models_main") for path in sources(folder)]
+    assert [str(path) for path in paths if len(path.read_text().splitlines()) > 400] == []
+
+
 def test_only_scripts_touch_the_module_path():
     for package in OURS:
         for path in sources(package):

@@ -1,7 +1,6 @@
 """NIfTI files: axes, ranges, latents in TorchIO's layout, and every kind of unfit file refused by name."""
 
 import gzip
-import json
 import os
 from pathlib import Path
 
@@ -15,13 +14,7 @@ import torchio as tio
 from common.errors import UserError
 from dataset.volumes import volume_io
 from dataset.volumes.geometry import affine_from_spacing, crop_affine
-from dataset.volumes.index import (
-    latent_folder,
-    latent_path,
-    list_volumes,
-    read_class_json,
-    read_dataset_json,
-)
+from dataset.volumes.index import list_volumes
 from dataset.volumes.intensity import from_model_range, to_model_range
 from dataset.volumes.volume_io import (
     is_whole_volume,
@@ -333,84 +326,3 @@ def test_only_volume_io_reads_and_writes_nifti():
     users = [path.name for path in sorted(folder.glob("*.py")) if "import nibabel" in path.read_text()]
     assert users == ["geometry.py", "volume_io.py"]
     assert "Nifti" not in (folder / "geometry.py").read_text()
-
-
-# Dataset JSONs and file lists
-
-
-def touch(folder: Path, *names: str) -> list[Path]:
-    paths = [folder / name for name in names]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return paths
-
-
-def write_json(path: Path, content: object) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-def test_dataset_json(tmp_path):
-    data = tmp_path / "data"
-    touch(data, "A/z.nii.gz", "A/sub/a.nii.gz", "A/readme.txt", "A/.z.nii.gz.1.tmp", "A/._z.nii.gz", "B/b.nii.gz")
-    path = write_json(data / "set.json", {"name": ["A", str(data / "B")], "again": "B"})
-    expected = [data / "A/sub/a.nii.gz", data / "A/z.nii.gz", data / "B/b.nii.gz"]
-    assert read_dataset_json(path) == {"name": expected, "again": expected[2:]}
-
-
-def test_files_are_sorted_by_path(tmp_path):
-    names = [f"{folder}/{i:02d}.nii.gz" for folder in "CAB" for i in (7, 1, 12, 3, 10)]
-    paths = sorted(touch(tmp_path / "set", *names))
-    assert list_volumes(tmp_path / "set") == paths
-    assert read_dataset_json(write_json(tmp_path / "set.json", {"0": ["set/B", "set/A", "set/C"]})) == {"0": paths}
-
-
-def test_linked_folders_are_walked_once(tmp_path):
-    touch(tmp_path, "real/a.nii.gz")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "link").symlink_to(tmp_path / "real")
-    (tmp_path / "real" / "loop").symlink_to(tmp_path / "set")
-    assert list_volumes(tmp_path / "set") == [tmp_path / "set/link/a.nii.gz"]
-
-
-def test_folder_below_the_working_directory(tmp_path, monkeypatch):
-    touch(tmp_path, "A/a.nii.gz")
-    (tmp_path / "config").mkdir()
-    path = write_json(tmp_path / "config" / "set.json", {"0": "A"})
-    monkeypatch.chdir(tmp_path)
-    assert read_class_json(path) == {0: [Path("A/a.nii.gz")]}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        pytest.param(None, "no such dataset JSON", id="missing"),
-        pytest.param("{'0': 'A'}", "not a JSON file", id="other quotes"),
-        (["A"], "a JSON object"),
-        ({}, "names no folder"),
-        ({"0": "missing"}, '"0": no such folder: .*missing'),
-        ({"0": "empty"}, r"empty: the folder has no \*\.nii\.gz"),
-        ({"0": []}, "a folder or a list of folders"),
-        ({"0": 3}, "a folder or a list of folders"),
-        ({"chest": "A"}, 'key "chest" is not a class id'),
-        ({"-1": "A"}, 'key "-1" is not a class id'),
-        ({"00": "A"}, 'key "00" is not a class id'),
-        pytest.param('{"0": "A", "0": "A"}', 'key "0" occurs twice', id="twice"),
-    ],
-)
-def test_unfit_dataset_json(tmp_path, content, message):
-    touch(tmp_path, "A/a.nii.gz")
-    (tmp_path / "empty").mkdir()
-    if content is not None:
-        write_json(tmp_path / "set.json", content)
-    with pytest.raises(UserError, match=message) as caught:
-        read_class_json(tmp_path / "set.json")
-    assert "set.json" in str(caught.value) or "empty" in str(caught.value)
-
-
-def test_latent_path_renames_only_the_class_folder():
-    folder = Path("/data/CT/study_CT/CT")
-    assert latent_folder(folder) == Path("/data/CT/study_CT/CT_latents")
-    assert latent_folder("/data/CT/") == Path("/data/CT_latents")
-    assert latent_path(folder / "CT" / "CT.nii.gz", folder) == Path("/data/CT/study_CT/CT_latents/CT/CT.nii.gz")

@@ -1,0 +1,139 @@
+"""What a configuration may hold: ranges, keys that must be set, and what a resumed run may change."""
+
+import pytest
+from user_errors import error_of
+
+from common.errors import UserError
+from config.loading import CONFIG_FOLDER, load_config, require
+from config.schema.autoencoder import AutoencoderConfig, LatentConfig
+from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.schema.option import EXTENDS, FREE, keys_of
+
+BAD_VALUES = [
+    (AutoencoderConfig, "model.batch_size=0", "model.batch_size must be at least 1, got 0"),
+    (AutoencoderConfig, "model.gpus=0", "model.gpus must be at least 1"),
+    (AutoencoderConfig, "model.num_workers=-1", "model.num_workers must be at least 0"),
+    (AutoencoderConfig, "model.max_steps=-2", "model.max_steps must be at least -1"),
+    (AutoencoderConfig, "model.precision=64", r"model.precision must be one of 32 \| bf16 \| 16, got '64'"),
+    (AutoencoderConfig, "model.lr=0", "model.lr must be above 0"),
+    (AutoencoderConfig, "model.lr=nan", "model.lr must be above 0"),
+    (AutoencoderConfig, "model.lr=inf", "model.lr must be above 0"),
+    (AutoencoderConfig, "model.downsample=[8,8,4]", "model.downsample must be three equal powers of two"),
+    (AutoencoderConfig, "model.downsample=[6,6,6]", "model.downsample must be three equal powers of two"),
+    (AutoencoderConfig, "model.downsample=[8,8]", "model.downsample must be three equal powers of two"),
+    (AutoencoderConfig, "model.downsample=[1,1,1]", "model.downsample must be three equal powers of two"),
+    (AutoencoderConfig, "dataset.patch_size=60", "dataset.patch_size must be a multiple of model.downsample 8, got 60"),
+    (AutoencoderConfig, "model.num_groups=5", "model.num_groups must divide model.n_hiddens 48, got 5"),
+    (AutoencoderConfig, "model.stage=3", r"model.stage must be one of 1 \| 2"),
+    (AutoencoderConfig, "model.norm_type=layer", "model.norm_type must be one of"),
+    (AutoencoderConfig, "model.disc_loss_type=ls", "model.disc_loss_type must be one of"),
+    (AutoencoderConfig, "model.lr_schedule=step", "model.lr_schedule must be one of"),
+    (AutoencoderConfig, "model.accelerator=tpu", "model.accelerator must be one of"),
+    (AutoencoderConfig, "model.codebook_decay=1", "model.codebook_decay must be at least 0 and below 1"),
+    (AutoencoderConfig, "model.adam_betas=[0.5]", "model.adam_betas must be two numbers"),
+    (AutoencoderConfig, "dataset.val_fraction=1.5", "dataset.val_fraction must be at least 0 and below 1"),
+    (AutoencoderConfig, "dataset.background_keep=-0.1", "dataset.background_keep must be between 0 and 1"),
+    (AutoencoderConfig, "dataset.intensity_range=[1,0]", "dataset.intensity_range must be two numbers, the lower one"),
+    (AutoencoderConfig, "dataset.subject_pattern=sub-(", r"dataset.subject_pattern must be .*, got 'sub-\('"),
+    (AutoencoderConfig, "dataset.cache=off", r"dataset.cache must be one of int16 \| float32 \| none"),
+    (AutoencoderConfig, "dataset.cache_limit_gb=0", "dataset.cache_limit_gb must be above 0"),
+    (LatentConfig, "sliding_window=0", "sliding_window must be at least 1"),
+    (BiFlowNetConfig, "loss_type=l3", r"loss_type must be one of l1 \| l2"),
+    (BiFlowNetConfig, "resolution=[32,32,30]", "resolution must be three positive multiples of 8"),
+    (BiFlowNetConfig, "patch_size=3", "patch_size must be a divisor of the sub-volume edge 8"),
+    (BiFlowNetConfig, "use_attn=[0,1]", "use_attn must have one entry per level"),
+    (BiFlowNetConfig, "use_attn=[0,0,0,2,1]", "use_attn must be 0 or 1 per level"),
+    (BiFlowNetConfig, "dim_mults=[1,1,0,4,8]", "dim_mults must be one positive whole number per level"),
+    (BiFlowNetConfig, "amp_dtype=fp8", "amp_dtype must be one of"),
+    (BiFlowNetConfig, "label_dropout=1", "label_dropout must be at least 0 and below 1"),
+    (BiFlowNetConfig, "preview_steps=2000", "preview_steps must be at most timesteps 1000"),
+    (BiFlowNetConfig, "device=tpu", "device must be one of"),
+    (GenerationConfig, "sampling_strategy=dpm", r"sampling_strategy must be one of ddpm \| ddim \| dpm\+\+ \| unipc"),
+    (GenerationConfig, "eta=2", "eta must be between 0 and 1"),
+    (GenerationConfig, "downsample=16", r"downsample must be one of 8 \| 4"),
+    (GenerationConfig, "num_classes=6", r"classes\[6\]: id must be below num_classes 6"),
+    (
+        GenerationConfig,
+        "classes=[{id:0,name:a/b,grids:[[8,8,8]],spacings_mm:[[1,1,1]]}]",
+        r"classes\[0\]: name must be",
+    ),
+    (GenerationConfig, "classes=[{id:0,name:a,grids:[[8,8]],spacings_mm:[[1,1,1]]}]", r"classes\[0\]: grids must be"),
+    (GenerationConfig, "classes=[{id:0,name:a,grids:[[8,8,8]],spacings_mm:[[1,1,0]]}]", r"\[0\]: spacings_mm must be"),
+    (
+        GenerationConfig,
+        "classes=[{id:0,name:a,grids:[[8,8,8]],spacings_mm:[]}]",
+        "spacings_mm must have one entry per grid",
+    ),
+    (GenerationConfig, "classes=[{nam:a}]", r"unknown key classes\[0\].nam, did you mean name\?"),
+]
+DEFAULT_FILES = {BiFlowNetConfig: "BiFlowNet_8x.yaml", GenerationConfig: "generation_8x.yaml"}
+
+
+@pytest.mark.parametrize(("schema", "override", "message"), BAD_VALUES, ids=lambda value: str(value)[:60])
+def test_values_out_of_range(schema, override, message):
+    path = CONFIG_FOLDER / DEFAULT_FILES[schema] if schema in DEFAULT_FILES else None
+    with pytest.raises(UserError, match=message):
+        load_config(schema, path, [override])
+
+
+@pytest.mark.parametrize("strategy", ["ddim", "dpm++", "unipc"])
+def test_ddim_steps_are_bounded_where_they_count(strategy):
+    path = CONFIG_FOLDER / "generation_8x.yaml"
+    with pytest.raises(UserError, match="ddim_steps must be at most timesteps 50, got 100"):
+        load_config(GenerationConfig, path, ["timesteps=50", f"sampling_strategy={strategy}"])
+    assert load_config(GenerationConfig, path, ["timesteps=50", "sampling_strategy=ddpm"]).timesteps == 50
+
+
+def test_all_problems_are_reported_together():
+    overrides = [
+        "model.batch_size=0",
+        "model.lr=-1",
+        "dataset.val_fraction=2",
+        "model.lr_schedule=cosine",
+        "model.max_steps=-1",
+    ]
+    message = error_of(load_config, AutoencoderConfig, None, overrides)
+    assert [part.split(" must")[0] for part in message.split("; ")] == [
+        "model.batch_size", "model.lr", "dataset.val_fraction", "model.max_steps",
+    ]  # fmt: skip
+
+
+def test_same_class_twice_is_refused():
+    row = "{id:0,name:a,grids:[[8,8,8]],spacings_mm:[[1,1,1]]}"
+    assert "different ids" in error_of(load_config, GenerationConfig, None, [f"classes=[{row},{row}]"])
+
+
+def test_require_names_every_missing_key():
+    cfg = load_config(BiFlowNetConfig, None, ["ckpt=x"])
+    require(cfg, "ckpt", "lr")
+    message = error_of(require, cfg, "data_path", "ckpt", "AE_ckpt")
+    assert "data_path (--data-path VALUE)" in message
+    assert "AE_ckpt (--AE-ckpt VALUE)" in message
+    assert "ckpt (--ckpt" not in message
+    assert "dataset.root_dir" in error_of(require, load_config(AutoencoderConfig, None), "dataset.root_dir")
+
+
+# -------------------------------------------------------------------------------------------------- resuming
+
+RESUMABLE = [
+    (
+        BiFlowNetConfig,
+        [FREE],
+        "results_dir run_name num_workers channels_last compile gradient_checkpointing cache cache_dir cache_limit_gb "
+        "log_every ckpt_every keep_checkpoints preview preview_steps",
+    ),
+    (BiFlowNetConfig, [EXTENDS], "ckpt epochs max_steps data_path AE_ckpt device model"),
+    (
+        AutoencoderConfig,
+        [FREE, EXTENDS],
+        "model.max_steps model.max_epochs model.num_workers model.gpus model.accelerator model.checkpoint_every "
+        "model.val_every model.log_every model.log_volume_every model.channels_last model.compile "
+        "model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.resume_from_checkpoint "
+        "dataset.cache dataset.cache_dir dataset.cache_limit_gb",
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "resume", "keys"), RESUMABLE)
+def test_what_a_resumed_run_may_change(schema, resume, keys):
+    assert keys_of(schema, *resume) == set(keys.split())
