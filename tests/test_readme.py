@@ -32,8 +32,8 @@ EVALUATION = "--num-workers 0 --device cpu --num-resamples 20 --num-halvings 2".
 # script -> what makes it tiny
 ADDED = {
     "reconstruction.py": EVALUATION[:6],
-    "generation_metrics.py": [*EVALUATION, "--slices", "2", "--ignore-spacing"],
-    "validity.py": [*EVALUATION, "--slices", "2"],
+    "generation_metrics.py": [*EVALUATION, "--slices", "2", "--num-pairs", "3", "--ignore-spacing"],
+    "validity.py": [*EVALUATION, "--slices", "2", "--num-pairs", "3"],
     "report.py": [],
     "preprocess.py": ["--size", "64", "64", "64", "--spacing", "2", "2", "2"],
     "check.py": [],

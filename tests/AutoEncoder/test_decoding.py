@@ -224,8 +224,9 @@ def test_layout_changes_rounding_only(models, tmp_path):
 def test_a_compiled_denoiser_gives_what_the_network_gives():
     torch.manual_seed(0)
     network = BiFlowNet(
-        24, cond_classes=2, dim_mults=(1,), use_sparse_linear_attn=(0,), channels=2, resnet_groups=4, DiT_num_heads=4
-    )
+        24, cond_classes=2, dim_mults=(1,), use_sparse_linear_attn=(0,), channels=2, resnet_groups=4, DiT_num_heads=4,
+        num_mid_DiT=0,
+    )  # fmt: skip
     for parameter in network.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     compiled = CompiledDenoiser(network.eval())
