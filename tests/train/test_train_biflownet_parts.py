@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from AutoEncoder.checkpoint import load_autoencoder
+from common.checkpoint_files import save_checkpoint
 from common.errors import UserError
 from common.files import lock_folder
 from common.log import close_logger, get_logger
@@ -69,6 +70,15 @@ def test_results_folder_that_is_a_file(tmp_path):
     (tmp_path / "results").write_text("")
     with pytest.raises(UserError, match="results: the run folder cannot be written"):
         run_folder.open_run_folder(make_config(tmp_path / "results"))
+
+
+def test_a_checkpoint_under_a_name_of_its_own_is_gone_on_from(tmp_path):
+    """Which one is newest its content says; nothing beside it is damaged."""
+    folder = tmp_path / "checkpoints"
+    for name, step in (("BiFlowNet_0000003.pt", 3), ("copy.pt", 7)):
+        save_checkpoint({"step": step}, folder / name)
+    assert run_folder.find_checkpoint(tmp_path, None) == folder / "copy.pt"
+    assert sorted(path.name for path in folder.iterdir()) == ["BiFlowNet_0000003.pt", "copy.pt"]
 
 
 def test_locked_folder_is_refused_until_its_process_ends(tmp_path):

@@ -69,8 +69,9 @@ def find_checkpoint(folder: Path, given: str | None) -> Path | None:
     if newest is None:
         return None if given is None else Path(given)
     # Later ones could not be read. Under their own names they would count among the latest and push out whole ones.
+    step = step_of(newest)
     for file in list_checkpoints(folder):
-        if step_of(file) > step_of(newest):
+        if step is not None and step_of(file) > step:  # None: a file that was put there under a name of its own
             file.rename(file.with_name(file.name + ".damaged"))
     return newest
 
