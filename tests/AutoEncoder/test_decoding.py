@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._inductor.config
 from generation_models import CUBE, WIDE, config, row, save_models, voxels
+from torch import nn
 
 from AutoEncoder import exact_decoding
 from AutoEncoder.checkpoint import load_autoencoder
@@ -221,21 +222,39 @@ def test_layout_changes_rounding_only(models, tmp_path):
     assert ((voxels(plain) - voxels(fast)).abs() > 1e-4).float().mean() < 1e-3
 
 
-def test_a_compiled_denoiser_gives_what_the_network_gives():
-    torch.manual_seed(0)
+class TinyDenoiser(nn.Module):
+    """Compiles in a second."""
+
+    vq_size = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.scale * x) * res.sum() + (t - y).reshape(-1, 1, 1, 1, 1)
+
+
+def biflownet() -> nn.Module:
     network = BiFlowNet(
-        24, cond_classes=2, dim_mults=(1,), use_sparse_linear_attn=(0,), channels=2, resnet_groups=4, DiT_num_heads=4,
-        num_mid_DiT=0,
-    )  # fmt: skip
+        24, False, 2, (1,), channels=2, use_sparse_linear_attn=(0,), resnet_groups=4, DiT_num_heads=4, num_mid_DiT=0
+    )
     for parameter in network.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    compiled = CompiledDenoiser(network.eval())
+    return network.eval()
+
+
+@pytest.mark.parametrize(("build", "grids"), [(biflownet, [(8, 8, 16)]), (TinyDenoiser, [(8, 8, 8), (8, 8, 16)])])
+def test_a_compiled_denoiser_gives_what_the_network_gives(build, grids):
+    torch.manual_seed(0)
+    network = build()
+    compiled = CompiledDenoiser(network)
     assert compiled.vq_size == network.vq_size
-    for grid in ((8, 8, 8), (8, 8, 16)):
+    for grid in grids:
         x = torch.randn(1, 2, *grid)
         conditions = (torch.tensor([5]), torch.tensor([1]), torch.tensor(grid) / 64)
         with torch.no_grad():
-            expected = BiFlowNet.forward(network, x, *conditions)
+            expected = type(network).forward(network, x, *conditions)
             torch.testing.assert_close(compiled(x, *conditions), expected, rtol=1e-4, atol=1e-4)
 
 
