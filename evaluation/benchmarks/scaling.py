@@ -31,7 +31,6 @@ from evaluation.benchmarks.measuring import Report, Row, in_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"paper": 15, "tiny": 4}  # logged in each interval, of which the second counts
-LOOPS = ("biflownet", "autoencoder")
 
 
 def measure(cfg: DictConfig) -> Report:

@@ -117,7 +117,7 @@ def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
 def _generate_batches(
     cfg: DictConfig, model, autoencoder, batches: list[list[Request]], settings: dict, made: Slices, place: Distributed
 ) -> None:
-    """Samples, decodes and writes this process's volumes; their slices go to `made`."""
+    """Samples, decodes and writes this process's volumes; on rank 0 their slices go to `made`."""
     diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(place.device)
     # The bar counts volumes, and moves with every sampling step of a batch.
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} volumes [{elapsed}<{remaining}{postfix}]"
@@ -148,7 +148,8 @@ def _generate_batches(
                 values = from_model_range(volume, request.intensity_range)
                 units = (request.intensity_range, request.is_hounsfield)
                 write_volume(request.path, values, affine_from_spacing(request.spacing_mm), cfg.output_dtype, *units)
-                keep_slices(made, request, values, cfg.output_dtype)
+                if place.is_main:  # who draws the contact sheets
+                    keep_slices(made, request, values, cfg.output_dtype)
             done += len(batch)
 
 

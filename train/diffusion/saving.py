@@ -13,6 +13,7 @@ from train.diffusion.batches import LatentBatches
 from train.diffusion.preview import Previews
 from train.diffusion.state import Origin
 from train.loop.background import BackgroundWork, snapshot
+from train.loop.session import Session
 
 
 class Saving(BackgroundWork):
@@ -48,11 +49,17 @@ class Saving(BackgroundWork):
 
 
 def open_saving(
-    cfg: DictConfig, folder: Path, model: nn.Module, batches: LatentBatches, process: nn.Module, origin: Origin, here
+    cfg: DictConfig,
+    folder: Path,
+    model: nn.Module,
+    batches: LatentBatches,
+    process: nn.Module,
+    origin: Origin,
+    here: Session,
 ) -> Saving:
     """Checkpoints into `folder`, and previews where they are wanted and there is an autoencoder (on rank 0 alone).
 
-    model: the averaged one, of which previews take a copy. here: the `Session`, at whose end all is written.
+    model: the averaged one, of which previews take a copy. here: at its end all is written.
     """
     previews = None
     if cfg.preview and origin.autoencoder is not None:
