@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,36 @@ def list_volumes(folder: str | Path) -> list[Path]:
     return files
 
 
-def walk_files(folder: Path) -> list[Path]:
-    """All files below a folder, links followed, hidden files left out, sorted."""
+def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
+    """All files below a folder, links followed, hidden files and folders left out, sorted.
+
+    Hidden folders hold copies: `.git/annex` of DataLad, whose names are links into it, or `.ipynb_checkpoints`.
+    on_error: called for a folder that can't be listed or entered; without, it is a UserError.
+    """
     files, seen = [], set()
-    for parent, children, names in os.walk(folder, followlinks=True):
+    for parent, children, names in os.walk(folder, onerror=on_error or _refuse_folder, followlinks=True):
         seen.add(os.path.realpath(parent))
         # A link back to a folder above would be walked for ever.
-        children[:] = [name for name in children if os.path.realpath(Path(parent) / name) not in seen]
-        paths = [Path(parent) / name for name in names if not name.startswith(".")]
-        # A pipe would be read for ever; a link to nothing stays, to be named by who reads it.
-        files += [path for path in paths if path.is_file() or path.is_symlink()]
+        children[:] = [
+            name for name in children if name[0] != "." and os.path.realpath(Path(parent) / name) not in seen
+        ]
+        for name in names:
+            path = Path(parent) / name
+            try:
+                # A pipe would be read for ever; a link to nothing stays, to be named by who reads it.
+                if name[0] != "." and (path.is_file() or path.is_symlink()):
+                    files.append(path)
+            except OSError as error:  # a folder that can be listed, but not entered
+                (on_error or _refuse_folder)(error)
+                break
     return sorted(files)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(
+        f"{error.filename}: cannot be listed or entered ({error.strerror}): its files would be missing; "
+        "correct its permissions or move it away"
+    ) from error
 
 
 def latent_folder(folder: str | Path) -> Path:

@@ -1,12 +1,21 @@
 """Dataset JSONs and the files that they name."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
-from dataset.volumes.index import latent_folder, latent_path, list_volumes, read_class_json, read_dataset_json
+from dataset.volumes.index import (
+    latent_folder,
+    latent_path,
+    list_volumes,
+    read_class_json,
+    read_dataset_json,
+    walk_files,
+)
 
 
 def touch(folder: Path, *names: str) -> list[Path]:
@@ -43,6 +52,30 @@ def test_linked_folders_are_walked_once(tmp_path):
     (tmp_path / "set" / "link").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "loop").symlink_to(tmp_path / "set")
     assert list_volumes(tmp_path / "set") == [tmp_path / "set/link/a.nii.gz"]
+
+
+def test_copies_in_hidden_folders_do_not_count(tmp_path):
+    touch(tmp_path, "set/a.nii.gz", "set/.ipynb_checkpoints/a-checkpoint.nii.gz", "set/.git/annex/objects/key.nii.gz")
+    (tmp_path / "set" / "b.nii.gz").symlink_to(".git/annex/objects/key.nii.gz")
+    assert list_volumes(tmp_path / "set") == [tmp_path / "set/a.nii.gz", tmp_path / "set/b.nii.gz"]
+
+
+@pytest.mark.parametrize("call", ["scandir", "stat"])  # a folder that can't be listed, one that can't be entered
+def test_a_closed_folder_is_named(tmp_path, monkeypatch, call):
+    touch(tmp_path, "set/a.nii.gz", "set/closed/b.nii.gz")
+    original = getattr(os, call)
+
+    def refuse(path, *args, **kwargs):
+        if str(path) == str(tmp_path / ("set/closed" + "/b.nii.gz" * (call == "stat"))):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(UserError, match="closed.*cannot be listed or entered .Permission denied.: its files would be"):
+        list_volumes(tmp_path / "set")
+    errors = []
+    assert walk_files(tmp_path / "set", errors.append) == [tmp_path / "set/a.nii.gz"]
+    assert len(errors) == 1
 
 
 def test_folder_below_the_working_directory(tmp_path, monkeypatch):
