@@ -12,14 +12,14 @@ import SimpleITK as sitk
 
 from common.errors import UserError
 from common.parallel import map_in_processes
-from dataset.preparation.dicom import NotAVolume
+from dataset.preparation.dicom_series import NotAVolume
 from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manifest, write_manifest
 from dataset.preparation.recipe import Recipe, describe, prepare
 from dataset.preparation.sources import Source, fingerprint, read_source, source_sha256
 from dataset.volumes.index import VOLUME_SUFFIX
 from dataset.volumes.volume_io import write_nifti
 
-LIBRARIES = ("numpy", "nibabel", "pydicom", "SimpleITK", "torchio")
+LIBRARIES = ("numpy", "nibabel", "pydicom", "dcm2niix", "SimpleITK", "torchio")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import gzip
 import hashlib
 import re
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ import numpy as np
 from common.errors import UserError
 from common.files import file_sha256
 from common.parallel import map_in_processes
-from dataset.preparation.dicom import Series, Slice, check_series, group_series, is_dicom, read_slice, read_stack
+from dataset.preparation.dicom_conversion import convert
+from dataset.preparation.dicom_header import Slice, is_dicom, read_slices
+from dataset.preparation.dicom_series import Series, check_series, group_series
 from dataset.volumes.geometry import PLAUSIBLE_SPACING, affine_of_orientation, is_plausible_spacing, mm_text, spacing_of
 from dataset.volumes.gzip_files import GZIP_MAGIC
 from dataset.volumes.index import walk_files
 from dataset.volumes.volume_io import HEADER_BYTES, NIFTI_STARTS, NIFTI_SUFFIXES, Header, read_header, read_nifti
 
+DICOM_SUFFIXES = ("dcm", "dicom", "ima")
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 
 
@@ -71,19 +75,24 @@ class Found:
 def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
     """All NIfTI files and DICOM series below a folder, by their content, whatever their names; sorted by name.
 
-    A file that is named as NIfTI counts as one, so that a damaged one is not passed over. Hidden files are left out.
+    A file that is named as an image counts as one, so that a damaged one, or one of a format that isn't read, is not
+    passed over. Hidden files and folders are left out.
     UserError: no such folder, or nothing of either kind in it.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"input: {folder} is a file: give the folder that it lies in, {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"input: {folder}: no such folder")
-    files = [path for path in walk_files(folder) if path.name != "DICOMDIR"]
-    found, slices = Found(), []
+    found, slices, closed = Found(), [], []
+    files = [path for path in walk_files(folder, closed.append) if path.name != "DICOMDIR"]
+    for error in closed:
+        found.failed.append((str(error.filename), f"cannot be listed or entered ({error.strerror}): what is in it?"))
     looks = dict(map_in_processes(_look, files, num_workers, "looking at files", unit="file"))
     for index, path in enumerate(files):
         look = looks[index]
-        if isinstance(look, Slice):
-            slices.append(look)
+        if isinstance(look, list):
+            slices += look
         elif look == "nifti":
             name = re.sub(r"\.nii(\.gz)?$", "", path.relative_to(folder).as_posix())
             found.sources.append(Source(name, (path,)))
@@ -91,29 +100,45 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
             found.num_other += 1
         else:
             found.failed.append((str(path), look.removeprefix(f"{path}: ")))
+    damaged = [Path(path) for path, _ in found.failed]
     for series in group_series(slices):
         place = series.folder.relative_to(folder) / f"series{series.slices[0].number:03d}_{series.key}"
-        found.sources.append(Source(place.as_posix(), tuple(image.path for image in series.slices), series))
+        series = _with_note_of_damaged(series, damaged)
+        found.sources.append(Source(place.as_posix(), series.files, series))
     if not found.sources and not found.failed:
         raise UserError(f"input: {folder}: no NIfTI file and no DICOM image below it ({len(files)} other files)")
     found.sources.sort(key=lambda source: source.name)
     return found
 
 
-def _look(path: Path) -> Slice | str | None:
-    """A DICOM image's header, "nifti", None for anything else, or what is wrong with the file."""
+def _with_note_of_damaged(series: Series, damaged: Sequence[Path]) -> Series:
+    """Which series a file without header belongs to is not known; the slices of one may be fewer than they were."""
+    folders = {path.parent for path in series.files}
+    beside = [path.name for path in damaged if path.parent in folders]
+    if not beside:
+        return series
+    note = f"{len(beside)} damaged file(s) beside it, e.g. {beside[0]}: slices may be missing"
+    return replace(series, notes=(*series.notes, note))
+
+
+def _look(path: Path) -> list[Slice] | str | None:
+    """The headers of a DICOM file's images, "nifti", None for anything else, or what is wrong with the file."""
     try:
         start = _first_bytes(path)
+        is_empty = path.stat().st_size == 0
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-    if start[:4] in NIFTI_STARTS or path.name.endswith(NIFTI_SUFFIXES):
-        return "nifti"
-    if not is_dicom(start):
-        return None
     try:
-        return read_slice(path)
+        if is_dicom(start):
+            return read_slices(path) or None
+        if start[:4] in NIFTI_STARTS or path.name.lower().endswith(NIFTI_SUFFIXES):
+            return "nifti"
     except UserError as error:
         return str(error)
+    suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if suffix in DICOM_SUFFIXES:
+        return "an empty file" if is_empty else "named as DICOM, but its content is not: truncated or damaged?"
+    return None
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -136,17 +161,17 @@ def read_source(source: Source, orientation: str | None = None) -> Scan:
 
     orientation: axes of NIfTI files that don't say theirs, e.g. "LPS" (towards which x, y and z rise); None refuses
         such files.
-    NotAVolume, UserError: as `dicom.check_series`, `dicom.read_stack` and `volume_io.read_nifti`; NIfTI files without
-    orientation, with a spacing that is zero or no plausible size in mm.
+    NotAVolume, UserError: as `dicom_series.check_series`, `dicom_conversion.convert` and `volume_io.read_nifti`; NIfTI
+    files without orientation, with a spacing that is zero or no plausible size in mm.
     """
     if source.series is None:
         data, header = read_nifti(source.files[0])
         return Scan(data, *_nifti_affine(header, orientation))
     stack = check_series(source.series)
-    data = read_stack(stack)
+    data, affine = convert(stack)
     if not np.isfinite(data).all():
         raise UserError(f"{source.label}: NaN or infinite voxels")
-    return Scan(data, _plausible(stack.affine, source.label), stack.notes)
+    return Scan(data, _plausible(affine, source.label), stack.notes)
 
 
 def check_source(source: Source, orientation: str | None = None) -> None:
@@ -154,7 +179,9 @@ def check_source(source: Source, orientation: str | None = None) -> None:
     if source.series is None:
         _nifti_affine(read_header(source.files[0]), orientation)
     else:
-        _plausible(check_series(source.series).affine, source.label)
+        affine = check_series(source.series).affine
+        if affine is not None:
+            _plausible(affine, source.label)
 
 
 def _nifti_affine(header: Header, orientation: str | None) -> tuple[np.ndarray, tuple[str, ...]]:

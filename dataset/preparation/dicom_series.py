@@ -1,0 +1,383 @@
+"""DICOM series as volumes: which images belong together, and whether they are an even stack; by their headers alone.
+
+Patient coordinates of DICOM are LPS in mm; affines here are RAS, as in NIfTI.
+"""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+
+from common.errors import UserError
+from dataset.preparation.dicom_header import Slice, open_dicom
+from dataset.volumes.geometry import SMALLEST_SPACING_MM
+
+MIN_SLICES = 5  # fewer images are a localiser or a screenshot, not a volume
+EVEN_TOLERANCE = 0.1  # share of the slice spacing by which a slice may lie beside its place in an even grid
+SAME_PLACE_MM = SMALLEST_SPACING_MM  # images nearer to each other are of one position
+SAME_PIXEL_SPACING = 1e-3  # relative; a smaller difference is rounding
+UNIT_TOLERANCE = 0.02  # of a direction's length and of the cosine between two; what is less is rounding
+SHEAR_TOLERANCE_DEG = 0.5  # a smaller angle between slice direction and slice normal is rounding
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+HOUNSFIELD = ("", "HU", "US")  # of CT: not said, said, and "unspecified"; values are checked in any case
+# What tells images of one series apart that are volumes of their own: echoes, water and fat, exports in which different
+# people's series got the same identifier, phases, reconstructions.
+SPLITS: tuple[Callable[[Slice], Any], ...] = (
+    lambda image: image.echo_time,
+    lambda image: image.image_type,
+    lambda image: (image.echo_time, image.image_type),
+    lambda image: image.path.parent,
+    lambda image: image.acquisition,
+    lambda image: image.kernel,
+    lambda image: (image.number, image.description),
+)
+
+
+class NotAVolume(UserError):
+    """Images that nobody takes for a training volume: localisers, screenshots. They are left out, not a fault."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """The images of one series that lie in one stack.
+
+    folder: the one that holds all of them. slices: in the order of their position where it is known.
+    kind: what tells it from others of the same identifier, beyond what `key` has in any case.
+    notes: what was found on the way. label: folder and description, for messages and selection.
+    """
+
+    folder: Path
+    slices: tuple[Slice, ...]
+    kind: tuple = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        return self.slices[0].description
+
+    @property
+    def modality(self) -> str:
+        return self.slices[0].modality
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(image.path for image in self.slices))
+
+    @property
+    def label(self) -> str:
+        return f"{self.folder} [series {self.slices[0].number} {self.description}]".replace(" ]", "]")
+
+    @property
+    def key(self) -> str:
+        """Eight characters that tell this stack from all others, whatever the names of its files."""
+        first = self.slices[0]
+        turned = None if first.orientation is None else [round(x, 1) + 0.0 for x in first.orientation]
+        parts = (first.series_uid, *_stack_key(first), turned, first.echo_time, first.image_type, *self.kind)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+
+
+# Which images belong together
+
+
+def group_series(slices: Iterable[Slice]) -> list[Series]:
+    """Sorts images into stacks: by patient, study and series, and within one by size, orientation and purpose.
+
+    Identifiers that say nothing (missing, or one for every image) give way to folder, number and description of the
+    series. A series that holds different images of each position (see SPLITS) gives a stack for each kind.
+    """
+    by_uid = defaultdict(list)
+    for image in slices:
+        by_uid[image.series_uid].append(image)
+    _join_single_images(by_uid)
+    series = []
+    for images in by_uid.values():
+        people = _tell_apart(images)
+        for person, own in people.items():
+            for stack in _stacks(own):
+                for kind, part in _split(sorted(stack, key=_place)):
+                    is_named = own[0].series_uid and len(people) == 1
+                    told_apart_by = (*(() if is_named else person), *kind)
+                    series.append(Series(_common_folder(part), tuple(part), told_apart_by))
+    return sorted(series, key=lambda one: (str(one.folder), one.slices[0].number, one.key))
+
+
+def _join_single_images(by_uid: dict[Any, list[Slice]]) -> None:
+    """Puts images together whose series identifier says nothing, if they could be the slices of one volume."""
+    single = defaultdict(list)
+    for uid in [uid for uid, images in by_uid.items() if not uid or len(images) == 1]:
+        for image in by_uid[uid]:
+            place = (image.path.parent, image.patient, image.number, image.description)
+            single[*place, _stack_key(image)].append((uid, image))
+    for place, members in single.items():
+        images = [image for _, image in members]
+        if len(images) >= MIN_SLICES and len(_by_position(images)) == len(images):
+            for uid, image in members:
+                by_uid[uid].remove(image)
+                if not by_uid[uid]:
+                    del by_uid[uid]
+            by_uid[place] = [replace(image, series_uid="") for image in images]
+
+
+def _tell_apart(images: Sequence[Slice]) -> dict[tuple, list[Slice]]:
+    """Images of one series identifier by patient and, unless every image has a study of its own, by study."""
+    studies = Counter(image.study for image in images)
+    has_studies = max(studies.values()) >= min(MIN_SLICES, len(images))
+    people = defaultdict(list)
+    for image in images:
+        people[image.patient, image.study if has_studies else ""].append(image)
+    return people
+
+
+def _stacks(images: Iterable[Slice]) -> list[list[Slice]]:
+    """Images by size and purpose, and those of one orientation together."""
+    groups: dict[tuple, list[list[Slice]]] = defaultdict(list)
+    for image in images:
+        alike = groups[_stack_key(image)]
+        stack = next((stack for stack in alike if _is_parallel(stack[0], image)), None)
+        if stack is None:
+            alike.append([image])
+        else:
+            stack.append(image)
+    return [stack for alike in groups.values() for stack in alike]
+
+
+def _common_folder(slices: Sequence[Slice]) -> Path:
+    return Path(os.path.commonpath([image.path.parent for image in slices]))
+
+
+def _stack_key(image: Slice) -> tuple:
+    return image.modality, image.rows, image.columns, _is_localiser(image), image.is_colour
+
+
+def _is_parallel(first: Slice, second: Slice) -> bool:
+    """Whether two images have the same orientation but for rounding."""
+    if first.orientation is None or second.orientation is None:
+        return first.orientation is second.orientation
+    return bool(np.allclose(first.orientation, second.orientation, rtol=0, atol=0.01))
+
+
+def _is_localiser(image: Slice) -> bool:
+    text = f"{' '.join(image.image_type)} {image.description}".lower()
+    return any(word in text for word in ("localizer", "localiser", "scout", "topogram", "surview"))
+
+
+def _place(image: Slice) -> tuple[float, str, int]:
+    """Sorts along the slice normal."""
+    if image.position is None or image.orientation is None:
+        return 0.0, str(image.path), image.frame
+    return float(np.dot(_normal(image), image.position)), str(image.path), image.frame
+
+
+def _normal(image: Slice) -> np.ndarray:
+    row, column = _directions(image)
+    normal = np.cross(row, column)
+    return normal / max(np.linalg.norm(normal), 1e-9)
+
+
+def _directions(image: Slice) -> np.ndarray:
+    """Unit vectors along a row and along a column, (2, 3)."""
+    directions = np.array(image.orientation).reshape(2, 3)
+    return directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-9)
+
+
+def _split(slices: list[Slice]) -> list[tuple[tuple, list[Slice]]]:
+    """The stacks in images of one series, each with what tells it apart; copies of the same image stay together."""
+    by_position = _by_position(slices)
+    is_repeated = not all(map(_are_copies, by_position.values()))
+    if not is_repeated and _is_even([images[0] for images in by_position.values()]):
+        return [((), slices)]
+    for is_stack in (_is_even, _has_no_position_twice) if is_repeated else (_is_even,):
+        for number, kind in enumerate(SPLITS):
+            parts = defaultdict(list)
+            for image in slices:
+                parts[kind(image)].append(image)
+            if 1 < len(parts) <= len(slices) / 2 and all(map(is_stack, parts.values())):
+                # `key` and the folder tell the parts of the first four apart
+                return [((value,) if number >= 4 else (), part) for value, part in parts.items()]
+    return [((), slices)]
+
+
+def _has_no_position_twice(slices: Sequence[Slice]) -> bool:
+    return len(_by_position(slices)) == len(slices)
+
+
+def _is_even(slices: Sequence[Slice]) -> bool:
+    is_placed = all(image.position and image.orientation for image in slices)
+    return is_placed and len(slices) >= MIN_SLICES and _has_no_position_twice(slices) and not _unevenness(slices)
+
+
+def _by_position(slices: Sequence[Slice]) -> dict[Any, list[Slice]]:
+    """Images by their position but for rounding, in their order; those without one together."""
+    by_position: dict[Any, list[Slice]] = {}
+    ends: list[tuple[float, tuple[float, ...]]] = []  # of the positions so far, the place along the normal
+    for image in sorted(slices, key=_place):
+        place, near = _place(image)[0], None
+        if image.position is not None:
+            for other, position in reversed(ends):
+                if place - other > SAME_PLACE_MM:
+                    break
+                if np.linalg.norm(np.subtract(position, image.position)) <= SAME_PLACE_MM:
+                    near = position
+                    break
+            if near is None:
+                ends.append((place, image.position))
+                near = image.position
+        by_position.setdefault(near, []).append(image)
+    return by_position
+
+
+def _are_copies(images: Sequence[Slice]) -> bool:
+    """Whether the voxels of all these images are the same. Images without a position are not compared."""
+    if len(images) == 1 or images[0].position is None:
+        return True
+    return images[0].frames == 1 and len({_pixel_digest(image.path) for image in images}) == 1
+
+
+def _pixel_digest(path: Path) -> bytes:
+    with open_dicom(path) as file:
+        return hashlib.sha256(pydicom.dcmread(file, force=True).get("PixelData") or b"").digest()
+
+
+# Whether they are a volume
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A series that is a volume.
+
+    files: in slice order, a file of several frames once. shape: (columns, rows, slices).
+    affine: voxel (column, row, slice) to mm in RAS. Both are None where only conversion can tell (a mosaic).
+    """
+
+    label: str
+    files: tuple[Path, ...]
+    shape: tuple[int, int, int] | None
+    affine: np.ndarray | None
+    is_compressed: bool
+    notes: tuple[str, ...] = ()
+
+
+def check_series(series: Series) -> Stack:
+    """The slices of a series as an even stack.
+
+    NotAVolume: localisers, colour images, maps of other units than HU among CT, fewer than five images. UserError: no
+    position, orientation or pixel spacing, spacing of zero, several images of a position (a 4D series), slices that are
+    missing, cut off or not evenly spaced.
+    """
+    first = series.slices[0]
+    if _is_localiser(first):
+        raise NotAVolume(f"{series.label}: a localiser")
+    if first.is_colour:
+        raise NotAVolume(f"{series.label}: colour images (a screenshot or report), not measured intensities")
+    if first.modality == "CT":
+        _require_hounsfield(series)
+    damaged = [image for image in series.slices if image.fault]
+    if damaged:
+        raise UserError(
+            f"{series.label}: {damaged[0].path.name} {damaged[0].fault}"
+            + (f", as do {len(damaged) - 1} more" if len(damaged) > 1 else "")
+            + ": export the series again"
+        )
+    if first.is_mosaic:
+        return _check_mosaic(series)
+    _require_geometry(series)
+    slices, notes = _drop_copies(series)
+    if len(slices) < MIN_SLICES:
+        raise NotAVolume(f"{series.label}: {len(slices)} image(s): no volume")
+    fault = _unevenness(slices)
+    if fault:
+        raise UserError(f"{series.label}: {fault}")
+    step = _step(slices)
+    row, column = _directions(first)
+    between_rows, between_columns = np.median([image.spacing for image in slices], axis=0)
+    affine = np.eye(4)
+    affine[:3, 0] = LPS_TO_RAS @ row * between_columns
+    affine[:3, 1] = LPS_TO_RAS @ column * between_rows
+    affine[:3, 2] = LPS_TO_RAS @ step
+    affine[:3, 3] = LPS_TO_RAS @ np.array(slices[0].position)
+    files = tuple(dict.fromkeys(image.path for image in slices))
+    shape = (first.columns, first.rows, len(slices))
+    is_compressed = any(image.is_compressed for image in slices)
+    return Stack(series.label, files, shape, affine, is_compressed, (*series.notes, *notes, *_tilt_note(first, step)))
+
+
+def _require_hounsfield(series: Series) -> None:
+    units = {image.unit.strip().upper() for image in series.slices}
+    if not units <= set(HOUNSFIELD):
+        raise NotAVolume(f"{series.label}: CT in units of {'/'.join(sorted(units))} (RescaleType), not in HU")
+    if not all(image.has_intercept for image in series.slices):
+        raise UserError(
+            f"{series.label}: CT without RescaleIntercept: its voxels are not in Hounsfield units, export it again"
+        )
+
+
+def _check_mosaic(series: Series) -> Stack:
+    if len(series.slices) > 1:
+        raise UserError(
+            f"{series.label}: a 4D series, {len(series.slices)} mosaics: export each time point as a series of its own"
+        )
+    (image,) = series.slices
+    return Stack(series.label, (image.path,), None, None, image.is_compressed, (*series.notes, "a mosaic"))
+
+
+def _require_geometry(series: Series) -> None:
+    for tag, value in (("position", "ImagePositionPatient"), ("orientation", "ImageOrientationPatient")):
+        missing = [image.path.name for image in series.slices if getattr(image, tag) is None]
+        if missing:
+            raise UserError(f"{series.label}: no {tag} ({value}) in {len(missing)} image(s), e.g. {missing[0]}")
+    spacings = {image.spacing for image in series.slices}
+    if None in spacings or min(min(spacing) for spacing in spacings) <= 0:
+        raise UserError(f"{series.label}: PixelSpacing is missing or zero: the size of a voxel is not known")
+    if not np.allclose(list(spacings), next(iter(spacings)), rtol=SAME_PIXEL_SPACING, atol=0):
+        raise UserError(f"{series.label}: images of different PixelSpacing, e.g. {sorted(spacings)[:2]}")
+    directions = np.array(series.slices[0].orientation).reshape(2, 3)
+    if not np.allclose(directions @ directions.T, np.eye(2), atol=UNIT_TOLERANCE):
+        raise UserError(f"{series.label}: ImageOrientationPatient {series.slices[0].orientation} is no rotation")
+
+
+def _drop_copies(series: Series) -> tuple[list[Slice], tuple[str, ...]]:
+    """One slice for each position. Copies of an image go; different images of one position are a 4D series."""
+    by_position = _by_position(series.slices)
+    for images in by_position.values():
+        if not _are_copies(images):
+            raise UserError(
+                f"{series.label}: a 4D series, {len(images)} different images of one position, {len(by_position)} "
+                "positions: export each time point or contrast as a series of its own"
+            )
+    dropped = len(series.slices) - len(by_position)
+    notes = (f"{dropped} duplicate slice(s) left out",) if dropped else ()
+    return [images[0] for images in by_position.values()], notes
+
+
+def _step(slices: Sequence[Slice]) -> np.ndarray:
+    """The step from slice to slice in mm, LPS."""
+    return np.subtract(slices[-1].position, slices[0].position) / (len(slices) - 1)
+
+
+def _unevenness(slices: Sequence[Slice]) -> str | None:
+    """What keeps slices, in the order of their positions, from being an even stack."""
+    positions = np.array([image.position for image in slices])
+    gaps = np.diff(positions @ _normal(slices[0]))
+    usual = float(np.median(gaps))
+    off = np.abs(positions - (positions[0] + np.arange(len(slices))[:, None] * _step(slices))).max()
+    if usual <= 0:
+        return "the slices do not follow each other (slice spacing of zero)"
+    if max(np.abs(gaps - usual).max(), off) <= EVEN_TOLERANCE * usual:
+        return None
+    worst = int(np.abs(gaps - usual).argmax())
+    return (
+        f"slices are not evenly spaced: mostly {usual:g} mm, but {gaps[worst]:g} mm between {slices[worst].path.name} "
+        f"and {slices[worst + 1].path.name}: slices are missing, or two stacks are mixed"
+    )
+
+
+def _tilt_note(first: Slice, step: np.ndarray) -> tuple[str, ...]:
+    cosine = np.clip(_normal(first) @ step / np.linalg.norm(step), -1, 1)
+    angle = float(np.degrees(np.arccos(cosine)))
+    return (f"gantry tilt of {angle:.1f} degrees",) if angle > SHEAR_TOLERANCE_DEG else ()
