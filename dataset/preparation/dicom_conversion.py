@@ -1,10 +1,11 @@
 """The voxels of a DICOM series, converted by dcm2niix (Li et al., J. Neurosci. Methods 2016).
 
-dcm2niix takes files as they are where it can. What it can't read (no preamble, deflated) or would sort into several
-volumes (by series number or time of the study, say) is written again, with what the volume needs alone. So is what is
-compressed, unpacked by SimpleITK: dcm2niix doesn't extend the sign of JPEG 2000 and JPEG-LS voxels of fewer bits than
-are stored (a CT's mean became 4438 in place of -658) and refuses JPEG of 12 bits. Where slices lie is what their
-headers say: dcm2niix gives a tilted stack an affine without the tilt (29 HU off in a ramp of 4 HU/mm).
+dcm2niix takes files as they are where it can. What it can't read (no preamble, deflated), would sort into several
+volumes (by series number or time of the study, say) or would scale by one slope where each frame has its own is written
+again, a file a slice, with what the volume needs alone. So is what is compressed, unpacked by SimpleITK: dcm2niix
+doesn't extend the sign of JPEG 2000 and JPEG-LS voxels of fewer bits than are stored (a CT's mean became 4438 in place
+of -658) and refuses JPEG of 12 bits. Where slices lie is what their headers say: dcm2niix's affine of a tilted stack is
+without the tilt (29 HU off in a ramp of 4 HU/mm).
 """
 
 import io
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import dcm2niix
@@ -21,20 +23,25 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+from pydicom.valuerep import DSfloat
 
 from common.errors import UserError
-from dataset.preparation.dicom_header import DAMAGED_HEADER, is_compressed, open_dicom, voxel_bytes
+from dataset.preparation.dicom_header import DAMAGED_HEADER, Slice, is_compressed, open_dicom, voxel_bytes
 from dataset.preparation.dicom_series import MIN_SLICES, NotAVolume, Stack
 from dataset.volumes.geometry import size_text, spacing_of
 
 # No defaults of the user's, one volume if headers allow it, nothing cropped, turned or left out, values as stored.
 OPTIONS = "-g i -m y -x i -i n -l o -z n -b n -d 1 -w 1 -f volume".split()
-IGNORED_SLOPES = "slope/intercept is being ignored"  # what it says where "-p n" gives wrong values
 NOISE = ("dcm2niiX version", "Patient Position", "determine manufacturer", "Conversion required", "Found ")
-PIXEL_TAGS = "SamplesPerPixel NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation".split()
-PLACE_TAGS = "PixelSpacing SliceThickness ImagePositionPatient ImageOrientationPatient".split()
-VALUE_TAGS = "Modality RescaleIntercept RescaleSlope".split()
+PIXEL_TAGS = "SamplesPerPixel Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation".split()
 TIMEOUT_S = 1800
 COPIES = 3  # of a volume that may lie on the disk at once: written again, twice converted
 NEAR = 0.5  # voxels between where dcm2niix and the headers see the first one
@@ -53,7 +60,7 @@ def convert(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
         if free < needed:
             raise UserError(f"{place}: {free:,} bytes are free, {needed:,} are needed to convert: set TMPDIR to a disk")
         data = None
-        if stack.affine is None or not stack.is_compressed:
+        if stack.affine is None or stack.is_plain:
             files = _link_files(stack, Path(place, "files"))
             # Without "-p n" a scanner's private scale would be used in place of the standard's.
             data, affine, words = _run(stack, files, "-p", "n")
@@ -80,8 +87,6 @@ def _run(stack: Stack, files: Path, *options: str) -> tuple[np.ndarray | None, n
     words = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
     images = [nib.load(path) for path in sorted(out.glob("*.nii"))]
     shapes = [image.shape for image in images]
-    if any(IGNORED_SLOPES in line for line in words):
-        return None, None, "its slopes differ from slice to slice"
     if shapes == [stack.shape] or (stack.shape is None and len(shapes) == 1 and len(shapes[0]) == 3):
         return np.asarray(images[0].dataobj, dtype=np.float32), images[0].affine, ""
     if shapes:
@@ -111,22 +116,23 @@ def _name(number: int) -> str:
 
 
 def _write_files(stack: Stack, folder: Path) -> Path:
-    """A folder with the same images in their order, uncompressed, with what a volume needs alone.
+    """A folder with the same slices in their order, uncompressed, one a file, with what a volume needs alone.
 
     UserError: voxels that are incomplete or of an unknown compression.
     """
     folder.mkdir()
-    uid = generate_uid()
-    for number, path in enumerate(stack.files):
+    uid, image, voxels = generate_uid(), None, b""
+    for number, one in enumerate(stack.slices):
         try:
             with warnings.catch_warnings(action="ignore"):  # odd values that a volume doesn't need
-                image = _read_uncompressed(path, folder / "packed.dcm")
-                image.remove_private_tags()  # among them scales and sizes of one vendor's own
-                _write(_volume_part(image, number, uid), folder / _name(number))
+                if image is None or image.filename != one.path:
+                    image = _read_uncompressed(one.path, folder / "packed.dcm")
+                    image.filename, voxels = one.path, image.PixelData
+                _write(_plain_slice(one, image, voxels, number, uid), folder / _name(number))
         except (*DAMAGED_HEADER, RuntimeError) as error:  # the last of SimpleITK
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise UserError(
-                f"{stack.label}: {path.name} cannot be read ({reason}): truncated or of an unknown compression, "
+                f"{stack.label}: {one.path.name} cannot be read ({reason}): truncated or of an unknown compression, "
                 "export the series again, uncompressed"
             ) from error
     return folder
@@ -146,27 +152,13 @@ def _read_uncompressed(path: Path, temporary: Path) -> FileDataset:
     return image
 
 
-def _volume_part(image: Dataset, number: int, uid: str) -> Dataset:
-    """The image as one of a volume's: of its identifiers, times and purposes nothing that tells it from the others."""
-    if int(image.get("NumberOfFrames") or 1) > 1 or "PerFrameFunctionalGroupsSequence" in image:
-        part = image  # where frames lie is said in groups
-    else:
-        part = Dataset()
-        for name in (*PIXEL_TAGS, *PLACE_TAGS, *VALUE_TAGS, "PixelData"):
-            if name in image:
-                part[name] = image[name]
-    part.SOPClassUID = image.get("SOPClassUID") or SecondaryCaptureImageStorage
-    part.PhotometricInterpretation = "MONOCHROME2"  # how values are shown, not what they are
-    part.StudyInstanceUID = part.SeriesInstanceUID = uid
-    part.SOPInstanceUID = generate_uid()
-    part.SeriesNumber, part.InstanceNumber = 1, number + 1
-    return part
-
-
 def _unpack(image: FileDataset, temporary: Path) -> None:
     """Replaces compressed voxels by the stored values."""
+    if image.file_meta.TransferSyntaxUID == RLELossless:
+        image.decompress()  # which SimpleITK refuses for some sizes
+        return
     part = Dataset()
-    for name in PIXEL_TAGS:
+    for name in (*PIXEL_TAGS, "NumberOfFrames"):
         if name in image:
             part[name] = image[name]
     part.PhotometricInterpretation, part.SOPClassUID = "MONOCHROME2", SecondaryCaptureImageStorage
@@ -176,8 +168,32 @@ def _unpack(image: FileDataset, temporary: Path) -> None:
     _write(part, temporary, image.file_meta.TransferSyntaxUID)
     values = sitk.GetArrayFromImage(sitk.ReadImage(temporary))
     temporary.unlink()
-    whole = np.dtype(f"{'i' if image.PixelRepresentation else 'u'}{image.BitsAllocated // 8}")
-    image.PixelData = values.astype(whole).tobytes()
+    stored = np.dtype(f"{'i' if image.PixelRepresentation else 'u'}{image.BitsAllocated // 8}")
+    image.PixelData = values.astype(stored).tobytes()
+
+
+def _plain_slice(one: Slice, image: FileDataset, voxels: bytes, number: int, uid: str) -> Dataset:
+    """A slice as one of a volume's: of its identifiers, times and purposes nothing that tells it from the others."""
+    part = Dataset()
+    for name in PIXEL_TAGS:
+        if name in image:
+            part[name] = image[name]
+    size = voxel_bytes(image) // one.frames
+    part.PixelData = voxels[one.frame * size : (one.frame + 1) * size]
+    part.PhotometricInterpretation = "MONOCHROME2"  # how values are shown, not what they are
+    part.Modality = one.modality
+    part.SOPClassUID = CTImageStorage if one.modality == "CT" else MRImageStorage
+    part.SOPInstanceUID = generate_uid()
+    part.StudyInstanceUID = part.SeriesInstanceUID = uid
+    part.SeriesNumber, part.InstanceNumber = 1, number + 1
+    part.RescaleSlope, part.RescaleIntercept = _decimals([one.slope, one.intercept or 0.0])
+    part.PixelSpacing = _decimals(one.spacing)
+    part.ImagePositionPatient, part.ImageOrientationPatient = _decimals(one.position), _decimals(one.orientation)
+    return part
+
+
+def _decimals(numbers: Sequence[float]) -> list[DSfloat]:
+    return [DSfloat(number, auto_format=True) for number in numbers]
 
 
 def _write(part: Dataset, path: Path, syntax: str = ExplicitVRLittleEndian) -> None:

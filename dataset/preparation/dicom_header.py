@@ -36,7 +36,7 @@ HEADER_TAGS = (
     "SOPClassUID PatientID PatientName StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription Modality "
     "ImageType InstanceNumber AcquisitionNumber EchoTime ConvolutionKernel Rows Columns NumberOfFrames BitsAllocated "
     "SamplesPerPixel PhotometricInterpretation ImagePositionPatient ImageOrientationPatient PixelSpacing "
-    "RescaleIntercept RescaleType SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
+    "RescaleIntercept RescaleSlope RescaleType SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 ).split()
 
 
@@ -63,11 +63,12 @@ class Slice:
     columns: int
     frames: int
     is_colour: bool
-    is_compressed: bool
+    is_plain: bool  # any program reads its voxels and their scale rightly
     position: tuple[float, ...] | None  # of the first voxel's centre, LPS in mm
     orientation: tuple[float, ...] | None  # direction along a row, then along a column
     spacing: tuple[float, ...] | None  # between rows, then between columns, in mm
-    has_intercept: bool  # RescaleIntercept: without it voxels of CT are not in HU
+    slope: float  # 1 where it is missing, empty or 0
+    intercept: float | None  # without it voxels of CT are not in HU
     unit: str  # RescaleType
     fault: str = ""
 
@@ -178,7 +179,6 @@ def _slices_of(path: Path, header: pydicom.FileDataset, fault: str) -> Iterator[
         "columns": int(header.Columns),
         "frames": frames,
         "is_colour": int(header.get("SamplesPerPixel") or 1) > 1 or not photometric.startswith("MONOCHROME"),
-        "is_compressed": is_compressed(header),
         "fault": fault,
     }
     if len(groups) != frames:
@@ -186,25 +186,29 @@ def _slices_of(path: Path, header: pydicom.FileDataset, fault: str) -> Iterator[
         groups = [None]
     for frame, own in enumerate(groups):
         find = partial(_find, header, own)
+        slope = find("PixelValueTransformationSequence", "RescaleSlope", 1)
+        (factor,) = _numbers([slope], 1) or [0.0]
         yield Slice(
             frame=frame,
             position=_numbers(find("PlanePositionSequence", "ImagePositionPatient"), 3),
             orientation=_numbers(find("PlaneOrientationSequence", "ImageOrientationPatient"), 6),
             spacing=_numbers(find("PixelMeasuresSequence", "PixelSpacing"), 2),
-            has_intercept=_numbers([find("PixelValueTransformationSequence", "RescaleIntercept")], 1) is not None,
+            slope=factor or 1.0,
+            intercept=(_numbers([find("PixelValueTransformationSequence", "RescaleIntercept")], 1) or [None])[0],
+            is_plain=factor != 0 and not is_compressed(header),
             unit=str(find("PixelValueTransformationSequence", "RescaleType") or ""),
             **common,
         )
 
 
-def _find(header: pydicom.Dataset, frame: pydicom.Dataset | None, group: str, name: str) -> Any:
-    """A value of one frame: its own, that of all frames, or that of the image."""
+def _find(header: pydicom.Dataset, frame: pydicom.Dataset | None, group: str, name: str, missing: Any = None) -> Any:
+    """A value of one frame: its own, that of all frames, or that of the image; `missing` where it isn't there."""
     shared = header.get("SharedFunctionalGroupsSequence")
     for place in (frame, shared[0] if shared else None):
         items = place.get(group) if place is not None else None
         if items and name in items[0]:
             return items[0][name].value
-    return header.get(name)
+    return header.get(name, missing)
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:

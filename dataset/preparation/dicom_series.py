@@ -67,7 +67,7 @@ class Series:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(image.path for image in self.slices))
+        return _files_of(self.slices)
 
     @property
     def label(self) -> str:
@@ -251,16 +251,34 @@ def _pixel_digest(path: Path) -> bytes:
 class Stack:
     """A series that is a volume.
 
-    files: in slice order, a file of several frames once. shape: (columns, rows, slices).
-    affine: voxel (column, row, slice) to mm in RAS. Both are None where only conversion can tell (a mosaic).
+    slices: in their order. affine: voxel (column, row, slice) to mm in RAS; None where only conversion can tell (a
+    mosaic).
     """
 
     label: str
-    files: tuple[Path, ...]
-    shape: tuple[int, int, int] | None
+    slices: tuple[Slice, ...]
     affine: np.ndarray | None
-    is_compressed: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(columns, rows, slices); None of a mosaic."""
+        return None if self.affine is None else (self.slices[0].columns, self.slices[0].rows, len(self.slices))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """A file of several slices once."""
+        return _files_of(self.slices)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether any program reads its voxels, and that they have one scale."""
+        scales = {(image.slope, image.intercept) for image in self.slices}
+        return len(scales) == 1 and all(image.is_plain for image in self.slices)
+
+
+def _files_of(slices: Iterable[Slice]) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(image.path for image in slices))
 
 
 def check_series(series: Series) -> Stack:
@@ -301,17 +319,14 @@ def check_series(series: Series) -> Stack:
     affine[:3, 1] = LPS_TO_RAS @ column * between_rows
     affine[:3, 2] = LPS_TO_RAS @ step
     affine[:3, 3] = LPS_TO_RAS @ np.array(slices[0].position)
-    files = tuple(dict.fromkeys(image.path for image in slices))
-    shape = (first.columns, first.rows, len(slices))
-    is_compressed = any(image.is_compressed for image in slices)
-    return Stack(series.label, files, shape, affine, is_compressed, (*series.notes, *notes, *_tilt_note(first, step)))
+    return Stack(series.label, tuple(slices), affine, (*series.notes, *notes, *_tilt_note(first, step)))
 
 
 def _require_hounsfield(series: Series) -> None:
     units = {image.unit.strip().upper() for image in series.slices}
     if not units <= set(HOUNSFIELD):
         raise NotAVolume(f"{series.label}: CT in units of {'/'.join(sorted(units))} (RescaleType), not in HU")
-    if not all(image.has_intercept for image in series.slices):
+    if any(image.intercept is None for image in series.slices):
         raise UserError(
             f"{series.label}: CT without RescaleIntercept: its voxels are not in Hounsfield units, export it again"
         )
@@ -322,8 +337,7 @@ def _check_mosaic(series: Series) -> Stack:
         raise UserError(
             f"{series.label}: a 4D series, {len(series.slices)} mosaics: export each time point as a series of its own"
         )
-    (image,) = series.slices
-    return Stack(series.label, (image.path,), None, None, image.is_compressed, (*series.notes, "a mosaic"))
+    return Stack(series.label, series.slices, None, (*series.notes, "a mosaic"))
 
 
 def _require_geometry(series: Series) -> None:
