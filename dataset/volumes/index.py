@@ -12,6 +12,13 @@ from common.errors import UserError
 VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
 CACHE_SUFFIX = "_cache"
+# Endings, in lower case, of volumes that neither preparation nor training reads. Of two files that are one volume the
+# one with the voxels: FSL's motion parameters are `.par` too, and one volume counts once.
+OTHER_IMAGE_SUFFIXES = (
+    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".nii.z", ".nii.7z"),
+    *(".mgh", ".mgz", ".mgh.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc", ".mnc.gz", ".gipl", ".gipl.gz"),
+    *(".img", ".img.gz", ".rec", ".rec.gz", ".brik", ".brik.gz", ".brik.bz2", ".vtk", ".vti", ".mif", ".mif.gz"),
+)
 
 
 def read_dataset_json(path: str | Path) -> dict[str, list[Path]]:
