@@ -35,7 +35,8 @@ from pydicom.valuerep import DSfloat
 
 from common.errors import UserError
 from dataset.preparation.dicom_header import DAMAGED_HEADER, Slice, is_compressed, open_dicom, voxel_bytes
-from dataset.preparation.dicom_series import MIN_SLICES, NotAVolume, Stack
+from dataset.preparation.dicom_places import MIN_SLICES
+from dataset.preparation.dicom_series import NotAVolume, Stack
 from dataset.volumes.geometry import size_text, spacing_of
 
 # No defaults of the user's, one volume if headers allow it, nothing cropped, turned or left out, values as stored.

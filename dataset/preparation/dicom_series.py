@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 
 from common.errors import UserError
-from dataset.preparation.dicom_header import Slice, open_dicom
-from dataset.volumes.geometry import SMALLEST_SPACING_MM
+from dataset.preparation.dicom_header import Slice
+from dataset.preparation.dicom_places import (
+    MIN_SLICES,
+    are_copies,
+    directions_of,
+    group_by_position,
+    has_no_position_twice,
+    is_even,
+    normal_of,
+    place_of,
+    step_of,
+    unevenness,
+)
 
-MIN_SLICES = 5  # fewer images are a localiser or a screenshot, not a volume
-EVEN_TOLERANCE = 0.1  # share of the slice spacing by which a slice may lie beside its place in an even grid
-SAME_PLACE_MM = SMALLEST_SPACING_MM  # images nearer to each other are of one position
 SAME_PIXEL_SPACING = 1e-3  # relative; a smaller difference is rounding
 UNIT_TOLERANCE = 0.02  # of a direction's length and of the cosine between two; what is less is rounding
 SHEAR_TOLERANCE_DEG = 0.5  # a smaller angle between slice direction and slice normal is rounding
@@ -91,46 +98,41 @@ def group_series(slices: Iterable[Slice]) -> list[Series]:
     Identifiers that say nothing (missing, or one for every image) give way to folder, number and description of the
     series. A series that holds different images of each position (see SPLITS) gives a stack for each kind.
     """
-    by_uid = defaultdict(list)
-    for image in slices:
-        by_uid[image.series_uid].append(image)
-    _join_single_images(by_uid)
     series = []
-    for images in by_uid.values():
+    for images in _by_identifier(slices):
         people = _tell_apart(images)
         for person, own in people.items():
+            is_named = own[0].series_uid and len(people) == 1
             for stack in _stacks(own):
-                for kind, part in _split(sorted(stack, key=_place)):
-                    is_named = own[0].series_uid and len(people) == 1
+                for kind, part in _split(sorted(stack, key=place_of)):
                     told_apart_by = (*(() if is_named else person), *kind)
                     series.append(Series(_common_folder(part), tuple(part), told_apart_by))
     return sorted(series, key=lambda one: (str(one.folder), one.slices[0].number, one.key))
 
 
-def _join_single_images(by_uid: dict[Any, list[Slice]]) -> None:
-    """Puts images together whose series identifier says nothing, if they could be the slices of one volume."""
-    single = defaultdict(list)
-    for uid in [uid for uid, images in by_uid.items() if not uid or len(images) == 1]:
-        for image in by_uid[uid]:
+def _by_identifier(slices: Iterable[Slice]) -> list[list[Slice]]:
+    """Images by series identifier. Where it says nothing, those that could be the slices of one volume together."""
+    by_uid, alike = defaultdict(list), defaultdict(list)
+    for image in slices:
+        by_uid[image.series_uid].append(image)
+    for uid, images in by_uid.items():
+        for image in images if not uid or len(images) == 1 else ():
             place = (image.path.parent, image.patient, image.number, image.description)
-            single[*place, _stack_key(image)].append((uid, image))
-    for place, members in single.items():
-        images = [image for _, image in members]
-        if len(images) >= MIN_SLICES and len(_by_position(images)) == len(images):
-            for uid, image in members:
-                by_uid[uid].remove(image)
-                if not by_uid[uid]:
-                    del by_uid[uid]
-            by_uid[place] = [replace(image, series_uid="") for image in images]
+            alike[*place, _stack_key(image)].append(image)
+    joined = [images for images in alike.values() if len(images) >= MIN_SLICES and has_no_position_twice(images)]
+    taken = {id(image) for images in joined for image in images}
+    left = [[image for image in images if id(image) not in taken] for images in by_uid.values()]
+    return [images for images in left if images] + [
+        [replace(image, series_uid="") for image in images] for images in joined
+    ]
 
 
 def _tell_apart(images: Sequence[Slice]) -> dict[tuple, list[Slice]]:
-    """Images of one series identifier by patient and, unless every image has a study of its own, by study."""
+    """Images of one series identifier by patient and study; a study of a few images is an identifier for each."""
     studies = Counter(image.study for image in images)
-    has_studies = max(studies.values()) >= min(MIN_SLICES, len(images))
     people = defaultdict(list)
     for image in images:
-        people[image.patient, image.study if has_studies else ""].append(image)
+        people[image.patient, image.study if studies[image.study] >= MIN_SLICES else ""].append(image)
     return people
 
 
@@ -167,32 +169,13 @@ def _is_localiser(image: Slice) -> bool:
     return any(word in text for word in ("localizer", "localiser", "scout", "topogram", "surview"))
 
 
-def _place(image: Slice) -> tuple[float, str, int]:
-    """Sorts along the slice normal."""
-    if image.position is None or image.orientation is None:
-        return 0.0, str(image.path), image.frame
-    return float(np.dot(_normal(image), image.position)), str(image.path), image.frame
-
-
-def _normal(image: Slice) -> np.ndarray:
-    row, column = _directions(image)
-    normal = np.cross(row, column)
-    return normal / max(np.linalg.norm(normal), 1e-9)
-
-
-def _directions(image: Slice) -> np.ndarray:
-    """Unit vectors along a row and along a column, (2, 3)."""
-    directions = np.array(image.orientation).reshape(2, 3)
-    return directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-9)
-
-
 def _split(slices: list[Slice]) -> list[tuple[tuple, list[Slice]]]:
     """The stacks in images of one series, each with what tells it apart; copies of the same image stay together."""
-    by_position = _by_position(slices)
-    is_repeated = not all(map(_are_copies, by_position.values()))
-    if not is_repeated and _is_even([images[0] for images in by_position.values()]):
+    by_position = group_by_position(slices)
+    is_repeated = not all(map(are_copies, by_position.values()))
+    if not is_repeated and is_even([images[0] for images in by_position.values()]):
         return [((), slices)]
-    for is_stack in (_is_even, _has_no_position_twice) if is_repeated else (_is_even,):
+    for is_stack in (is_even, has_no_position_twice) if is_repeated else (is_even,):
         for number, kind in enumerate(SPLITS):
             parts = defaultdict(list)
             for image in slices:
@@ -201,47 +184,6 @@ def _split(slices: list[Slice]) -> list[tuple[tuple, list[Slice]]]:
                 # `key` and the folder tell the parts of the first four apart
                 return [((value,) if number >= 4 else (), part) for value, part in parts.items()]
     return [((), slices)]
-
-
-def _has_no_position_twice(slices: Sequence[Slice]) -> bool:
-    return len(_by_position(slices)) == len(slices)
-
-
-def _is_even(slices: Sequence[Slice]) -> bool:
-    is_placed = all(image.position and image.orientation for image in slices)
-    return is_placed and len(slices) >= MIN_SLICES and _has_no_position_twice(slices) and not _unevenness(slices)
-
-
-def _by_position(slices: Sequence[Slice]) -> dict[Any, list[Slice]]:
-    """Images by their position but for rounding, in their order; those without one together."""
-    by_position: dict[Any, list[Slice]] = {}
-    ends: list[tuple[float, tuple[float, ...]]] = []  # of the positions so far, the place along the normal
-    for image in sorted(slices, key=_place):
-        place, near = _place(image)[0], None
-        if image.position is not None:
-            for other, position in reversed(ends):
-                if place - other > SAME_PLACE_MM:
-                    break
-                if np.linalg.norm(np.subtract(position, image.position)) <= SAME_PLACE_MM:
-                    near = position
-                    break
-            if near is None:
-                ends.append((place, image.position))
-                near = image.position
-        by_position.setdefault(near, []).append(image)
-    return by_position
-
-
-def _are_copies(images: Sequence[Slice]) -> bool:
-    """Whether the voxels of all these images are the same. Images without a position are not compared."""
-    if len(images) == 1 or images[0].position is None:
-        return True
-    return images[0].frames == 1 and len({_pixel_digest(image.path) for image in images}) == 1
-
-
-def _pixel_digest(path: Path) -> bytes:
-    with open_dicom(path) as file:
-        return hashlib.sha256(pydicom.dcmread(file, force=True).get("PixelData") or b"").digest()
 
 
 # Whether they are a volume
@@ -308,11 +250,11 @@ def check_series(series: Series) -> Stack:
     slices, notes = _drop_copies(series)
     if len(slices) < MIN_SLICES:
         raise NotAVolume(f"{series.label}: {len(slices)} image(s): no volume")
-    fault = _unevenness(slices)
+    fault = unevenness(slices)
     if fault:
         raise UserError(f"{series.label}: {fault}")
-    step = _step(slices)
-    row, column = _directions(first)
+    step = step_of(slices)
+    row, column = directions_of(first)
     between_rows, between_columns = np.median([image.spacing for image in slices], axis=0)
     affine = np.eye(4)
     affine[:3, 0] = LPS_TO_RAS @ row * between_columns
@@ -357,9 +299,9 @@ def _require_geometry(series: Series) -> None:
 
 def _drop_copies(series: Series) -> tuple[list[Slice], tuple[str, ...]]:
     """One slice for each position. Copies of an image go; different images of one position are a 4D series."""
-    by_position = _by_position(series.slices)
+    by_position = group_by_position(series.slices)
     for images in by_position.values():
-        if not _are_copies(images):
+        if not are_copies(images):
             raise UserError(
                 f"{series.label}: a 4D series, {len(images)} different images of one position, {len(by_position)} "
                 "positions: export each time point or contrast as a series of its own"
@@ -369,29 +311,7 @@ def _drop_copies(series: Series) -> tuple[list[Slice], tuple[str, ...]]:
     return [images[0] for images in by_position.values()], notes
 
 
-def _step(slices: Sequence[Slice]) -> np.ndarray:
-    """The step from slice to slice in mm, LPS."""
-    return np.subtract(slices[-1].position, slices[0].position) / (len(slices) - 1)
-
-
-def _unevenness(slices: Sequence[Slice]) -> str | None:
-    """What keeps slices, in the order of their positions, from being an even stack."""
-    positions = np.array([image.position for image in slices])
-    gaps = np.diff(positions @ _normal(slices[0]))
-    usual = float(np.median(gaps))
-    off = np.abs(positions - (positions[0] + np.arange(len(slices))[:, None] * _step(slices))).max()
-    if usual <= 0:
-        return "the slices do not follow each other (slice spacing of zero)"
-    if max(np.abs(gaps - usual).max(), off) <= EVEN_TOLERANCE * usual:
-        return None
-    worst = int(np.abs(gaps - usual).argmax())
-    return (
-        f"slices are not evenly spaced: mostly {usual:g} mm, but {gaps[worst]:g} mm between {slices[worst].path.name} "
-        f"and {slices[worst + 1].path.name}: slices are missing, or two stacks are mixed"
-    )
-
-
 def _tilt_note(first: Slice, step: np.ndarray) -> tuple[str, ...]:
-    cosine = np.clip(_normal(first) @ step / np.linalg.norm(step), -1, 1)
+    cosine = np.clip(normal_of(first) @ step / np.linalg.norm(step), -1, 1)
     angle = float(np.degrees(np.arccos(cosine)))
     return (f"gantry tilt of {angle:.1f} degrees",) if angle > SHEAR_TOLERANCE_DEG else ()

@@ -18,10 +18,10 @@ from dataset.preparation.dicom_header import Slice, is_dicom, read_slices
 from dataset.preparation.dicom_series import Series, check_series, group_series
 from dataset.volumes.geometry import PLAUSIBLE_SPACING, affine_of_orientation, is_plausible_spacing, mm_text, spacing_of
 from dataset.volumes.gzip_files import GZIP_MAGIC
-from dataset.volumes.index import walk_files
+from dataset.volumes.index import OTHER_IMAGE_SUFFIXES, VOLUME_SUFFIX, walk_files
 from dataset.volumes.volume_io import HEADER_BYTES, NIFTI_STARTS, NIFTI_SUFFIXES, Header, read_header, read_nifti
 
-DICOM_SUFFIXES = ("dcm", "dicom", "ima")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 
 
@@ -131,13 +131,17 @@ def _look(path: Path) -> list[Slice] | str | None:
     try:
         if is_dicom(start):
             return read_slices(path) or None
+        if path.suffix.lower() == ".hdr" and path.with_suffix(".img").exists():
+            return None  # the volume is named by its voxels
         if start[:4] in NIFTI_STARTS or path.name.lower().endswith(NIFTI_SUFFIXES):
             return "nifti"
     except UserError as error:
         return str(error)
-    suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if suffix in DICOM_SUFFIXES:
+    name = path.name.lower()
+    if name.removesuffix(".gz").endswith(DICOM_SUFFIXES):
         return "an empty file" if is_empty else "named as DICOM, but its content is not: truncated or damaged?"
+    if name.endswith(OTHER_IMAGE_SUFFIXES):
+        return f"volumes of this format are not read: convert it to {VOLUME_SUFFIX}, or move it away"
     return None
 
 

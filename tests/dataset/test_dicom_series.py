@@ -167,6 +167,64 @@ def test_people_with_the_same_identifier_are_told_apart_by_folder(tmp_path):
     assert [one.folder.name for one in found] == ["p0", "p1"]
 
 
+def two_phases(folder, uid, second):
+    """Two volumes of the same places under one identifier, the second with other tags."""
+    write_series(folder / "a", volume(0), uid=uid)
+    write_series(folder / "a", volume(1), uid=uid, prefix="second", tags=second)
+
+
+def two_people(folder, uid, *places, height=8, **second):
+    """Two people's series with one identifier, one above the other."""
+    write_series(folder / places[0], volume(0), uid=uid)
+    write_series(folder / places[1], volume(1), uid=uid, prefix="second", origin_mm=(0, 0, height), tags=second)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda f, uid: two_people(f, uid, "a", "b", PatientID="T2"), id="touching"),
+        pytest.param(lambda f, uid: two_people(f, uid, "a", "a", PatientID="T2"), id="in one folder"),
+        pytest.param(lambda f, uid: two_people(f, uid, "a", "a", PatientName="Other"), id="by name"),
+        pytest.param(lambda f, uid: two_people(f, uid, "a", "b", height=200), id="apart, by folder alone"),
+        pytest.param(lambda f, uid: two_people(f, uid, "a", "a", StudyInstanceUID="1.2.3"), id="by study"),
+        pytest.param(lambda f, uid: two_people(f, "", "a", "a", PatientID="T2"), id="without identifier"),
+        pytest.param(lambda f, uid: two_phases(f, uid, {"AcquisitionNumber": 2}), id="two acquisitions"),
+        pytest.param(lambda f, uid: two_phases(f, uid, {"ConvolutionKernel": "BONE"}), id="two kernels"),
+        pytest.param(lambda f, uid: two_phases(f, uid, {"SeriesDescription": "late"}), id="two descriptions"),
+    ],
+)
+def test_two_volumes_of_one_identifier_are_two(tmp_path, write):
+    write(tmp_path, generate_uid())
+    found = all_series(tmp_path)
+    names = {(one.folder, one.key) for one in found}
+    sums = sorted(float(convert(check_series(one))[0].sum()) for one in found)
+    assert len(names) == 2
+    assert sums == sorted(float(volume(seed).sum()) for seed in (0, 1))
+
+
+@pytest.mark.parametrize("tag", ["SeriesInstanceUID", "StudyInstanceUID", "SOPInstanceUID", "AcquisitionNumber"])
+def test_an_identifier_for_every_slice_says_nothing(tmp_path, tag):
+    write_series(tmp_path, volume(), each=[{tag: str(k + 1)} for k in range(8)])
+    np.testing.assert_array_equal(convert(check_series(only_series(tmp_path)))[0], volume().transpose(1, 0, 2))
+
+
+def test_a_copy_a_micrometre_beside_is_a_copy(tmp_path):
+    paths = write_series(tmp_path, volume())
+    copy = dcmread(paths[4])
+    copy.ImagePositionPatient = [0, 0, 4.001]
+    copy.save_as(tmp_path / "copy")
+    assert check_series(only_series(tmp_path)).notes == ("1 duplicate slice(s) left out",)
+
+
+@pytest.mark.parametrize(("unit", "is_volume"), [("HU", True), ("US", True), ("MGML", False), ("HU_MOD", False)])
+def test_ct_in_other_units_is_left_out(tmp_path, unit, is_volume):
+    write_series(tmp_path, volume(), tags={"RescaleType": unit})
+    if is_volume:
+        check_series(only_series(tmp_path))
+    else:
+        assert f"CT in units of {unit} (RescaleType), not in HU" in leave_out(tmp_path)
+
+
 def test_orientations_that_round_differently_are_one_stack(tmp_path):
     turned = [(x, (1 - x * x) ** 0.5, 0, 0, 0, -1) for x in (0.994999, 0.995001)]
     positions = [np.cross(turned[0][:3], turned[0][3:]) * k for k in range(8)]

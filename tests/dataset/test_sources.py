@@ -1,5 +1,7 @@
 """Finding and reading of NIfTI files and series, by content, and every header that is handled or refused."""
 
+import errno
+import gzip
 import os
 from dataclasses import replace
 
@@ -53,9 +55,60 @@ def test_links_in_circles_end(tmp_path):
     assert [source.name for source in find_sources(tmp_path).sources] == ["a/scan"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("slice.dcm", b"", "an empty file"),
+        ("SLICE.IMA", b"no DICOM", "named as DICOM, but its content is not"),
+        ("slice.dcm.gz", gzip.compress(b"no DICOM"), "named as DICOM, but its content is not"),
+        ("brain.mgz", gzip.compress(b"any"), "volumes of this format are not read: convert it to .nii.gz"),
+        ("chest.nrrd", b"NRRD0004", "volumes of this format are not read: convert it to .nii.gz"),
+        ("pair.img", b"voxels", "volumes of this format are not read: convert it to .nii.gz"),
+        ("report.pdf", b"", None),
+        ("DICOMDIR", b"", None),
+    ],
+)
+def test_images_that_cannot_be_read_are_named(tmp_path, name, content, reason):
+    write_nifti(tmp_path / "scan.nii.gz")
+    (tmp_path / name).write_bytes(content)
+    if name == "pair.img":
+        write_nifti(tmp_path / "pair.nii")
+        (tmp_path / "pair.nii").rename(tmp_path / "pair.hdr")
+    found = find_sources(tmp_path)
+    assert [source.name for source in found.sources] == ["scan"]
+    assert [(path, why.split(reason)[0]) for path, why in found.failed] == ([(str(tmp_path / name), "")] * bool(reason))
+
+
+def test_a_closed_folder_is_named(tmp_path, monkeypatch):
+    write_nifti(tmp_path / "scan.nii.gz")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(tmp_path / "closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_sources(tmp_path)
+    assert found.failed == [
+        (str(tmp_path / "closed"), "cannot be listed or entered (Permission denied): what is in it?")
+    ]
+
+
+def test_damaged_files_beside_a_series_are_noted(tmp_path):
+    write_series(tmp_path / "a", np.zeros((4, 4, 6)))
+    write_series(tmp_path / "b", np.zeros((4, 4, 6)))
+    (tmp_path / "a" / "last.dcm").touch()
+    notes = [source.series.notes for source in find_sources(tmp_path).sources]
+    assert notes == [("1 damaged file(s) beside it, e.g. last.dcm: slices may be missing",), ()]
+
+
 def test_nothing_to_find(tmp_path):
     with pytest.raises(UserError, match="no NIfTI file and no DICOM image below it"):
         find_sources(tmp_path)
+    with pytest.raises(UserError, match="scan.nii.gz is a file: give the folder that it lies in"):
+        find_sources(write_nifti(tmp_path / "scan.nii.gz"))
     with pytest.raises(UserError, match="no such folder"):
         find_sources(tmp_path / "missing")
 
