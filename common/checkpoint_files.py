@@ -47,7 +47,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        with _only_safe_types():
+        with only_safe_types():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -59,7 +59,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def _only_safe_types() -> Iterator[None]:
+def only_safe_types() -> Iterator[None]:
     """The process-wide allow-list, to which any imported library may have added, is ours alone for a while."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()

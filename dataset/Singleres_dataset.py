@@ -1,5 +1,6 @@
 """Data of the latent diffusion model at one resolution: latents with their class, or the volumes to make them from."""
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,15 @@ from torch.utils.data import Dataset
 
 from common.errors import UserError
 from dataset.cache.latents import LatentCache
+from dataset.checking.before_training import check_volumes
 from dataset.order.epochs import SampleKey
 from dataset.volumes.geometry import size_text
 from dataset.volumes.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
 from dataset.volumes.latent_record import read_latent_record
 from dataset.volumes.volume_io import read_header, read_latent, read_latent_header, read_model_volume
+
+logger = logging.getLogger(__name__)
 
 
 class Singleres_dataset(Dataset):
@@ -27,6 +31,8 @@ class Singleres_dataset(Dataset):
         resolution: latent grid (z, x, y) that every latent must have.
         generate_latents: see Items.
         intensity_range: lowest and highest intensity of volume files.
+        check: reads a few volume files whole at once (`check_sample`); a program of several processes can leave it to
+            one.
         vq_size: latent grid size that the model is told as 1.
         cache: where latents are read from; its `build(data.class_folders)` comes before the first item. None reads and
             checks the file for every item. The items are the same bit for bit.
@@ -41,7 +47,8 @@ class Singleres_dataset(Dataset):
 
     Raises:
         UserError: a JSON or folder that does not fit, latents of several sizes, of another size than `resolution` or of
-            several channel counts, volumes in place of latents, unreadable files. Headers are checked at once.
+            several channel counts, volumes in place of latents, unreadable files. Headers are checked at once, and
+            of volumes what `check_sample` finds.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Singleres_dataset(Dataset):
         generate_latents: bool = False,
         *,
         intensity_range: Sequence[float] = MODEL_RANGE,
+        check: bool = True,
         vq_size: int = 64,
         cache: LatentCache | None = None,
     ):
@@ -75,6 +83,8 @@ class Singleres_dataset(Dataset):
             self.latent_paths = [latent_path(path, folder) for path, _, folder in entries]
             self.headers = [read_header(path) for path in self.files]
             self.shapes = [header.tensor_shape for header in self.headers]
+            if check:
+                self.check_sample()
         else:
             self.shapes = [read_latent_header(path).latent_shape for path in self.files]
             self._check_shapes()
@@ -105,6 +115,13 @@ class Singleres_dataset(Dataset):
         return {
             label: [f for f, of in zip(self.files, self.labels, strict=True) if of == label] for label in self.folders
         }
+
+    def check_sample(self, log: logging.Logger = logger) -> None:
+        """Reads a few volumes whole and looks at all headers.
+
+        UserError: see `check_volumes`, e.g. files of [0, 1] that are declared as [-1, 1].
+        """
+        check_volumes(self.root_dir, self.files_by_label(), self.headers, self.intensity_range, log)
 
     @cached_property
     def latent_records(self) -> dict[Path, dict[str, Any] | None]:

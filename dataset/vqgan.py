@@ -12,6 +12,7 @@ import torch
 from common.errors import UserError
 from dataset.cache.crops import CroppedVolume
 from dataset.cache.volumes import VolumeCache
+from dataset.checking.before_training import check_volumes
 from dataset.order.epochs import EpochDataset
 from dataset.order.random_crops import augment, centre_crop_start, random_crop
 from dataset.order.split import Split, split_dataset
@@ -55,6 +56,7 @@ class VQGANDataset(EpochDataset):
         seed: seed of crops and augmentation.
         background_keep: probability of keeping a stage-1 patch with less than 10 % foreground; 1 keeps all but patches
             of nothing but background, which are never given.
+        check: reads a few files whole at once (`check_sample`); a program of several processes can leave it to one.
         cache: where items are cut from; its `build(data.class_folders)` comes before the first item. None reads and
             checks the whole file for every item. With a float32 cache the items are the same bit for bit.
 
@@ -65,9 +67,9 @@ class VQGANDataset(EpochDataset):
     Attributes: `files`, `shapes` (D, H, W) of each, `class_folders`, the folder of the JSON that each file lies in.
 
     Raises:
-        UserError: at once for files that are no volumes by their headers, on access for unreadable voxels, NaN,
-            intensities outside the range, or nothing but background (with `cache`: in `build`). The message names the
-            file.
+        UserError: at once for files that are no volumes by their headers, and what `check_sample` finds; on access for
+            unreadable voxels, NaN, intensities outside the range, or nothing but background (with `cache`: in
+            `build`). The message names the file.
     """
 
     train_crop = CropRule(256 * 256 * 128, (192, 192, 192))
@@ -88,6 +90,7 @@ class VQGANDataset(EpochDataset):
         sides: Split | None = None,
         seed: int = 0,
         background_keep: float = 1.0,
+        check: bool = True,
         cache: VolumeCache | None = None,
     ):
         super().__init__(seed)
@@ -101,14 +104,17 @@ class VQGANDataset(EpochDataset):
         self.cache = cache
         if cache is not None and cache.intensity_range != self.intensity_range:
             raise ValueError(f"intensity_range {self.intensity_range}, but the cache has {cache.intensity_range}")
-        sides = sides or split_dataset(root_dir, val_fraction, split_seed, subject_pattern)
-        self.files = select_files(root_dir, split, val_fraction, sides)
+        self.root_dir = Path(root_dir)
+        self.sides = sides or split_dataset(root_dir, val_fraction, split_seed, subject_pattern)
+        self.files = select_files(root_dir, split, val_fraction, self.sides)
         folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
         self.class_folders = {path: next(folder for folder in folders if folder in path.parents) for path in self.files}
         self.headers = [read_header(path) for path in self.files]
         self.shapes = [header.tensor_shape for header in self.headers]  # (D, H, W) of each file
         if self.patches:
             self._warn_of_small_volumes()
+        if check:
+            self.check_sample()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -118,6 +124,16 @@ class VQGANDataset(EpochDataset):
         if self.patches:
             return (self.patch_size,) * 3
         return (self.train_crop if self.training else self.val_crop).crop_size(self.shapes[index])
+
+    def check_sample(self, *others: "VQGANDataset", log: logging.Logger = logger) -> None:
+        """Reads a few files of both sides whole, and looks at all headers of this one and of `others`.
+
+        UserError: see `check_volumes`, e.g. files of [0, 1] that are declared as [-1, 1].
+        """
+        sides = (self.sides.training, self.sides.validation)
+        files = {name: sorted(path for side in sides for path in side[name]) for name in sides[0]}
+        headers = {header.path: header for side in (self, *others) for header in side.headers}
+        check_volumes(self.root_dir, files, headers.values(), self.intensity_range, log)
 
     def _item(self, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor | str]:
         volume, size = self._open(index), self.item_shape(index)

@@ -48,10 +48,9 @@ class VolumeLogger(Callback):
     def _write(self, trainer: pl.Trainer, pl_module, batch: dict, split: str) -> None:
         if not trainer.is_global_zero:
             return
-        volume = batch["data"][:1]
-        reconstruction = pl_module.reconstruct(volume).clamp(-1, 1)
-        volumes = {"input": volume[0, :1], "reconstruction": reconstruction[0, :1]}
-        volumes = {name: data.float().to("cpu", copy=True) for name, data in volumes.items()}
+        logged = pl_module.log_volumes({"data": batch["data"][:1]}, split=split)
+        volumes = {name.removesuffix("s"): data[0, :1].float().clamp(-1, 1) for name, data in logged.items()}
+        volumes = {name: data.to("cpu", copy=True) for name, data in volumes.items()}
         affine = batch["affine"][0].cpu().numpy().copy() if "affine" in batch else affine_from_spacing([1, 1, 1])
         self._work.submit(self._write_files, trainer, split, trainer.global_step, volumes, affine)
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import BaseFinetuning
+from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
 from AutoEncoder.model.adversarial_training import AdversarialTraining
@@ -17,6 +18,7 @@ from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, NLayerDiscrimi
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.MedicalNetPerceptual import MedicalNetPerceptual
 from AutoEncoder.model.networks import ResBlock
+from common.checkpoint_files import only_safe_types
 
 
 class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the public name
@@ -24,18 +26,22 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
-        self.save_hyperparameters({"cfg": self.cfg})
         model = self.cfg.model
-        if model.disc_loss_type not in DISCRIMINATOR_LOSSES:
-            raise ValueError(
-                f"model.disc_loss_type is {model.disc_loss_type!r}, expected one of {', '.join(DISCRIMINATOR_LOSSES)}"
-            )
         self.volume_discriminator = NLayerDiscriminator3D(
             self.cfg.dataset.image_channels, model.disc_channels, model.disc_layers
         )
         # Held in a list so that it is no sub-module: its weights stay out of state dict, optimisers and checkpoints.
         self._perceptual: list[nn.Module] = []
         self.train(self.training)
+
+    @Autoencoder.cfg.setter
+    def cfg(self, cfg: DictConfig) -> None:
+        Autoencoder.cfg.fset(self, cfg)
+        if (loss := self.cfg.model.disc_loss_type) not in DISCRIMINATOR_LOSSES:
+            raise ValueError(f"model.disc_loss_type is {loss!r}, expected one of {', '.join(DISCRIMINATOR_LOSSES)}")
+        self.save_hyperparameters({"cfg": self.cfg})
+        if self._modules:  # not yet where the constructor sets it
+            self.train(self.training)
 
     def train(self, mode: bool = True) -> "patchvolumeAE":
         """Training mode, except that in stage 2 the frozen parts stay in eval: no codebook update, no restart."""
@@ -48,6 +54,12 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
     def frozen_in_stage_2(self) -> list[nn.Module]:
         """What stage 2 does not train: encoder, pre_vq_conv and codebook, i.e. all that latents depend on."""
         return [self.encoder, self.pre_vq_conv, self.codebook]
+
+    @_restricted_classmethod  # as Lightning's own: on an instance, which it would leave as it is, it is an error
+    def load_from_checkpoint(cls, *args, **options) -> "patchvolumeAE":
+        """As in Lightning, which by itself refuses the config in a file or, with `weights_only=False`, runs code."""
+        with only_safe_types():
+            return super().load_from_checkpoint(*args, **options)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As in torch; the perceptual network that official checkpoints carry is passed over."""
@@ -101,6 +113,13 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
         """As in `Autoencoder`, uncompiled."""
         with self._eagerly():
             return super().reconstruct(x)
+
+    def log_volumes(self, batch: dict[str, Tensor], split: str = "train") -> dict[str, Tensor]:
+        """What a callback shows of a batch: `inputs` and their `reconstructions` as whole volumes, (B, C, D, H, W).
+
+        split: "train" or "val", as the official callback says; changes nothing.
+        """
+        return {"inputs": batch["data"], "reconstructions": self.reconstruct(batch["data"])}
 
 
 def build_perceptual(perceptual_3d: bool, weights_dir: str | None = None) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from AutoEncoder.exact_decoding import decode_exactly
 from AutoEncoder.model.codebook import Codebook
-from AutoEncoder.model.networks import Decoder, Encoder, normalize
+from AutoEncoder.model.networks import Decoder, Encoder, normalize, num_downsamplings
 from AutoEncoder.patches import crop_to, pad_to_multiple, patch_batches, stitch_patches, tile_slices
 
 # Keys that official configurations and checkpoints do not have, with the values that reproduce the official release.
@@ -37,13 +37,19 @@ DEFAULTS = {
         "gradient_checkpointing": False,
     }
 }
+# What the networks are built by: these values stay when another configuration is set.
+BUILT_BY = (
+    *("model.downsample", "model.n_hiddens", "model.embedding_dim", "model.n_codes", "model.norm_type"),
+    *("model.num_groups", "model.disc_channels", "model.disc_layers", "dataset.image_channels"),
+)
 
 
 class Autoencoder(nn.Module):
     """Encodes volumes patch by patch and decodes them whole.
 
     Args:
-        cfg: OmegaConf configuration with the tables `model` and `dataset` (config/base_cfg.yaml has every key).
+        cfg: OmegaConf configuration with the tables `model` and `dataset` (config/base_cfg.yaml has every key; those
+            that official ones do not have can be missing).
 
     Raises:
         ValueError: an option has a value that the networks cannot have.
@@ -51,26 +57,42 @@ class Autoencoder(nn.Module):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
-        self.cfg = OmegaConf.merge(DEFAULTS, OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
+        self.cfg = cfg
         model = self.cfg.model
-        if model.stage not in (1, 2):
-            raise ValueError(f"model.stage is {model.stage!r}, expected 1 or 2")
-        self.stage: int = model.stage
-        self.downsample_factor = int(model.downsample[0])
-        self.patch_size = int(self.cfg.dataset.patch_size)
         self.embedding_dim = int(model.embedding_dim)
         norm = partial(normalize, norm_type=model.norm_type, num_groups=model.num_groups)
         shape = (model.n_hiddens, model.downsample, self.cfg.dataset.image_channels, self.embedding_dim, norm)
         self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
-        if self.patch_size % self.downsample_factor:
-            raise ValueError(
-                f"dataset.patch_size {self.patch_size} does not divide by the compression {self.downsample_factor}"
-            )
         self.pre_vq_conv = nn.Conv3d(self.embedding_dim, self.embedding_dim, kernel_size=1)
         self.post_vq_conv = nn.Conv3d(self.embedding_dim, self.embedding_dim, kernel_size=1)
         self.codebook = Codebook(
             model.n_codes, self.embedding_dim, model.no_random_restart, model.restart_thres, model.codebook_decay
         )
+
+    @property
+    def cfg(self) -> DictConfig:
+        """The configuration, complete.
+
+        It can be set, as stage 2 does on an autoencoder of stage 1: of the keys that a new one lacks, ours have their
+        defaults and others stay as they were. ValueError: it describes other networks than those that are there.
+        """
+        return self._cfg
+
+    @cfg.setter
+    def cfg(self, cfg: DictConfig) -> None:
+        before = getattr(self, "_cfg", OmegaConf.create())
+        cfg = OmegaConf.merge(before, DEFAULTS, OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
+        for key in BUILT_BY if before else ():
+            if (found := OmegaConf.select(cfg, key)) != (built := OmegaConf.select(before, key)):
+                raise ValueError(f"{key} is {found}, but the networks of this autoencoder were built with {built}")
+        if cfg.model.stage not in (1, 2):
+            raise ValueError(f"model.stage is {cfg.model.stage!r}, expected 1 or 2")
+        factor, patch_size = 2 ** num_downsamplings(cfg.model.downsample), int(cfg.dataset.patch_size)
+        if patch_size % factor:
+            raise ValueError(f"dataset.patch_size {patch_size} does not divide by the compression {factor}")
+        self._cfg = cfg
+        self.stage: int = cfg.model.stage
+        self.downsample_factor, self.patch_size = factor, patch_size
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Whole volumes: encode patch by patch, stitch, quantise, decode in one pass.

@@ -5,9 +5,12 @@ seconds, for the largest CT about a minute.
 """
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from common.errors import UserError
@@ -30,10 +33,11 @@ def check_volumes(
 ) -> None:
     """Reads a sample of volumes, spread over the names and always the same; looks at all headers.
 
-    Headers that are odd end in one warning, since training takes the voxels as they are. To be called on rank 0.
+    Headers that are odd end in one warning, since training takes the voxels as they are. The data sets call it;
+    programs of several processes let one of them do so.
 
     Arguments:
-        root_dir: the dataset JSON, for messages. files: name -> volumes. headers: those of all volumes.
+        root_dir: dataset JSON or plain folder, for messages. files: name -> volumes. headers: those of all volumes.
         intensity_range: lowest and highest intensity of the files.
 
     Raises:
@@ -41,10 +45,10 @@ def check_volumes(
             the range.
     """
     low, high = intensity_range
-    command = f"python dataset/check.py {root_dir}"
+    command = f"python dataset/check.py {root_dir if Path(root_dir).is_file() else 'JSON'}"
     command += "" if (low, high) == MODEL_RANGE else f" --intensity-range {low:g} {high:g}"
     _warn_of_headers(headers, command, logger)
-    facts = _read(files, lambda path: examine_volume(path, intensity_range), logger)
+    facts = _read(files, lambda path: _examine_once(path, (low, high), _version(path)), logger)
     problems = examine.file_problems(facts) + examine.volume_set_problems(facts, intensity_range)
     _raise_first(problems, VOLUME_KINDS, root_dir, command)
 
@@ -53,6 +57,19 @@ def check_latents(root_dir: str | Path, files: Mapping[Hashable, Sequence[Path]]
     """As `check_volumes` for latents: those of the sample are readable, finite and not constant."""
     problems = examine.file_problems(_read(files, examine_latent, logger))
     _raise_first(problems, LATENT_KINDS, root_dir, f"python dataset/check.py {root_dir}")
+
+
+@lru_cache(maxsize=8 * SAMPLE_SIZE)  # both sides of a split have the same sample
+def _examine_once(path: Path, intensity_range: tuple[float, float], version: tuple[int, ...]) -> FileFacts:
+    """version: of the file, so that one that was corrected is read again."""
+    return examine_volume(path, intensity_range)
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    with suppress(OSError):  # left to who reads the file
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    return ()
 
 
 def _read(

@@ -41,7 +41,8 @@ REMEDIES = {
     OUTSIDE_RANGE: "if all files have this scale, declare it with dataset.intensity_range (--intensity-range), "
     f"otherwise {PREPROCESS}",
     EMPTY: "leave the files out",
-    UPPER_HALF: "background would be grey: declare the range that the files have",
+    UPPER_HALF: "background would be grey: declare the range that the files have (in Python intensity_range=... of the "
+    "data set)",
     ORIENTATION: f"{PREPROCESS}, which turns the axes",
     MIXED_ORIENTATIONS: f"what is left in one file is right or up in another: {PREPROCESS}, which turns the axes",
     NO_ORIENTATION: "left and right are a guess: write the qform or sform, or make the files again from their source",

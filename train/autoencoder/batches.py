@@ -36,6 +36,7 @@ def build_datasets(cfg: DictConfig, split: Split, logger: logging.Logger) -> tup
         sides=split,
         seed=cfg.model.seed,
         background_keep=cfg.dataset.background_keep,
+        check=False,  # rank 0 does so
         cache=_cache(cfg, logger),
     )
     train_data = dataset(cfg.dataset.root_dir, cfg.dataset.augmentation, "train", **options)

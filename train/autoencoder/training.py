@@ -24,10 +24,7 @@ from common.errors import UserError
 from common.files import lock_folder
 from common.log import close_logger, get_logger
 from config.loading import require, save_config
-from dataset.checking.before_training import check_volumes
 from dataset.order.split import Split, keep_split
-from dataset.volumes.index import read_dataset_json
-from dataset.volumes.volume_io import Header
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.monitoring import TrainingMonitor
 from train.autoencoder.resume import load_weights
@@ -60,7 +57,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         train_data, val_data = build_datasets(cfg, split, logger)
         logger.info("stage %d: %d training and %d validation files", stage, len(train_data), len(val_data))
         if process_rank() == 0:  # where it fails, the launcher ends the others too
-            _check_sample(cfg, [*train_data.headers, *val_data.headers], logger)
+            train_data.check_sample(val_data, log=logger)
 
         # Model; the seed makes all ranks start from the same weights
         pl.seed_everything(cfg.model.seed, verbose=False)
@@ -138,12 +135,6 @@ def prepare_for_training(model: patchvolumeAE) -> None:
         model.setup("fit")
     except (ValueError, OSError) as error:
         raise UserError(f"{error}; or set model.perceptual_weight=0 to train without it") from error
-
-
-def _check_sample(cfg: DictConfig, headers: list[Header], logger: logging.Logger) -> None:
-    once = {header.path: header for header in headers}  # where there is too little data, sides share files
-    files = read_dataset_json(cfg.dataset.root_dir)
-    check_volumes(cfg.dataset.root_dir, files, once.values(), cfg.dataset.intensity_range, logger)
 
 
 @contextmanager

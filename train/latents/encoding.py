@@ -19,7 +19,6 @@ from common.errors import UserError
 from common.log import get_logger
 from common.processes import Distributed, cleanup, setup
 from config.loading import require
-from dataset.checking.before_training import check_volumes
 from dataset.order.batches import batches_of_one_shape
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import latent_folder
@@ -42,12 +41,9 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         if channels != 1:
             raise UserError(f"{cfg.AE_ckpt}: an autoencoder of images with {channels} channels, volumes have 1")
         intensity_range = list(cfg.intensity_range or autoencoder.cfg.dataset.get("intensity_range") or (-1.0, 1.0))
-        dataset = Singleres_dataset(cfg.data_path, generate_latents=True, intensity_range=intensity_range)
+        dataset = Singleres_dataset(cfg.data_path, generate_latents=True, intensity_range=intensity_range, check=False)
         folders = latent_folders(dataset)
-        files = dataset.files_by_label()
-        distributed.on_main(
-            lambda: check_volumes(cfg.data_path, files, dataset.headers, intensity_range, logger), share=False
-        )
+        distributed.on_main(lambda: dataset.check_sample(logger), share=False)
         record = make_record(autoencoder, cfg.AE_ckpt, intensity_range)
         distributed.on_main(lambda: [start_folder(folder, record) for folder in folders])
         _log_plan(logger, dataset, folders, autoencoder.patch_size)
