@@ -85,6 +85,10 @@ def _run(stack: Stack, files: Path, *options: str) -> tuple[np.ndarray | None, n
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return None, None, f"no end after {TIMEOUT_S} s"
+    except OSError as error:
+        raise UserError(
+            f"{dcm2niix.bin}: cannot be run ({error.strerror}): pip install --force-reinstall dcm2niix"
+        ) from error
     words = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
     images = [nib.load(path) for path in sorted(out.glob("*.nii"))]
     shapes = [image.shape for image in images]
