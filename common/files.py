@@ -10,6 +10,8 @@ from typing import IO
 
 from common.errors import UserError
 
+LONG_NAME = 100  # bytes; file systems stop at 255, encrypted ones at 143
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
@@ -19,7 +21,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     Raises OSError where it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(_temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -30,6 +32,13 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):  # e.g. where its folder is a file
             temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(name: str) -> str:
+    """`.NAME.PROCESS.tmp`; where NAME is long, a hash stands for it: the file system may allow no longer one."""
+    name_bytes = os.fsencode(name)
+    kept = name if len(name_bytes) <= LONG_NAME else hashlib.sha256(name_bytes).hexdigest()[:16]
+    return f".{kept}.{os.getpid()}.tmp"
 
 
 def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:

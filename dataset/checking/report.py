@@ -175,7 +175,7 @@ def write_report(
         },
         "notes": list(notes),
     }
-    write_atomically(cfg.report, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(cfg.report, (json.dumps(report, indent=1) + "\n").encode())
 
 
 # Picture

@@ -113,7 +113,11 @@ def _choose(files: Sequence[SplitFile], fraction: float, seed: int) -> set[Any]:
     """
     sides = _Sides(files, fraction)
     orders = {file.subject: file.order for file in files}
-    subjects = sorted(orders, key=lambda subject: hashlib.sha256(f"{seed}/{orders[subject]}".encode()).digest())
+
+    def draw(subject: Any) -> bytes:
+        return hashlib.sha256(f"{seed}/{orders[subject]}".encode(errors="surrogateescape")).digest()
+
+    subjects = sorted(orders, key=draw)
     for subject in subjects:
         if sides.is_free(subject) and sides.cost(subject) < 0:
             sides.hold_out(subject)

@@ -1,6 +1,7 @@
 """The check of a data set as a command: table, problems, report, picture and exit status."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,18 @@ def test_nothing_to_draw(tmp_path, capsys):
 def test_latents_are_drawn(latents):
     assert main([str(latents), "--num-workers", "0", "--num-pictures", "2"]) == 0
     assert latents.with_name("set_check.png").is_file()
+
+
+def test_names_that_are_no_text(sound):
+    """In Latin-1: shown with the bytes replaced on the screen and in the picture; the report reads back to the file."""
+    latin = save(sound.parent / "CT" / os.fsdecode(b"M\xfcller.nii.gz"), 5, affine=np.diag([-1.0, 1, 1, 1]))
+    save(sound.parent / "MR" / os.fsdecode(b"M\xfcller.nii.gz"), 6)
+    done = run(sound, "--num-workers", "1", "--num-pictures", "20", "--report", sound.parent / "report.json")
+    assert done.returncode == 1, done.stderr
+    assert f"    {sound.parent}/CT/M?ller.nii.gz: its axes are LAS" in done.stdout
+    assert sound.with_name("set_check.png").is_file()
+    written = json.loads((sound.parent / "report.json").read_text())
+    assert [found["file"] for found in written["problems"]["axes not in the order RAS"]["found"]] == [str(latin)]
 
 
 def test_a_report_that_cannot_be_written(sound):
