@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.text import decode
 
 VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
@@ -114,7 +115,7 @@ def cache_folder(folder: str | Path, cache_dir: str | Path | None = None) -> Pat
     if cache_dir is None:
         return _folder_beside(folder, CACHE_SUFFIX)
     place = Path(os.path.abspath(folder))  # folders of the same name differ by where they lie
-    return Path(cache_dir) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    return Path(cache_dir) / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
 
 
 def cache_path(volume: str | Path, folder: str | Path, settings: str, cache_dir: str | Path | None = None) -> Path:
@@ -141,11 +142,13 @@ def _list_all(folders: Sequence[Path]) -> list[Path]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a dataset JSON. UserError: no such file, no JSON object, a name twice."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = decode(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f'{path}: no such dataset JSON: give a file like {{"name": "folder"}}') from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a dataset JSON ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a dataset JSON ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8 or UTF-16: save it as UTF-8") from error
     try:
         entries = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
     except json.JSONDecodeError as error:

@@ -113,6 +113,19 @@ def test_unfit_dataset_json(tmp_path, content, message):
     assert "set.json" in str(caught.value) or "empty" in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_json_of_windows_programs(tmp_path, encoding):
+    (file,) = touch(tmp_path, "Ä/a.nii.gz")
+    (tmp_path / "set.json").write_bytes(json.dumps({"0": "Ä"}, ensure_ascii=False).encode(encoding))
+    assert read_class_json(tmp_path / "set.json") == {0: [file]}
+
+
+def test_json_in_another_encoding(tmp_path):
+    (tmp_path / "set.json").write_bytes('{"0": "Ä"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"set\.json: not text in UTF-8 or UTF-16: save it as UTF-8"):
+        read_class_json(tmp_path / "set.json")
+
+
 def test_latent_path_renames_only_the_class_folder():
     folder = Path("/data/CT/study_CT/CT")
     assert latent_folder(folder) == Path("/data/CT/study_CT/CT_latents")
