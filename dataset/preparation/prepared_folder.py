@@ -1,7 +1,8 @@
-"""The folder of one class's prepared volumes: what is in it, what is left to do, and doing it for one source."""
+"""The folder of a class's prepared volumes of one size: what is in it, what is left to do, and doing it."""
 
+import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -19,6 +20,8 @@ from dataset.preparation.sources import Source, fingerprint, read_source, source
 from dataset.volumes.index import VOLUME_SUFFIX
 from dataset.volumes.volume_io import write_nifti
 
+# Of a name that the file system doesn't take: too long, not in its encoding, a folder's where a file is or the reverse.
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 LIBRARIES = ("numpy", "nibabel", "pydicom", "SimpleITK", "torchio")
 
 
@@ -38,7 +41,7 @@ class Outcome:
 
 @dataclass
 class PreparedFolder:
-    """The prepared volumes of one class."""
+    """The prepared volumes of one class and size."""
 
     folder: Path
     input: Path  # the folder that sources are found in
@@ -48,13 +51,40 @@ class PreparedFolder:
     def __post_init__(self) -> None:
         self.entries = read_manifest(self.folder)
 
+    def without_collisions(self, sources: Sequence[Source]) -> tuple[list[Source], list[Outcome]]:
+        """The sources whose volumes can have their names, and what to say of all others.
+
+        Of several with the same name (`ct.nii`, `ct.nii.gz`) the one counts that the volume there was made from, else
+        the first. A volume made from another input is never overwritten, unless the source is the same file.
+        """
+        by_name: dict[str, list[Source]] = {}
+        for source in sources:
+            by_name.setdefault(file_name(source), []).append(source)
+        fitting, refused = [], []
+        for name, rivals in by_name.items():
+            entry, chosen = self.entries.get(name), rivals[0]
+            is_foreign = entry is not None and entry["input"] != str(self.input)
+            if entry is not None and (is_foreign or len(rivals) > 1):
+                chosen = next((s for s in rivals if _has_content(s, entry)), None if is_foreign else chosen)
+            if chosen is None:
+                reason = (
+                    f"would overwrite {self.folder / name}, which was made from "
+                    f"{Path(entry['input']) / entry['source']}: give another name, or put both below one input folder"
+                )
+            else:
+                reason = f"would become {self.folder / name} as {chosen.label} does: rename or move one"
+                fitting.append(chosen)
+                if is_foreign:
+                    entry["input"] = str(self.input)  # moved or copied: it is not read again for this next time
+            refused += [Outcome(source, reason=reason) for source in rivals if source is not chosen]
+        return fitting, refused
+
     def plan(self, sources: Sequence[Source]) -> list[Source]:
         """The sources that are not done yet: new or changed ones, and all after a change of options.
 
-        UserError, before anything is written: two sources, or one and another input's, would write the same file; or
-        the folder has volumes of other options that this run would leave as they are.
+        sources: without collisions. UserError, before anything is written, where the folder has volumes of other
+        options that this run would leave as they are.
         """
-        self._check_names(sources)
         todo = [source for source in sources if not self._is_done(source)]
         names = {file_name(source) for source in sources}
         record = self.recipe.record()
@@ -83,8 +113,7 @@ class PreparedFolder:
                 self.entries[outcome.entry["file"]] = outcome.entry
                 append_entry(self.folder, outcome.entry)
             elif self.entries.pop(file_name(outcome.source), None) is not None:
-                (self.folder / file_name(outcome.source)).unlink(missing_ok=True)
-                write_manifest(self.folder, self.entries.values())
+                (self.folder / file_name(outcome.source)).unlink(missing_ok=True)  # `tidy` writes the manifest
             yield outcome
 
     def unwanted(self, sources: Sequence[Source]) -> list[str]:
@@ -100,22 +129,6 @@ class PreparedFolder:
         if self.entries or (self.folder / MANIFEST_NAME).exists():
             write_manifest(self.folder, self.entries.values())
 
-    def _check_names(self, sources: Sequence[Source]) -> None:
-        seen: dict[str, Source] = {}
-        for source in sources:
-            name = file_name(source)
-            if name in seen:
-                raise UserError(
-                    f"{source.label} and {seen[name].label} would both become {self.folder / name}: rename or move one"
-                )
-            seen[name] = source
-            entry = self.entries.get(name)
-            if entry and entry["input"] != str(self.input) and entry["sha256"] != source_sha256(source):
-                raise UserError(
-                    f"{self.folder / name}: was made from {Path(entry['input']) / entry['source']}, and {source.label} "
-                    "would overwrite it: give another name, or put both sources below one input folder"
-                )
-
     def _is_done(self, source: Source) -> bool:
         name = file_name(source)
         entry, path = self.entries.get(name), self.folder / name
@@ -123,10 +136,13 @@ class PreparedFolder:
             return False
         if path.stat().st_size != entry["file_bytes"]:
             return False
-        found = fingerprint(source)
+        try:
+            found = fingerprint(source)
+        except OSError:
+            return False  # whoever prepares it says what is wrong
         if all(entry[key] == found[key] for key in found):
             return True
-        if entry["sha256"] != source_sha256(source):
+        if not _has_content(source, entry):
             return False
         entry.update(found)  # copied or touched only
         return True
@@ -149,7 +165,13 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
     except Exception as error:  # one odd file must not end a night's work, whatever a library says of it
         return Outcome(source, reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
     path = folder / file_name(source)
-    write_nifti(path, prepared.data, prepared.affine)
+    try:
+        write_nifti(path, prepared.data, prepared.affine)
+    except UserError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in NAME_ERRORS:
+            raise
+        return Outcome(source, reason=f"its volume can't be called {path.name} ({cause.strerror}): rename the source")
     after = describe(prepared.data, prepared.affine)
     entry = {
         "file": file_name(source),
@@ -160,6 +182,7 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
         "original": describe(scan.data, scan.affine),
         "size": after["size"],
         "spacing_mm": after["spacing_mm"],
+        "notes": list(scan.notes),
         "steps": prepared.steps,
         "foreground_lost": round(prepared.foreground_lost, 4),
         "intensity": prepared.intensity.record(),
@@ -169,8 +192,16 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
     return Outcome(source, entry)
 
 
+def _has_content(source: Source, entry: Mapping[str, Any]) -> bool:
+    """Whether a volume was made from files of this content."""
+    try:
+        return entry["sha256"] == source_sha256(source)
+    except UserError:  # can't be read: whoever prepares it says so
+        return False
+
+
 def file_name(source: Source) -> str:
-    """Where the volume of a source lies below the class folder."""
+    """Where the volume of a source lies below the folder."""
     return source.name + VOLUME_SUFFIX
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from common.text import decode
 VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
 CACHE_SUFFIX = "_cache"
+NATIVE_SIZES = "native"  # the folder of a class's volumes that keep the sizes they have
 # Endings, in lower case, of volumes that neither preparation nor training reads. Of two files that are one volume the
 # one with the voxels: FSL's motion parameters are `.par` too, and one volume counts once.
 OTHER_IMAGE_SUFFIXES = (
@@ -95,6 +97,15 @@ def _refuse_folder(error: OSError) -> None:
         f"{error.filename}: cannot be listed or entered ({error.strerror}): its files would be missing; "
         "correct its permissions or move it away"
     ) from error
+
+
+def size_folder(size: Sequence[int] | None) -> str:
+    """Name of the folder of a class's volumes of one size (x, y, z), below the class folder; None: of all sizes."""
+    return NATIVE_SIZES if size is None else "x".join(map(str, size))
+
+
+def is_size_folder(name: str) -> bool:
+    return name == NATIVE_SIZES or re.fullmatch(r"\d+x\d+x\d+", name) is not None
 
 
 def latent_folder(folder: str | Path) -> Path:
