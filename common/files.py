@@ -1,6 +1,7 @@
 """Files written beside their place and renamed, folders held against a second process, hashes of files."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -51,6 +52,23 @@ def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
             file.writelines(parts)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def check_writable(path: str | Path, what: str = "") -> None:
+    """To be called before long work whose result goes there; the folder is made if needed.
+
+    UserError if no file can be written at `path`. what: comes before "cannot be written".
+    """
+    path = Path(path)
+    temporary = path.with_name(_temporary_name(path.name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: {what}cannot be written ({error.strerror or error})") from error
 
 
 def lock(file: IO, on_wait: Callable[[], None] | None = None) -> bool:

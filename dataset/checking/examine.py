@@ -13,10 +13,13 @@ import torch
 
 from common.errors import UserError
 from dataset.volumes.geometry import PLAUSIBLE_SPACING, SHEAR, is_plausible_spacing, shear_of
+from dataset.volumes.index import VOLUME_SUFFIX
 from dataset.volumes.intensity import RANGE_TOLERANCE, foreground, is_empty, to_model_range
 from dataset.volumes.volume_io import Header, NotFiniteError, read_header, read_latent, read_latent_header, read_volume
 
 # Kinds of problems
+CLOSED = "folders that cannot be entered"
+PASSED_OVER = "image files that training passes over"
 UNREADABLE = "unreadable or no volume of one channel"
 NOT_FINITE = "NaN or infinite"
 OUTSIDE_RANGE = "outside the declared range"
@@ -36,6 +39,8 @@ NO_SUBJECT = "no subject"
 PREPROCESS = "run dataset/preprocess.py"
 ENCODE = "make the latents again with train/generate_training_latent.py"
 REMEDIES = {
+    CLOSED: "their files are missing here and in training: correct the permissions, or move the folders away",
+    PASSED_OVER: f"only *{VOLUME_SUFFIX} is read: {PREPROCESS} on them (other formats as NIfTI), or move them away",
     UNREADABLE: "copy or make the files again, split series and channels into volumes, or leave them out",
     NOT_FINITE: "replace these voxels, e.g. by the background value, or leave the files out",
     OUTSIDE_RANGE: "if all files have this scale, declare it with dataset.intensity_range (--intensity-range), "

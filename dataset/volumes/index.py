@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from common.errors import UserError
 from common.text import decode
@@ -22,6 +23,8 @@ OTHER_IMAGE_SUFFIXES = (
     *(".mgh", ".mgz", ".mgh.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc", ".mnc.gz", ".gipl", ".gipl.gz"),
     *(".img", ".img.gz", ".rec", ".rec.gz", ".brik", ".brik.gz", ".brik.bz2", ".vtk", ".vti", ".mif", ".mif.gz"),
 )
+
+logger = logging.getLogger(__name__)
 
 
 def read_dataset_json(path: str | Path) -> dict[str, list[Path]]:
@@ -56,15 +59,53 @@ def read_class_folders(path: str | Path) -> dict[int, list[Path]]:
     return {int(name): folders[name] for name in sorted(folders, key=int)}
 
 
+class FolderContent(NamedTuple):
+    """What lies below a folder, sorted.
+
+    volumes: `*.nii.gz`, links followed, hidden files left out. others: image files that training passes over, of
+    another format or named otherwise. closed: errors of the folders that can't be listed or entered.
+    """
+
+    volumes: list[Path]
+    others: list[Path]
+    closed: list[OSError]
+
+
 def list_volumes(folder: str | Path) -> list[Path]:
-    """All `*.nii.gz` below a folder, links followed, hidden files left out, sorted. UserError if there are none."""
+    """All `*.nii.gz` below a folder, sorted. Image files that are passed over end in one warning.
+
+    UserError: no such folder, one that can't be listed or entered, or no `*.nii.gz` in it.
+    """
+    content = look_into(folder)
+    if content.closed:
+        _refuse_folder(content.closed[0])
+    if content.others:
+        logger.warning("%s: passed over, only *%s is read", describe_others(content), VOLUME_SUFFIX)
+    return content.volumes
+
+
+def look_into(folder: str | Path) -> FolderContent:
+    """What `list_volumes` gives, passes over and refuses. UserError: no such folder, or no `*.nii.gz` in it."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise UserError(f"{folder}: no such folder")
-    files = [path for path in walk_files(folder) if path.name.endswith(VOLUME_SUFFIX)]
-    if not files:
-        raise UserError(f"{folder}: the folder has no *{VOLUME_SUFFIX} file")
-    return files
+    closed: list[OSError] = []
+    files = walk_files(folder, closed.append)
+    volumes = [path for path in files if path.name.endswith(VOLUME_SUFFIX)]
+    named = (".nii", VOLUME_SUFFIX, *OTHER_IMAGE_SUFFIXES)
+    others = [p for p in files if p.name.lower().endswith(named) and not p.name.endswith(VOLUME_SUFFIX)]
+    content = FolderContent(volumes, others, closed)
+    if not volumes and closed:
+        _refuse_folder(closed[0])
+    if not volumes:
+        found = f", but {describe_others(content)}: prepare them with dataset/preprocess.py" if others else ""
+        raise UserError(f"{folder}: the folder has no *{VOLUME_SUFFIX} file{found}")
+    return content
+
+
+def describe_others(content: FolderContent) -> str:
+    """How many image files are passed over, with an example."""
+    return f"{len(content.others)} image file(s) of another kind or name, e.g. {content.others[0]}"
 
 
 def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
@@ -92,7 +133,7 @@ def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) 
     return sorted(files)
 
 
-def _refuse_folder(error: OSError) -> None:
+def _refuse_folder(error: OSError) -> NoReturn:
     raise UserError(
         f"{error.filename}: cannot be listed or entered ({error.strerror}): its files would be missing; "
         "correct its permissions or move it away"
@@ -106,6 +147,14 @@ def size_folder(size: Sequence[int] | None) -> str:
 
 def is_size_folder(name: str) -> bool:
     return name == NATIVE_SIZES or re.fullmatch(r"\d+x\d+x\d+", name) is not None
+
+
+def _is_folder(path: Path) -> bool:
+    """UserError where a folder above can't be entered: what lies in it is not known."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        _refuse_folder(error)
 
 
 def latent_folder(folder: str | Path) -> Path:
@@ -184,7 +233,7 @@ def _resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
     folders = []
     for item in values:
         places = list(dict.fromkeys([path.parent / Path(item).expanduser(), Path(item).expanduser()]))
-        found = next((place for place in places if place.is_dir()), None)
+        found = next((place for place in places if _is_folder(place)), None)
         if found is None:
             raise UserError(f'{path}: "{name}": no such folder: {" or ".join(map(str, places))}')
         folders.append(found)
