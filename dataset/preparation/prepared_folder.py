@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -51,7 +51,7 @@ class PreparedFolder:
     def __post_init__(self) -> None:
         self.entries = read_manifest(self.folder)
 
-    def without_collisions(self, sources: Sequence[Source]) -> tuple[list[Source], list[Outcome]]:
+    def without_collisions(self, sources: Sequence[Source], num_workers: int = 0) -> tuple[list[Source], list[Outcome]]:
         """The sources whose volumes can have their names, and what to say of all others.
 
         Of several with the same name (`ct.nii`, `ct.nii.gz`) the one counts that the volume there was made from, else
@@ -60,32 +60,40 @@ class PreparedFolder:
         by_name: dict[str, list[Source]] = {}
         for source in sources:
             by_name.setdefault(file_name(source), []).append(source)
+        foreign = {name for name in by_name if name in self.entries and self.entries[name]["input"] != str(self.input)}
+        doubtful = [s for name, rivals in by_name.items() if name in foreign or len(rivals) > 1 for s in rivals]
+        made_from = self._made_from(doubtful, num_workers)
         fitting, refused = [], []
         for name, rivals in by_name.items():
-            entry, chosen = self.entries.get(name), rivals[0]
-            is_foreign = entry is not None and entry["input"] != str(self.input)
-            if entry is not None and (is_foreign or len(rivals) > 1):
-                chosen = next((s for s in rivals if _has_content(s, entry)), None if is_foreign else chosen)
+            chosen = next((s for s in rivals if id(s) in made_from), None if name in foreign else rivals[0])
             if chosen is None:
+                made = Path(self.entries[name]["input"]) / self.entries[name]["source"]
                 reason = (
-                    f"would overwrite {self.folder / name}, which was made from "
-                    f"{Path(entry['input']) / entry['source']}: give another name, or put both below one input folder"
+                    f"would overwrite {self.folder / name}, which was made from {made}: give another name, or put both "
+                    "below one input folder"
                 )
             else:
                 reason = f"would become {self.folder / name} as {chosen.label} does: rename or move one"
                 fitting.append(chosen)
-                if is_foreign:
-                    entry["input"] = str(self.input)  # moved or copied: it is not read again for this next time
+                if name in foreign:
+                    self.entries[name]["input"] = str(self.input)  # moved or copied: it isn't read again next time
             refused += [Outcome(source, reason=reason) for source in rivals if source is not chosen]
         return fitting, refused
 
-    def plan(self, sources: Sequence[Source]) -> list[Source]:
+    def plan(self, sources: Sequence[Source], num_workers: int = 0) -> list[Source]:
         """The sources that are not done yet: new or changed ones, and all after a change of options.
 
         sources: without collisions. UserError, before anything is written, where the folder has volumes of other
         options that this run would leave as they are.
         """
-        todo = [source for source in sources if not self._is_done(source)]
+        there = [source for source in sources if self._is_there(source)]
+        touched = [source for source in there if not self._is_untouched(source)]
+        same = self._made_from(touched, num_workers)
+        for source in touched:
+            if id(source) in same:
+                self.entries[file_name(source)].update(fingerprint(source))  # copied or touched only
+        done = {id(source) for source in there} - {id(source) for source in touched} | same
+        todo = [source for source in sources if id(source) not in done]
         names = {file_name(source) for source in sources}
         record = self.recipe.record()
         strangers = [e for file, e in self.entries.items() if file not in names and e["recipe"] != record]
@@ -129,23 +137,26 @@ class PreparedFolder:
         if self.entries or (self.folder / MANIFEST_NAME).exists():
             write_manifest(self.folder, self.entries.values())
 
-    def _is_done(self, source: Source) -> bool:
-        name = file_name(source)
-        entry, path = self.entries.get(name), self.folder / name
-        if entry is None or entry["recipe"] != self.recipe.record() or not path.is_file():
+    def _is_there(self, source: Source) -> bool:
+        """Whether there is a volume of a source's name, whole and made with these options."""
+        entry, path = self.entries.get(file_name(source)), self.folder / file_name(source)
+        if entry is None or entry["recipe"] != self.recipe.record():
             return False
-        if path.stat().st_size != entry["file_bytes"]:
-            return False
+        return path.is_file() and path.stat().st_size == entry["file_bytes"]
+
+    def _is_untouched(self, source: Source) -> bool:
+        entry = self.entries[file_name(source)]
         try:
-            found = fingerprint(source)
-        except OSError:
-            return False  # whoever prepares it says what is wrong
-        if all(entry[key] == found[key] for key in found):
-            return True
-        if not _has_content(source, entry):
+            return all(entry[key] == value for key, value in fingerprint(source).items())
+        except OSError:  # whoever reads it says what is wrong
             return False
-        entry.update(found)  # copied or touched only
-        return True
+
+    def _made_from(self, sources: Sequence[Source], num_workers: int) -> set[int]:
+        """`id` of those that have the content which the volume of their name was made from; they are read whole."""
+        sources = [source for source in sources if file_name(source) in self.entries]
+        show = len(sources) > 0  # no bar of nothing
+        digests = map_in_processes(_sha256, sources, num_workers, "comparing", "source", show)
+        return {id(sources[i]) for i, found in digests if found == self.entries[file_name(sources[i])]["sha256"]}
 
 
 def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: int, source: Source) -> Outcome:
@@ -192,12 +203,12 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
     return Outcome(source, entry)
 
 
-def _has_content(source: Source, entry: Mapping[str, Any]) -> bool:
-    """Whether a volume was made from files of this content."""
+def _sha256(source: Source) -> str | None:
+    """None of a source that can't be read: whoever prepares it says so."""
     try:
-        return entry["sha256"] == source_sha256(source)
-    except UserError:  # can't be read: whoever prepares it says so
-        return False
+        return source_sha256(source)
+    except UserError:
+        return None
 
 
 def file_name(source: Source) -> str:

@@ -61,8 +61,8 @@ def preprocess(cfg: DictConfig) -> bool:
     with lock_folder(folder, "preparing volumes"):
         prepared = PreparedFolder(folder, source_folder, target.recipe)
         prepared.tidy()
-        fitting, refused = prepared.without_collisions(selected)
-        todo = prepared.plan(fitting)
+        fitting, refused = prepared.without_collisions(selected, cfg.num_workers)
+        todo = prepared.plan(fitting, cfg.num_workers)
         console.print(
             f"{len(selected)} volumes in {cfg.input} -> {folder} (class {class_id}, "
             f"{target.modality}), {len(fitting) - len(todo)} of them are there",
@@ -213,12 +213,15 @@ def _listing(cfg: DictConfig, found: Found) -> Table:
     table = Table(caption=f"{len(found.sources)} volumes, {found.num_other} other files")
     for column in ("source", "kind", "images", "description", "would be used"):
         table.add_column(column, overflow="fold")
+    first: dict[str, str] = {}  # of sources that would become the same volume
     for source in found.sources:
         kind = f"DICOM {source.series.modality}" if source.series else "NIfTI"
         try:
             verdict = _reason_to_leave_out(cfg, source, modality) or "yes"
             if verdict == "yes":
                 check_source(source, cfg.assume_orientation)
+                if (other := first.setdefault(source.name, source.label)) != source.label:
+                    verdict = f"no: would become the same volume as {other}"
         except UserError as error:
             verdict = f"no: {str(error).removeprefix(source.label + ': ')}"
         description = source.series.description if source.series else ""

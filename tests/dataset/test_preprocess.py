@@ -234,6 +234,14 @@ def test_dry_run_says_what_headers_rule_out(raw, capsys):
     assert said.count("yes") == 1
 
 
+def test_dry_run_says_what_would_become_the_same_volume(raw, capsys):
+    write_nifti(raw / "p1" / "a.nii")
+    assert run(raw, "--dry-run", "--modality", "CT", "--select", "p1|p2") == 0
+    said = capsys.readouterr().out
+    assert said.count("yes") == 2
+    assert "no: would become the same volume as" in said
+
+
 def test_volumes_of_other_inputs_stay(raw):
     assert run(raw, *CT) == 0
     other = raw.parent / "second"
