@@ -49,7 +49,7 @@ def check(cfg: DictConfig) -> bool:
     facts = read_all(files, is_latents, list(cfg.intensity_range), cfg.num_workers)
     problems += examine.file_problems(facts)
     if is_latents:
-        problems, notes = problems + examine.latent_set_problems(facts), []
+        problems, notes = problems + examine.latent_set_problems(facts), examine.latent_set_notes(facts)
     else:
         problems += examine.volume_set_problems(facts, list(cfg.intensity_range))
         notes = examine.volume_set_notes(facts, cfg.patch_size)

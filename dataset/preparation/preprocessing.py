@@ -110,9 +110,10 @@ def _check_output(cfg: DictConfig, folder: Path, source_folder: Path) -> None:
             f"output_dir: {folder} lies in the input folder {cfg.input}: its volumes would be found as sources; "
             "choose a folder outside"
         )
-    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"output_dir: {parent} can't be written to: choose another folder")
+    for place in (folder, Path(cfg.output_dir)):  # the latter gets the dataset JSONs
+        parent = next(found for found in (place, *place.absolute().parents) if found.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"output_dir: {parent} can't be written to: choose another folder")
 
 
 def _find(cfg: DictConfig, modality: str) -> tuple[list[Source], list[Outcome], list[Outcome]]:

@@ -202,6 +202,22 @@ def test_latents(latents, capsys):
     assert "4.nii.gz: every value is 0" in out
 
 
+def test_latents_of_sizes_that_are_made_on_purpose(tmp_path, capsys):
+    """Each size in its folder is no problem, another one within a folder is."""
+    for i, (folder, size) in enumerate({"32x32x32_latents": (4, 4, 4), "64x32x32_latents": (4, 4, 8)}.items()):
+        for j in range(2):
+            latent = torch.rand(2, *size, generator=torch.Generator().manual_seed(2 * i + j))
+            write_latent(tmp_path / "A" / folder / f"{j}.nii.gz", latent)
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps({"0": ["A/32x32x32_latents", "A/64x32x32_latents"]}))
+    status, out = output_of(capsys, path)
+    assert (status, "note: latents of 4×4×4, 4×4×8: train on one, with a JSON" in out) == (0, True)
+    write_latent(tmp_path / "A" / "32x32x32_latents" / "odd.nii.gz", torch.rand(2, 4, 4, 8))
+    status, out = output_of(capsys, path)
+    assert status == 1
+    assert "odd.nii.gz: size 4×4×8, most have 4×4×4" in out
+
+
 def test_latents_of_one_channel_are_known_by_their_record(tmp_path, capsys):
     write_volume(tmp_path / "A_latents" / "a.nii.gz", torch.rand(4, 4, 4), np.eye(4))
     path = save_json(tmp_path / "set.json", "A_latents")

@@ -1,6 +1,7 @@
 """The preprocessing script with files that fail, wrong options, and folders in each other's way."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -127,6 +128,15 @@ def test_output_within_the_input(raw):
 def test_output_that_is_a_file(raw):
     (raw.parent / "data").write_text("")
     assert "data can't be written to" in fails(raw, *CT)
+
+
+def test_output_that_is_for_reading_only(raw, monkeypatch):
+    """The class folder, or only the folder of the dataset JSONs."""
+    folder = raw.parent / "data" / "Thorax" / "native"
+    folder.mkdir(parents=True)
+    for closed in (folder, raw.parent / "data"):
+        monkeypatch.setattr(os, "access", lambda path, mode, closed=closed: Path(path) != closed)
+        assert f"output_dir: {closed} can't be written to" in fails(raw, *CT)
 
 
 def test_class_ids_are_kept_apart(raw):
