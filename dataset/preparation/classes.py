@@ -41,7 +41,9 @@ def choose_class_id(folder: str | Path, name: str, wanted: int | None) -> int:
 
 
 def check_place(folder: str | Path, place: str) -> None:
-    """UserError: the JSONs of a folder name a folder around `place` or in it, whose volumes would count twice."""
+    """UserError: the JSONs of a folder name a folder around a new `place` or in it: its volumes would count twice."""
+    if place in (known for _, known in _places(Path(folder) / VOLUMES_JSON)):
+        return  # what else a person wrote is left as it is
     target = Path(os.path.abspath(Path(folder) / place))
     for path in (Path(folder) / VOLUMES_JSON, Path(folder) / AUTOENCODER_JSON):
         for key, other in _places(path):
@@ -79,7 +81,7 @@ def add_classes(folder: str | Path, places: Mapping[int, str]) -> None:
             key = _class_name(place) if file_name == AUTOENCODER_JSON else str(class_id)
             added = place + LATENT_SUFFIX if file_name == LATENTS_JSON else place
             there = _as_list(path, key, entries[key]) if key in entries else []
-            if added not in there and (not there or (str(class_id), place) not in known):
+            if added not in there and (not there or all(other != place for _, other in known)):
                 entries[key] = [*there, added] if there else added
         if entries != before:
             ordered = sorted(entries.items(), key=lambda item: (len(item[0]) if item[0].isdigit() else 0, item[0]))

@@ -140,6 +140,13 @@ def test_lists_that_a_person_wrote_are_extended_by_new_sizes_alone(tmp_path):
     assert choose_class_id(tmp_path, "A", None) == 0
 
 
+def test_a_person_may_give_each_size_an_id_of_its_own(tmp_path):
+    ids = {"0": "A/8x8x4", "1": "A/16x12x8"}
+    (tmp_path / "Singleres_dataset.json").write_text(json.dumps(ids))
+    add_classes(tmp_path, {choose_class_id(tmp_path, "A", None): "A/16x12x8"})
+    assert read(tmp_path)[1] == ids
+
+
 def test_a_folder_within_another_is_refused(tmp_path):
     (tmp_path / "PatchVolume_data.json").write_text('{"all": ["A"]}')
     check_place(tmp_path, "B/8x8x4")
@@ -150,6 +157,8 @@ def test_a_folder_within_another_is_refused(tmp_path):
     (tmp_path / "PatchVolume_data.json").write_text(json.dumps({"all": str(tmp_path / "A" / "8x8x4" / "p1")}))
     with pytest.raises(UserError, match="they would count twice"):
         check_place(tmp_path, "A/8x8x4")
+    (tmp_path / "Singleres_dataset.json").write_text('{"0": "A/8x8x4"}')  # it is there, and a person chose a part
+    check_place(tmp_path, "A/8x8x4")
 
 
 @pytest.mark.parametrize("content", ['{"0": 3}', '{"0": ["A", 3]}', '{"chest": "A"}'])
