@@ -1,6 +1,7 @@
 """Files written beside their place and renamed, folders held against a second process, hashes of files."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import UserError
+
+LONG_NAME = 100  # bytes; file systems stop at 255, encrypted ones at 143
 
 
 @contextlib.contextmanager
@@ -19,7 +22,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     Raises OSError where it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(_temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -32,6 +35,13 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
+def _temporary_name(name: str) -> str:
+    """`.NAME.PROCESS.tmp`; where NAME is long, a hash stands for it: the file system may allow no longer one."""
+    name_bytes = os.fsencode(name)
+    kept = name if len(name_bytes) <= LONG_NAME else hashlib.sha256(name_bytes).hexdigest()[:16]
+    return f".{kept}.{os.getpid()}.tmp"
+
+
 def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
     """Writes the parts of a file so that nothing partial is ever seen under its name.
 
@@ -42,6 +52,23 @@ def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
             file.writelines(parts)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def check_writable(path: str | Path, what: str = "") -> None:
+    """To be called before long work whose result goes there; the folder is made if needed.
+
+    UserError if no file can be written at `path`. what: comes before "cannot be written".
+    """
+    path = Path(path)
+    temporary = path.with_name(_temporary_name(path.name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: {what}cannot be written ({error.strerror or error})") from error
 
 
 def lock(file: IO, on_wait: Callable[[], None] | None = None) -> bool:

@@ -22,7 +22,7 @@ def get_logger(rank: int = 0, file: str | Path | None = None) -> logging.Logger:
     formatter = _Formatter("" if rank == 0 else f"rank {rank}: ")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None and rank == 0:
-        handlers.append(logging.FileHandler(file, mode="a", encoding="utf-8"))
+        handlers.append(logging.FileHandler(file, mode="a", encoding="utf-8", errors="replace"))
     for handler in handlers:
         handler.setFormatter(formatter)
     for own in _loggers():

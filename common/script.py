@@ -1,6 +1,7 @@
 """Runs a script's main function and turns a user's mistake into one line and an exit status."""
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,8 +12,11 @@ def run_script(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
     """Calls `main(argv)` and returns the exit status: what it returns (None: 0), 2 after a UserError, 130 after Ctrl-C.
 
     A full disk is a user's too, whatever was being written, a log for example. Any other exception is a fault of ours
-    and keeps its traceback.
+    and keeps its traceback. What a terminal can't show, such as a file name in Latin-1, is shown as question marks.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return main(argv) or 0
     except UserError as error:

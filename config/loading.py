@@ -105,7 +105,9 @@ def _compose(path: Path) -> dict[str, Any]:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             composed = compose(config_name=path.stem, overrides=[searchpath])
         return OmegaConf.to_container(composed, resolve=False)
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as a config: not text in UTF-8: save it as UTF-8") from error
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: cannot be read as a config: {' '.join(str(error).split())}") from error
     finally:
         GlobalHydra.instance().clear()
@@ -119,8 +121,8 @@ def _quoted(text: str) -> str:
 def _parse_override(schema: type, text: str) -> tuple[str, Any]:
     """Splits `key=value` into the dotted key and its value.
 
-    A value that the schema knows as text is taken as it stands where Hydra's grammar has no reading for it:
-    checkpoint names such as `epoch=3-step=500.ckpt` need no quotes.
+    A value that the schema knows as text is taken as it stands, unless it is null or in quotes: a regular expression
+    such as `[0-9]+` or a checkpoint `epoch=3-step=500.ckpt` needs none. All others are read by Hydra's grammar.
     """
     problem = f"override {text!r}: expected key=value, e.g. model.lr=1e-4"
     match = re.fullmatch(r"(?:\+{0,2})([\w.]+)=(.*)", text, flags=re.DOTALL)
@@ -128,6 +130,8 @@ def _parse_override(schema: type, text: str) -> tuple[str, Any]:
         raise UserError(problem)
     dotted, raw = match.groups()
     is_text = str in _alternatives({option.name: option.hint for option in options_of(schema)}.get(dotted))
+    if is_text and raw.lower() != "null" and raw[:1] not in ("'", '"'):
+        return dotted, re.sub(r"\\([=,: ])|\\\\", lambda found: found[1] or found[0], raw)  # Hydra's escapes work on
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

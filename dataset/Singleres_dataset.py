@@ -149,7 +149,8 @@ class Singleres_dataset(Dataset):
         if len(sizes) > 1:
             return (
                 f"{path}: a latent of size {size_text(grid)}, but one size is needed, {size_text(self.resolution)}: "
-                f"{self.root_dir} has latents of {', '.join(map(size_text, sizes))}: train on classes of one size"
+                f"{self.root_dir} has latents of {', '.join(map(size_text, sizes))}: train on one size, with a "
+                "JSON of its folders alone"
             )
         return (
             f"{path}: a latent of size {size_text(grid)}, but {size_text(self.resolution)} is needed: "

@@ -3,9 +3,10 @@
     python dataset/preprocess.py --input raw/ct --output-dir data --preset CTChestAbdomen
     python dataset/preprocess.py --input raw/mr --output-dir data --name MRPelvis --modality MR --spacing 1 1 2
 
-writes data/NAME/, in it one volume per source and manifest.jsonl, and enters the class into the dataset JSONs of both
-training parts in data/. The same command again goes on: what is done with the same options is kept. Files that can't be
-used are listed, in NAME/problems.jsonl too, and make the exit status 1. docs/data.md has worked examples.
+writes data/NAME/SIZE/ (256x256x256, or native without a size), in it one volume per source and manifest.jsonl, and
+enters class and size into the dataset JSONs of both training parts in data/. The same command again goes on: what is
+done with the same options is kept. Files that can't be used are listed, in NAME/problems.jsonl too, and make the exit
+status 1. docs/data.md has worked examples.
 """
 
 import sys

@@ -50,7 +50,7 @@ class PreprocessConfig:
     """Preparation of NIfTI files and DICOM series for training (dataset/preprocess.py)."""
 
     input: str | None = flag(None, "folder with NIfTI files or DICOM series, at any depth; required", section="Files")
-    output_dir: str | None = flag(None, "folder that gets one folder per class and the dataset JSONs; required")
+    output_dir: str | None = flag(None, "folder that gets NAME/SIZE with the volumes, and the dataset JSONs; required")
     preset: str | None = flag(
         None, "class of the table: its name, id, modality, size and spacing. NAME is its first size, NAME_XxYxZ any"
     )

@@ -1,5 +1,6 @@
 """What values of options have to fulfil."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ def positive_triple(expected: str) -> Rule:
 def name_of_a(what: str) -> Rule:
     """Not too long either: sizes, numbers and endings come to it, and most file systems stop at 255 bytes."""
     return Rule(
-        lambda value: value not in ("", ".", "..") and not set(value) & set("/\\\0") and len(value.encode()) <= 150,
+        lambda value: value not in ("", ".", "..") and not set(value) & set("/\\\0") and len(os.fsencode(value)) <= 150,
         f"a name that a {what} can have, of at most 150 bytes",
     )
 

@@ -13,10 +13,13 @@ import torch
 
 from common.errors import UserError
 from dataset.volumes.geometry import PLAUSIBLE_SPACING, SHEAR, is_plausible_spacing, shear_of
+from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, is_size_folder
 from dataset.volumes.intensity import RANGE_TOLERANCE, foreground, is_empty, to_model_range
 from dataset.volumes.volume_io import Header, NotFiniteError, read_header, read_latent, read_latent_header, read_volume
 
 # Kinds of problems
+CLOSED = "folders that cannot be entered"
+PASSED_OVER = "image files that training passes over"
 UNREADABLE = "unreadable or no volume of one channel"
 NOT_FINITE = "NaN or infinite"
 OUTSIDE_RANGE = "outside the declared range"
@@ -36,6 +39,8 @@ NO_SUBJECT = "no subject"
 PREPROCESS = "run dataset/preprocess.py"
 ENCODE = "make the latents again with train/generate_training_latent.py"
 REMEDIES = {
+    CLOSED: "their files are missing here and in training: correct the permissions, or move the folders away",
+    PASSED_OVER: f"only *{VOLUME_SUFFIX} is read: {PREPROCESS} on them (other formats as NIfTI), or move them away",
     UNREADABLE: "copy or make the files again, split series and channels into volumes, or leave them out",
     NOT_FINITE: "replace these voxels, e.g. by the background value, or leave the files out",
     OUTSIDE_RANGE: "if all files have this scale, declare it with dataset.intensity_range (--intensity-range), "
@@ -191,18 +196,39 @@ def volume_set_problems(facts: Mapping[str, Sequence[FileFacts]], intensity_rang
 
 
 def latent_set_problems(facts: Mapping[str, Sequence[FileFacts]]) -> list[Problem]:
-    """Latents of another size or number of channels than most; copies. facts: name -> its files."""
+    """Latents of another size or number of channels than most; copies. facts: name -> its files.
+
+    Sizes that are made on purpose, each in a folder of its own (`256x256x256_latents`), are compared within it.
+    """
     readable = [file for files in facts.values() for file in files if file.header]
     problems = []
     for kind, part in ((LATENT_SIZES, slice(1, None)), (LATENT_CHANNELS, slice(0, 1))):
-        found = Counter(file.header.latent_shape[part] for file in readable).most_common()
         what = "size" if kind == LATENT_SIZES else "channels"
+        groups: dict[str, list[FileFacts]] = {}
         for file in readable:
-            shape = file.header.latent_shape[part]
-            if shape != found[0][0]:
-                text = f"{what} {format_size(shape)}, most have {format_size(found[0][0])}"
-                problems.append(Problem(kind, text, file.path))
+            groups.setdefault(_size_folder_of(file.path) if kind == LATENT_SIZES else "", []).append(file)
+        for group in groups.values():
+            most = Counter(file.header.latent_shape[part] for file in group).most_common(1)[0][0]
+            for file in group:
+                if (shape := file.header.latent_shape[part]) != most:
+                    text = f"{what} {format_size(shape)}, most have {format_size(most)}"
+                    problems.append(Problem(kind, text, file.path))
     return problems + copies(facts)
+
+
+def latent_set_notes(facts: Mapping[str, Sequence[FileFacts]]) -> list[str]:
+    """What is worth knowing of latents and is no problem."""
+    readable = [file for files in facts.values() for file in files if file.header]
+    sizes = sorted({file.header.latent_shape[1:] for file in readable if _size_folder_of(file.path)})
+    if len(sizes) < 2:
+        return []
+    return [f"latents of {', '.join(map(format_size, sizes))}: train on one, with a JSON of its folders alone"]
+
+
+def _size_folder_of(path: Path) -> str:
+    """The folder of one size of a class that a latent lies in; "" outside of any."""
+    names = (parent.name.removesuffix(LATENT_SUFFIX) for parent in path.parents)
+    return next(filter(is_size_folder, names), "")
 
 
 def copies(facts: Mapping[str, Sequence[FileFacts]]) -> list[Problem]:

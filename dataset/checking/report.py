@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import check_writable, write_atomically
 from common.parallel import map_in_processes
 from dataset.checking import examine
 from dataset.checking.examine import FileFacts, Problem, examine_latent, examine_volume
-from dataset.order.split import files_below, find_subject
-from dataset.volumes.index import read_dataset_folders, read_dataset_json
+from dataset.order.split import find_subject
+from dataset.volumes.index import describe_others, look_into, read_dataset_folders
 from dataset.volumes.latent_record import RECORD_NAME
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import read_latent, read_model_volume
@@ -36,14 +36,20 @@ LATENT_TITLE = "Channel 0 of the latents, -1 black, 1 white"
 def check(cfg: DictConfig) -> bool:
     """Checks the data set of a `CheckConfig`. Returns whether it has no problems."""
     json_path = Path(cfg.json)
-    files, folders = read_dataset_json(json_path), read_dataset_folders(json_path)
+    folders = read_dataset_folders(json_path)
+    if cfg.report is not None:
+        check_writable(cfg.report)
+    if cfg.picture is not None:
+        check_writable(cfg.picture, "the picture ")
+    files, problems = list_files(folders)
     is_latents = _is_latents(files, folders)
-    subjects, problems = find_subjects(folders, cfg.subject_pattern)
+    subjects, without = find_subjects(folders, cfg.subject_pattern)
+    problems += without
 
     facts = read_all(files, is_latents, list(cfg.intensity_range), cfg.num_workers)
     problems += examine.file_problems(facts)
     if is_latents:
-        problems, notes = problems + examine.latent_set_problems(facts), []
+        problems, notes = problems + examine.latent_set_problems(facts), examine.latent_set_notes(facts)
     else:
         problems += examine.volume_set_problems(facts, list(cfg.intensity_range))
         notes = examine.volume_set_notes(facts, cfg.patch_size)
@@ -56,8 +62,13 @@ def check(cfg: DictConfig) -> bool:
     if cfg.report is not None:
         write_report(cfg, summaries, problems, notes)
         _say(console, f"report: {cfg.report}")
-    if picture := draw(cfg, facts, problems, is_latents):
-        _say(console, f"picture: {picture}")
+    try:
+        if picture := draw(cfg, facts, problems, is_latents):
+            _say(console, f"picture: {picture}")
+    except UserError as error:  # a folder that is for reading only is no problem of the data
+        if cfg.picture is not None:
+            raise
+        _say(console, f"no picture: {error}; --picture FILE.png names another place")
     return not problems
 
 
@@ -65,6 +76,22 @@ def _is_latents(files: Mapping[str, Sequence[Path]], folders: Mapping[str, Seque
     if any((folder / RECORD_NAME).is_file() for of_name in folders.values() for folder in of_name):
         return True
     return examine.holds_latents([path for _, path in examine.choose_sample(files, KIND_SAMPLE)])
+
+
+def list_files(folders: Mapping[str, Sequence[Path]]) -> tuple[dict[str, list[Path]], list[Problem]]:
+    """The files of each name, and what of its folders training would refuse or pass over."""
+    contents = {folder: look_into(folder) for of_name in folders.values() for folder in of_name}
+    problems = []
+    for folder, content in contents.items():
+        for error in content.closed:
+            problems.append(Problem(examine.CLOSED, error.strerror or str(error), Path(error.filename)))
+        if content.others:
+            problems.append(Problem(examine.PASSED_OVER, describe_others(content), folder))
+    files = {
+        name: sorted({path for folder in of_name for path in contents[folder].volumes})
+        for name, of_name in folders.items()
+    }
+    return files, problems
 
 
 def find_subjects(folders: Mapping[str, Sequence[Path]], pattern: str | None) -> tuple[dict[str, int], list[Problem]]:
@@ -75,11 +102,12 @@ def find_subjects(folders: Mapping[str, Sequence[Path]], pattern: str | None) ->
     subjects: dict[str, set[str]] = {name: set() for name in folders}
     problems = []
     for name, of_name in folders.items():
-        for path, below in files_below(of_name).items():
+        below_folder = {path: path.relative_to(folder) for folder in of_name for path in look_into(folder).volumes}
+        for path, below in below_folder.items():
             try:
-                subjects[name].add(find(path, below))
+                subjects[name].add(find(path, below.as_posix()))
             except UserError:
-                problems.append(Problem(examine.NO_SUBJECT, f"{pattern!r} finds nothing in {below!r}", path))
+                problems.append(Problem(examine.NO_SUBJECT, f"{pattern!r} finds nothing in {below.as_posix()!r}", path))
     return {name: len(found) for name, found in subjects.items()}, problems
 
 
@@ -175,7 +203,7 @@ def write_report(
         },
         "notes": list(notes),
     }
-    write_atomically(cfg.report, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(cfg.report, (json.dumps(report, indent=1) + "\n").encode())
 
 
 # Picture

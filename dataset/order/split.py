@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.volumes.index import list_volumes, read_dataset_folders
+from dataset.volumes.index import is_size_folder, list_volumes, read_dataset_folders
 
 RECORD_NAME = "split.json"
 
@@ -45,7 +45,8 @@ def split_dataset(root_dir: str | Path, fraction: float, seed: int, subject_patt
         fraction: share for validation, 0 <= fraction < 1; 0 leaves validation empty.
         seed: with the subjects it decides the choice; where the folders lie does not matter.
         subject_pattern: regular expression, searched in a file's path below its class folder ("/" between folders). The
-            subject is its first group, or the whole match if it has none. None: every file is a subject.
+            subject is its first group, or the whole match if it has none. None: every file is a subject, and the same
+            path in the folders of a class's sizes is the same one.
 
     Raises:
         UserError: a share or pattern that does not fit, a file in which the pattern is not found, or as
@@ -58,7 +59,9 @@ def split_dataset(root_dir: str | Path, fraction: float, seed: int, subject_patt
     for name, folders in read_dataset_folders(root_dir).items():
         below = files_below(folders)
         if subject_of is None:
-            files += [SplitFile(name, path, (name, path), text) for path, text in _below_common(sorted(below)).items()]
+            is_sized = all(is_size_folder(folder.name) for folder in folders)  # one source has a file in each size
+            orders = below if is_sized else _below_common(sorted(below))
+            files += [SplitFile(name, p, (name, orders[p] if is_sized else p), orders[p]) for p in sorted(below)]
         else:
             subjects = [(path, subject_of(path, below[path])) for path in sorted(below)]
             files += [SplitFile(name, path, subject, subject) for path, subject in subjects]
@@ -113,7 +116,11 @@ def _choose(files: Sequence[SplitFile], fraction: float, seed: int) -> set[Any]:
     """
     sides = _Sides(files, fraction)
     orders = {file.subject: file.order for file in files}
-    subjects = sorted(orders, key=lambda subject: hashlib.sha256(f"{seed}/{orders[subject]}".encode()).digest())
+
+    def draw(subject: Any) -> bytes:
+        return hashlib.sha256(f"{seed}/{orders[subject]}".encode(errors="surrogateescape")).digest()
+
+    subjects = sorted(orders, key=draw)
     for subject in subjects:
         if sides.is_free(subject) and sides.cost(subject) < 0:
             sides.hold_out(subject)

@@ -6,6 +6,7 @@ One JSON object a line, with the keys
     sha256, num_files, bytes, mtime_ns    the source's content, and what tells cheaply that it hasn't changed
     original        size, spacing_mm, orientation and range before preprocessing
     size, spacing_mm                      after it
+    notes           what was handled on reading, in words
     steps           what was done, in words
     foreground_lost share of the foreground that cropping cut off
     intensity       how intensities were mapped to [-1, 1]: the fields of `Intensity`

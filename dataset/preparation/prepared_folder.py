@@ -1,5 +1,6 @@
-"""The folder of one class's prepared volumes: what is in it, what is left to do, and doing it for one source."""
+"""The folder of a class's prepared volumes of one size: what is in it, what is left to do, and doing it."""
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from dataset.preparation.sources import Source, fingerprint, read_source, source
 from dataset.volumes.index import VOLUME_SUFFIX
 from dataset.volumes.volume_io import write_nifti
 
+# Of a name that the file system doesn't take: too long, not in its encoding, a folder's where a file is or the reverse.
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 LIBRARIES = ("numpy", "nibabel", "pydicom", "dcm2niix", "SimpleITK", "torchio")
 
 
@@ -38,7 +41,7 @@ class Outcome:
 
 @dataclass
 class PreparedFolder:
-    """The prepared volumes of one class."""
+    """The prepared volumes of one class and size."""
 
     folder: Path
     input: Path  # the folder that sources are found in
@@ -48,14 +51,49 @@ class PreparedFolder:
     def __post_init__(self) -> None:
         self.entries = read_manifest(self.folder)
 
-    def plan(self, sources: Sequence[Source]) -> list[Source]:
+    def without_collisions(self, sources: Sequence[Source], num_workers: int = 0) -> tuple[list[Source], list[Outcome]]:
+        """The sources whose volumes can have their names, and what to say of all others.
+
+        Of several with the same name (`ct.nii`, `ct.nii.gz`) the one counts that the volume there was made from, else
+        the first. A volume made from another input is never overwritten, unless the source is the same file.
+        """
+        by_name: dict[str, list[Source]] = {}
+        for source in sources:
+            by_name.setdefault(file_name(source), []).append(source)
+        foreign = {name for name in by_name if name in self.entries and self.entries[name]["input"] != str(self.input)}
+        doubtful = [s for name, rivals in by_name.items() if name in foreign or len(rivals) > 1 for s in rivals]
+        made_from = self._made_from(doubtful, num_workers)
+        fitting, refused = [], []
+        for name, rivals in by_name.items():
+            chosen = next((s for s in rivals if id(s) in made_from), None if name in foreign else rivals[0])
+            if chosen is None:
+                made = Path(self.entries[name]["input"]) / self.entries[name]["source"]
+                reason = (
+                    f"would overwrite {self.folder / name}, which was made from {made}: give another name, or put both "
+                    "below one input folder"
+                )
+            else:
+                reason = f"would become {self.folder / name} as {chosen.label} does: rename or move one"
+                fitting.append(chosen)
+                if name in foreign:
+                    self.entries[name]["input"] = str(self.input)  # moved or copied: it isn't read again next time
+            refused += [Outcome(source, reason=reason) for source in rivals if source is not chosen]
+        return fitting, refused
+
+    def plan(self, sources: Sequence[Source], num_workers: int = 0) -> list[Source]:
         """The sources that are not done yet: new or changed ones, and all after a change of options.
 
-        UserError, before anything is written: two sources, or one and another input's, would write the same file; or
-        the folder has volumes of other options that this run would leave as they are.
+        sources: without collisions. UserError, before anything is written, where the folder has volumes of other
+        options that this run would leave as they are.
         """
-        self._check_names(sources)
-        todo = [source for source in sources if not self._is_done(source)]
+        there = [source for source in sources if self._is_there(source)]
+        touched = [source for source in there if not self._is_untouched(source)]
+        same = self._made_from(touched, num_workers)
+        for source in touched:
+            if id(source) in same:
+                self.entries[file_name(source)].update(fingerprint(source))  # copied or touched only
+        done = {id(source) for source in there} - {id(source) for source in touched} | same
+        todo = [source for source in sources if id(source) not in done]
         names = {file_name(source) for source in sources}
         record = self.recipe.record()
         strangers = [e for file, e in self.entries.items() if file not in names and e["recipe"] != record]
@@ -83,8 +121,7 @@ class PreparedFolder:
                 self.entries[outcome.entry["file"]] = outcome.entry
                 append_entry(self.folder, outcome.entry)
             elif self.entries.pop(file_name(outcome.source), None) is not None:
-                (self.folder / file_name(outcome.source)).unlink(missing_ok=True)
-                write_manifest(self.folder, self.entries.values())
+                (self.folder / file_name(outcome.source)).unlink(missing_ok=True)  # `tidy` writes the manifest
             yield outcome
 
     def unwanted(self, sources: Sequence[Source]) -> list[str]:
@@ -100,36 +137,26 @@ class PreparedFolder:
         if self.entries or (self.folder / MANIFEST_NAME).exists():
             write_manifest(self.folder, self.entries.values())
 
-    def _check_names(self, sources: Sequence[Source]) -> None:
-        seen: dict[str, Source] = {}
-        for source in sources:
-            name = file_name(source)
-            if name in seen:
-                raise UserError(
-                    f"{source.label} and {seen[name].label} would both become {self.folder / name}: rename or move one"
-                )
-            seen[name] = source
-            entry = self.entries.get(name)
-            if entry and entry["input"] != str(self.input) and entry["sha256"] != source_sha256(source):
-                raise UserError(
-                    f"{self.folder / name}: was made from {Path(entry['input']) / entry['source']}, and {source.label} "
-                    "would overwrite it: give another name, or put both sources below one input folder"
-                )
+    def _is_there(self, source: Source) -> bool:
+        """Whether there is a volume of a source's name, whole and made with these options."""
+        entry, path = self.entries.get(file_name(source)), self.folder / file_name(source)
+        if entry is None or entry["recipe"] != self.recipe.record():
+            return False
+        return path.is_file() and path.stat().st_size == entry["file_bytes"]
 
-    def _is_done(self, source: Source) -> bool:
-        name = file_name(source)
-        entry, path = self.entries.get(name), self.folder / name
-        if entry is None or entry["recipe"] != self.recipe.record() or not path.is_file():
+    def _is_untouched(self, source: Source) -> bool:
+        entry = self.entries[file_name(source)]
+        try:
+            return all(entry[key] == value for key, value in fingerprint(source).items())
+        except OSError:  # whoever reads it says what is wrong
             return False
-        if path.stat().st_size != entry["file_bytes"]:
-            return False
-        found = fingerprint(source)
-        if all(entry[key] == found[key] for key in found):
-            return True
-        if entry["sha256"] != source_sha256(source):
-            return False
-        entry.update(found)  # copied or touched only
-        return True
+
+    def _made_from(self, sources: Sequence[Source], num_workers: int) -> set[int]:
+        """`id` of those that have the content which the volume of their name was made from; they are read whole."""
+        sources = [source for source in sources if file_name(source) in self.entries]
+        show = len(sources) > 0  # no bar of nothing
+        digests = map_in_processes(_sha256, sources, num_workers, "comparing", "source", show)
+        return {id(sources[i]) for i, found in digests if found == self.entries[file_name(sources[i])]["sha256"]}
 
 
 def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: int, source: Source) -> Outcome:
@@ -149,7 +176,13 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
     except Exception as error:  # one odd file must not end a night's work, whatever a library says of it
         return Outcome(source, reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
     path = folder / file_name(source)
-    write_nifti(path, prepared.data, prepared.affine)
+    try:
+        write_nifti(path, prepared.data, prepared.affine)
+    except UserError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in NAME_ERRORS:
+            raise
+        return Outcome(source, reason=f"its volume can't be called {path.name} ({cause.strerror}): rename the source")
     after = describe(prepared.data, prepared.affine)
     entry = {
         "file": file_name(source),
@@ -160,6 +193,7 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
         "original": describe(scan.data, scan.affine),
         "size": after["size"],
         "spacing_mm": after["spacing_mm"],
+        "notes": list(scan.notes),
         "steps": prepared.steps,
         "foreground_lost": round(prepared.foreground_lost, 4),
         "intensity": prepared.intensity.record(),
@@ -169,8 +203,16 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
     return Outcome(source, entry)
 
 
+def _sha256(source: Source) -> str | None:
+    """None of a source that can't be read: whoever prepares it says so."""
+    try:
+        return source_sha256(source)
+    except UserError:
+        return None
+
+
 def file_name(source: Source) -> str:
-    """Where the volume of a source lies below the class folder."""
+    """Where the volume of a source lies below the folder."""
     return source.name + VOLUME_SUFFIX
 
 

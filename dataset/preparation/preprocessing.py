@@ -1,10 +1,8 @@
 """Prepares all volumes of an input folder: finds them, resolves what is asked for, and says what became of each."""
 
-import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +10,19 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from common.errors import UserError
-from common.files import lock_folder, write_atomically
-from dataset.preparation.classes import add_classes, choose_class_id
+from common.files import lock, lock_folder
+from dataset.preparation.classes import add_classes, check_place, choose_class_id
+from dataset.preparation.manifest import read_manifest
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder
 from dataset.preparation.recipe import Recipe
 from dataset.preparation.sources import Found, Source, check_source, find_sources
+from dataset.preparation.summary import PLAIN, Run, add_row, count_other_sizes, report
+from dataset.volumes.index import size_folder
 
 DEFAULT_WINDOW = (-1000.0, 1000.0)  # HU: air to dense bone
 DEFAULT_PERCENTILES = (0.5, 99.5)
-PROBLEMS_NAME = "problems.jsonl"
-PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}  # of lines on the console
-MAX_SHOWN = 20  # problems on the console; all are in problems.jsonl
-NOTABLE_LOSS = 0.02  # share of the foreground cut off from which a volume is mentioned
 
 
 @dataclass(frozen=True)
@@ -52,22 +48,27 @@ def preprocess(cfg: DictConfig) -> bool:
         return True
     target = resolve_target(cfg)
     source_folder, output_dir = Path(cfg.input).resolve(), Path(cfg.output_dir)
-    folder = output_dir / target.name
-    _check_output(cfg, folder, source_folder)
+    class_folder, size = output_dir / target.name, size_folder(target.recipe.size)
+    _check_output(cfg, class_folder / size, source_folder)
+    place = _find_place(class_folder, size)
+    folder = output_dir / place
     class_id = choose_class_id(output_dir, target.name, target.class_id)
+    check_place(output_dir, place)
+    other_sizes = count_other_sizes(class_folder, folder)
 
-    selected, outcomes = _find(cfg, target.modality)
-    PreparedFolder(folder, source_folder, target.recipe).plan(selected)  # what is wrong, before anything is written
+    selected, passed_over, outcomes = _find(cfg, target.modality)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "preparing volumes"):
-        prepared = PreparedFolder(folder, source_folder, target.recipe)  # another run may have ended since
-        todo = prepared.plan(selected)
+        prepared = PreparedFolder(folder, source_folder, target.recipe)
+        prepared.tidy()
+        fitting, refused = prepared.without_collisions(selected, cfg.num_workers)
+        todo = prepared.plan(fitting, cfg.num_workers)
         console.print(
             f"{len(selected)} volumes in {cfg.input} -> {folder} (class {class_id}, "
-            f"{target.modality}), {len(selected) - len(todo)} of them are there",
+            f"{target.modality}), {len(fitting) - len(todo)} of them are there",
             **PLAIN,
         )
-        outcomes += prepared.prepare(todo, cfg.num_workers)
+        outcomes += [*refused, *prepared.prepare(todo, cfg.num_workers)]
         prepared.tidy()
         if unwanted := prepared.unwanted(selected):
             console.print(
@@ -75,11 +76,31 @@ def preprocess(cfg: DictConfig) -> bool:
                 f"leaves out or no longer finds, e.g. {unwanted[0]}: they stay, delete them if they are not wanted",
                 **PLAIN,
             )
-    if prepared.entries:
-        class_id = choose_class_id(output_dir, target.name, target.class_id)  # another class may have come since
-        add_classes(output_dir, {class_id: target.name})
-    _report(console, outcomes, len(selected) - len(todo), prepared)
+    run = Run(size, source_folder, selected, passed_over, outcomes)
+    with (output_dir / ".lock").open("a") as file:  # another size or class may be ready at the same time
+        lock(file, on_wait=lambda: None)
+        if prepared.entries:
+            add_classes(output_dir, {choose_class_id(output_dir, target.name, target.class_id): place})
+        report(console, class_folder, prepared, run, other_sizes)
     return not any(outcome.status == "failed" for outcome in outcomes)
+
+
+def _find_place(class_folder: Path, size: str) -> str:
+    """Where the volumes go, below the output folder: NAME/SIZE, or NAME where an earlier version put them there.
+
+    UserError: volumes of another size lie in NAME itself.
+    """
+    name, entries = class_folder.name, read_manifest(class_folder)
+    if not entries:
+        return f"{name}/{size}"
+    found = size_folder(next(iter(entries.values()))["recipe"].get("size"))
+    if found != size:
+        raise UserError(
+            f"{class_folder}: an earlier version put volumes (size: {found}) into the class folder itself, so it can't "
+            f"get another size ({size}): move its content into {class_folder / found} and write {name}/{found} into "
+            "the dataset JSONs, or give another output_dir"
+        )
+    return name
 
 
 def _check_output(cfg: DictConfig, folder: Path, source_folder: Path) -> None:
@@ -89,27 +110,29 @@ def _check_output(cfg: DictConfig, folder: Path, source_folder: Path) -> None:
             f"output_dir: {folder} lies in the input folder {cfg.input}: its volumes would be found as sources; "
             "choose a folder outside"
         )
-    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"output_dir: {parent} can't be written to: choose another folder")
+    for place in (folder, Path(cfg.output_dir)):  # the latter gets the dataset JSONs
+        parent = next(found for found in (place, *place.absolute().parents) if found.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"output_dir: {parent} can't be written to: choose another folder")
 
 
-def _find(cfg: DictConfig, modality: str) -> tuple[list[Source], list[Outcome]]:
-    """The sources that are wanted, and what is said of all others. UserError where none is wanted."""
+def _find(cfg: DictConfig, modality: str) -> tuple[list[Source], list[Outcome], list[Outcome]]:
+    """The sources that are wanted, those that are not, and damaged files. UserError where none is wanted."""
     found = find_sources(cfg.input, cfg.num_workers)
-    selected, outcomes = [], [Outcome(Source(path, (Path(path),)), reason=reason) for path, reason in found.failed]
+    selected, passed_over = [], []
+    failed = [Outcome(Source(path, (Path(path),)), reason=reason) for path, reason in found.failed]
     for source in found.sources:
         reason = _reason_to_leave_out(cfg, source, modality)
         if reason is None:
             selected.append(source)
         else:
-            outcomes.append(Outcome(source, reason=reason, is_fault=False))
+            passed_over.append(Outcome(source, reason=reason, is_fault=False))
     if not selected and not found.failed:
         raise UserError(
             f"input: of {len(found.sources)} volumes in {cfg.input} none is wanted (select {cfg.select!r}, modality "
             f"{modality}): --dry-run lists them"
         )
-    return selected, outcomes
+    return selected, passed_over, failed
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -181,7 +204,7 @@ def _reason_to_leave_out(cfg: DictConfig, source: Source, modality: str | None) 
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------ reports
+# ------------------------------------------------------------------------------------------------------------ dry run
 
 
 def _listing(cfg: DictConfig, found: Found) -> Table:
@@ -191,60 +214,19 @@ def _listing(cfg: DictConfig, found: Found) -> Table:
     table = Table(caption=f"{len(found.sources)} volumes, {found.num_other} other files")
     for column in ("source", "kind", "images", "description", "would be used"):
         table.add_column(column, overflow="fold")
+    first: dict[str, str] = {}  # of sources that would become the same volume
     for source in found.sources:
         kind = f"DICOM {source.series.modality}" if source.series else "NIfTI"
         try:
             verdict = _reason_to_leave_out(cfg, source, modality) or "yes"
             if verdict == "yes":
                 check_source(source, cfg.assume_orientation)
+                if (other := first.setdefault(source.name, source.label)) != source.label:
+                    verdict = f"no: would become the same volume as {other}"
         except UserError as error:
             verdict = f"no: {str(error).removeprefix(source.label + ': ')}"
         description = source.series.description if source.series else ""
-        _add_row(table, source.name, kind, str(len(source.files)), description, verdict)
+        add_row(table, source.name, kind, str(len(source.files)), description, verdict)
     for path, reason in found.failed:
-        _add_row(table, path, "damaged", "1", "", f"no: {reason}")
+        add_row(table, path, "damaged", "1", "", f"no: {reason}")
     return table
-
-
-def _report(console: Console, outcomes: Sequence[Outcome], num_kept: int, prepared: PreparedFolder) -> None:
-    """Prints the table of what became of everything, and writes the problems beside the volumes."""
-    problems_path = prepared.folder / PROBLEMS_NAME
-    console.print(f"{prepared.folder}: {len(prepared.entries)} volumes", **PLAIN)
-    table = Table()
-    for column in ("status", "volumes", "why"):
-        table.add_column(column, overflow="fold")
-    counts = Counter(outcome.status for outcome in outcomes)
-    _add_row(table, "prepared", str(counts["prepared"]), "")
-    _add_row(table, "were there", str(num_kept), "")
-    reasons = Counter(outcome.reason for outcome in outcomes if outcome.status == "left out")
-    for reason, count in reasons.most_common():
-        _add_row(table, "left out", str(count), reason)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for outcome in failed[:MAX_SHOWN]:
-        _add_row(table, "failed", "1", f"{outcome.source.label}: {outcome.reason}")
-    if len(failed) > MAX_SHOWN:
-        _add_row(table, "failed", str(len(failed) - MAX_SHOWN), f"more, see {problems_path}")
-    console.print(table)
-    cut = {file: e["foreground_lost"] for file, e in prepared.entries.items() if e["foreground_lost"] > NOTABLE_LOSS}
-    if cut:
-        worst = max(cut, key=cut.get)
-        console.print(
-            f"cropping cut off more than {NOTABLE_LOSS:.0%} of the foreground of {len(cut)} volumes, at most "
-            f"{cut[worst]:.0%} ({worst}): foreground_lost in the manifest has all",
-            **PLAIN,
-        )
-    _write_problems(problems_path, failed)
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """A row of plain text: a name in square brackets is no markup."""
-    table.add_row(*map(Text, cells), style="red" if cells[0] == "failed" else None)
-
-
-def _write_problems(path: Path, failed: Sequence[Outcome]) -> None:
-    """One JSON object a line: source and reason. No file without problems."""
-    if failed:
-        lines = [json.dumps({"source": outcome.source.label, "reason": outcome.reason}) + "\n" for outcome in failed]
-        write_atomically(path, "".join(lines).encode())
-    else:
-        path.unlink(missing_ok=True)

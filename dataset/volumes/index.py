@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from common.errors import UserError
+from common.text import decode
 
 VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
 CACHE_SUFFIX = "_cache"
+NATIVE_SIZES = "native"  # the folder of a class's volumes that keep the sizes they have
 # Endings, in lower case, of volumes that neither preparation nor training reads. Of two files that are one volume the
 # one with the voxels: FSL's motion parameters are `.par` too, and one volume counts once.
 OTHER_IMAGE_SUFFIXES = (
@@ -19,6 +23,8 @@ OTHER_IMAGE_SUFFIXES = (
     *(".mgh", ".mgz", ".mgh.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc", ".mnc.gz", ".gipl", ".gipl.gz"),
     *(".img", ".img.gz", ".rec", ".rec.gz", ".brik", ".brik.gz", ".brik.bz2", ".vtk", ".vti", ".mif", ".mif.gz"),
 )
+
+logger = logging.getLogger(__name__)
 
 
 def read_dataset_json(path: str | Path) -> dict[str, list[Path]]:
@@ -53,15 +59,53 @@ def read_class_folders(path: str | Path) -> dict[int, list[Path]]:
     return {int(name): folders[name] for name in sorted(folders, key=int)}
 
 
+class FolderContent(NamedTuple):
+    """What lies below a folder, sorted.
+
+    volumes: `*.nii.gz`, links followed, hidden files left out. others: image files that training passes over, of
+    another format or named otherwise. closed: errors of the folders that can't be listed or entered.
+    """
+
+    volumes: list[Path]
+    others: list[Path]
+    closed: list[OSError]
+
+
 def list_volumes(folder: str | Path) -> list[Path]:
-    """All `*.nii.gz` below a folder, links followed, hidden files left out, sorted. UserError if there are none."""
+    """All `*.nii.gz` below a folder, sorted. Image files that are passed over end in one warning.
+
+    UserError: no such folder, one that can't be listed or entered, or no `*.nii.gz` in it.
+    """
+    content = look_into(folder)
+    if content.closed:
+        _refuse_folder(content.closed[0])
+    if content.others:
+        logger.warning("%s: passed over, only *%s is read", describe_others(content), VOLUME_SUFFIX)
+    return content.volumes
+
+
+def look_into(folder: str | Path) -> FolderContent:
+    """What `list_volumes` gives, passes over and refuses. UserError: no such folder, or no `*.nii.gz` in it."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise UserError(f"{folder}: no such folder")
-    files = [path for path in walk_files(folder) if path.name.endswith(VOLUME_SUFFIX)]
-    if not files:
-        raise UserError(f"{folder}: the folder has no *{VOLUME_SUFFIX} file")
-    return files
+    closed: list[OSError] = []
+    files = walk_files(folder, closed.append)
+    volumes = [path for path in files if path.name.endswith(VOLUME_SUFFIX)]
+    named = (".nii", VOLUME_SUFFIX, *OTHER_IMAGE_SUFFIXES)
+    others = [p for p in files if p.name.lower().endswith(named) and not p.name.endswith(VOLUME_SUFFIX)]
+    content = FolderContent(volumes, others, closed)
+    if not volumes and closed:
+        _refuse_folder(closed[0])
+    if not volumes:
+        found = f", but {describe_others(content)}: prepare them with dataset/preprocess.py" if others else ""
+        raise UserError(f"{folder}: the folder has no *{VOLUME_SUFFIX} file{found}")
+    return content
+
+
+def describe_others(content: FolderContent) -> str:
+    """How many image files are passed over, with an example."""
+    return f"{len(content.others)} image file(s) of another kind or name, e.g. {content.others[0]}"
 
 
 def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
@@ -89,11 +133,28 @@ def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) 
     return sorted(files)
 
 
-def _refuse_folder(error: OSError) -> None:
+def _refuse_folder(error: OSError) -> NoReturn:
     raise UserError(
         f"{error.filename}: cannot be listed or entered ({error.strerror}): its files would be missing; "
         "correct its permissions or move it away"
     ) from error
+
+
+def size_folder(size: Sequence[int] | None) -> str:
+    """Name of the folder of a class's volumes of one size (x, y, z), below the class folder; None: of all sizes."""
+    return NATIVE_SIZES if size is None else "x".join(map(str, size))
+
+
+def is_size_folder(name: str) -> bool:
+    return name == NATIVE_SIZES or re.fullmatch(r"\d+x\d+x\d+", name) is not None
+
+
+def _is_folder(path: Path) -> bool:
+    """UserError where a folder above can't be entered: what lies in it is not known."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        _refuse_folder(error)
 
 
 def latent_folder(folder: str | Path) -> Path:
@@ -114,7 +175,7 @@ def cache_folder(folder: str | Path, cache_dir: str | Path | None = None) -> Pat
     if cache_dir is None:
         return _folder_beside(folder, CACHE_SUFFIX)
     place = Path(os.path.abspath(folder))  # folders of the same name differ by where they lie
-    return Path(cache_dir) / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    return Path(cache_dir) / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
 
 
 def cache_path(volume: str | Path, folder: str | Path, settings: str, cache_dir: str | Path | None = None) -> Path:
@@ -141,11 +202,13 @@ def _list_all(folders: Sequence[Path]) -> list[Path]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a dataset JSON. UserError: no such file, no JSON object, a name twice."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = decode(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f'{path}: no such dataset JSON: give a file like {{"name": "folder"}}') from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a dataset JSON ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a dataset JSON ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8 or UTF-16: save it as UTF-8") from error
     try:
         entries = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
     except json.JSONDecodeError as error:
@@ -170,7 +233,7 @@ def _resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
     folders = []
     for item in values:
         places = list(dict.fromkeys([path.parent / Path(item).expanduser(), Path(item).expanduser()]))
-        found = next((place for place in places if place.is_dir()), None)
+        found = next((place for place in places if _is_folder(place)), None)
         if found is None:
             raise UserError(f'{path}: "{name}": no such folder: {" or ".join(map(str, places))}')
         folders.append(found)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import replacing
+from common.text import printable
 
 PLANES = ("axial", "coronal", "sagittal")
 
@@ -107,7 +108,7 @@ def save_slice_grid(
     for i, (label, pictures) in enumerate(rows):
         bottom = height - head_inches - (i + 1) * cell_inches
         middle = (bottom + cell_inches / 2) / height
-        figure.text(0.1 / width, middle, label, ha="left", va="center", fontsize=9, parse_math=False)
+        figure.text(0.1 / width, middle, printable(label), ha="left", va="center", fontsize=9, parse_math=False)
         for j, picture in enumerate(pictures):
             left = label_inches + j * cell_inches
             box = (left / width, bottom / height, 0.96 * cell_inches / width, 0.96 * cell_inches / height)

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
+from common.text import decode
 
 FIELDS = ("class", "seed", "num_samples", "resolution", "spacing")
 NOTHING = ("", "~", "null")  # how YAML writes a field without value
@@ -77,9 +78,8 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: no such list of requests") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        return content.decode(encoding)
+        return decode(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}): save it as CSV UTF-8 or YAML in UTF-8") from error
 

@@ -166,7 +166,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([["" if cell is None or cell != cell else cell for cell in row] for row in rows])  # NaN != NaN
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="replace"))
 
 
 def make_folders(cfg: DictConfig, kind: str) -> None:

@@ -195,6 +195,11 @@ def test_flags_are_the_published_ones(schema):
     assert found - {"JSON", "PART"} == {f"--{name}" for name in PUBLISHED_FLAGS[schema].split()}
 
 
+@pytest.mark.parametrize("words", [["--subject-pattern", r"\[a"], [r"subject_pattern=\[a"]])
+def test_patterns_need_no_quotes(words):
+    assert parse_command_line(["a.json", *words], CheckConfig, None, "").subject_pattern == r"\[a"
+
+
 @pytest.mark.parametrize(
     "line",
     [

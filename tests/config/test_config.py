@@ -220,6 +220,20 @@ def test_result_is_closed_plain_and_resolved(tmp_path):
             "a b/epoch=3-step=5.ckpt",
         ),
         ("dataset.root_dir=a,b.json", "dataset.root_dir", "a,b.json"),
+        ("dataset.root_dir=1e3", "dataset.root_dir", "1e3"),
+        ("dataset.root_dir='a b'", "dataset.root_dir", "a b"),
+        ('dataset.root_dir="[a]"', "dataset.root_dir", "[a]"),
+        (r"dataset.root_dir=epoch\=3\,5.json", "dataset.root_dir", "epoch=3,5.json"),  # as Hydra's grammar wants it
+        ("dataset.root_dir=${model.norm_type}.json", "dataset.root_dir", "group.json"),
+        ("dataset.subject_pattern=[0-9]", "dataset.subject_pattern", "[0-9]"),
+        (r"dataset.subject_pattern=\[", "dataset.subject_pattern", r"\["),
+        (r"dataset.subject_pattern=sub\(\d+\)", "dataset.subject_pattern", r"sub\(\d+\)"),
+        ("dataset.subject_pattern= s.b ", "dataset.subject_pattern", " s.b "),
+        (r"dataset.subject_pattern=\\=", "dataset.subject_pattern", r"\\="),
+        ("dataset.subject_pattern='a'|'b'", "dataset.subject_pattern", "'a'|'b'"),
+        ("dataset.subject_pattern=", "dataset.subject_pattern", ""),
+        ("dataset.subject_pattern=null", "dataset.subject_pattern", None),
+        ("dataset.subject_pattern='null'", "dataset.subject_pattern", "null"),
     ],
 )
 def test_overrides(override, key, value):
@@ -269,6 +283,16 @@ def test_bad_overrides(override, message):
     with pytest.raises(UserError, match=message):
         load_config(AutoencoderConfig, None, [override])
     error_of(load_config, AutoencoderConfig, None, [override])
+
+
+def test_files_in_other_encodings(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes("model: {batch_size: 7}  # ü".encode("utf-8-sig"))
+    assert load_config(AutoencoderConfig, path).model.batch_size == 7
+    path.write_bytes("model: {batch_size: 7}  # ü".encode("utf-16"))
+    assert "x.yaml: cannot be read as a config: not text in UTF-8: save it as UTF-8" in error_of(
+        load_config, AutoencoderConfig, path
+    )
 
 
 def test_missing_and_misnamed_files(tmp_path):

@@ -1,6 +1,8 @@
 """The check of a data set as a command: table, problems, report, picture and exit status."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +202,22 @@ def test_latents(latents, capsys):
     assert "4.nii.gz: every value is 0" in out
 
 
+def test_latents_of_sizes_that_are_made_on_purpose(tmp_path, capsys):
+    """Each size in its folder is no problem, another one within a folder is."""
+    for i, (folder, size) in enumerate({"32x32x32_latents": (4, 4, 4), "64x32x32_latents": (4, 4, 8)}.items()):
+        for j in range(2):
+            latent = torch.rand(2, *size, generator=torch.Generator().manual_seed(2 * i + j))
+            write_latent(tmp_path / "A" / folder / f"{j}.nii.gz", latent)
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps({"0": ["A/32x32x32_latents", "A/64x32x32_latents"]}))
+    status, out = output_of(capsys, path)
+    assert (status, "note: latents of 4×4×4, 4×4×8: train on one, with a JSON" in out) == (0, True)
+    write_latent(tmp_path / "A" / "32x32x32_latents" / "odd.nii.gz", torch.rand(2, 4, 4, 8))
+    status, out = output_of(capsys, path)
+    assert status == 1
+    assert "odd.nii.gz: size 4×4×8, most have 4×4×4" in out
+
+
 def test_latents_of_one_channel_are_known_by_their_record(tmp_path, capsys):
     write_volume(tmp_path / "A_latents" / "a.nii.gz", torch.rand(4, 4, 4), np.eye(4))
     path = save_json(tmp_path / "set.json", "A_latents")
@@ -264,9 +282,62 @@ def test_latents_are_drawn(latents):
     assert latents.with_name("set_check.png").is_file()
 
 
-def test_a_report_that_cannot_be_written(sound):
-    (sound.parent / "file").touch()
-    with pytest.raises(UserError, match=r"report\.json: cannot be written"):
-        main([str(sound), *QUICK, "--report", str(sound.parent / "file" / "report.json")])
-    with pytest.raises(UserError, match=r"a\.png: the picture cannot be written"):
-        main([str(sound), "--num-workers", "0", "--picture", str(sound.parent / "file" / "a.png")])
+def test_what_training_refuses_or_passes_over(sound, capsys, monkeypatch):
+    """A folder that can't be listed, and images of other kinds: problems, and all else is still read."""
+    for name in ("a.nii", "b.mgz"):
+        (sound.parent / "CT" / name).touch()
+    closed = sound.parent / "MR" / "closed"
+    save(closed / "x.nii.gz", 5)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, out = output_of(capsys, sound, "--patch-size", "8", "--subject-pattern", "sub")
+    assert status == 1
+    assert "PROBLEM folders that cannot be entered: 1. What to do: their files are missing here and in training" in out
+    assert f"    {closed}: Permission denied\n" in out
+    assert "PROBLEM image files that training passes over: 1." in out
+    others = f"2 image file(s) of another kind or name, e.g. {sound.parent}/CT/a.nii"
+    assert f"    {sound.parent}/CT: {others}\n" in out
+    assert "\n2 problems\n" in out
+    assert [line.split("│")[2].strip() for line in out.splitlines() if "8×8×8" in line] == ["3", "2"]
+
+
+def test_names_that_are_no_text(sound):
+    """In Latin-1: shown with the bytes replaced on the screen and in the picture; the report reads back to the file."""
+    latin = save(sound.parent / "CT" / os.fsdecode(b"M\xfcller.nii.gz"), 5, affine=np.diag([-1.0, 1, 1, 1]))
+    save(sound.parent / "MR" / os.fsdecode(b"M\xfcller.nii.gz"), 6)
+    done = run(sound, "--num-workers", "1", "--num-pictures", "20", "--report", sound.parent / "report.json")
+    assert done.returncode == 1, done.stderr
+    assert f"    {sound.parent}/CT/M?ller.nii.gz: its axes are LAS" in done.stdout
+    assert sound.with_name("set_check.png").is_file()
+    written = json.loads((sound.parent / "report.json").read_text())
+    assert [found["file"] for found in written["problems"]["axes not in the order RAS"]["found"]] == [str(latin)]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("--report", "out: cannot be written"), ("--picture", "out: the picture cannot be written")]
+)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_places_that_cannot_be_written_are_refused_before_reading(sound, monkeypatch, option, message, is_folder):
+    place = sound.parent / "file" / "out"
+    place.mkdir(parents=True) if is_folder else place.parent.touch()
+    monkeypatch.setattr(check, "read_all", None)  # is not called
+    with pytest.raises(UserError, match=message):
+        main([str(sound), "--num-workers", "0", option, str(place)])
+
+
+def test_without_a_place_for_the_picture_the_check_counts(sound, capsys):
+    """As in a folder that is for reading only."""
+    sound.with_name("set_check.png").mkdir()
+    assert main([str(sound), "--num-workers", "0", "--patch-size", "8"]) == 0
+    assert f"no picture: {sound.parent}/set_check.png: the picture cannot be written" in capsys.readouterr().out
+    (sound.parent / "CT" / "x.nii.gz").touch()
+    assert main([str(sound), "--num-workers", "0"]) == 1
+    there = sound.parent / "pictures" / "a.png"
+    assert main([str(sound), "--num-workers", "0", "--picture", str(there)]) == 1
+    assert [path.name for path in there.parent.iterdir()] == ["a.png"]

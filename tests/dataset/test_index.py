@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from dataset.order.split import split_dataset
+from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import (
     latent_folder,
     latent_path,
@@ -60,22 +62,69 @@ def test_copies_in_hidden_folders_do_not_count(tmp_path):
     assert list_volumes(tmp_path / "set") == [tmp_path / "set/a.nii.gz", tmp_path / "set/b.nii.gz"]
 
 
-@pytest.mark.parametrize("call", ["scandir", "stat"])  # a folder that can't be listed, one that can't be entered
-def test_a_closed_folder_is_named(tmp_path, monkeypatch, call):
-    touch(tmp_path, "set/a.nii.gz", "set/closed/b.nii.gz")
+def close(monkeypatch, call: str, closed: Path) -> None:
+    """Lets calls of the operating system fail for a path, as they do for those who may not; root may."""
     original = getattr(os, call)
 
     def refuse(path, *args, **kwargs):
-        if str(path) == str(tmp_path / ("set/closed" + "/b.nii.gz" * (call == "stat"))):
+        if str(path) == str(closed):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return original(path, *args, **kwargs)
 
     monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(UserError, match="closed.*cannot be listed or entered .Permission denied.: its files would be"):
+
+
+@pytest.mark.parametrize("call", ["scandir", "stat"])  # a folder that can't be listed, one that can't be entered
+def test_a_closed_folder_is_named(tmp_path, monkeypatch, call):
+    touch(tmp_path, "set/a.nii.gz", "set/closed/b.nii.gz")
+    close(monkeypatch, call, tmp_path / ("set/closed" + "/b.nii.gz" * (call == "stat")))
+    with pytest.raises(UserError, match="closed.*cannot be listed or entered .Permission denied.: its files"):
         list_volumes(tmp_path / "set")
     errors = []
     assert walk_files(tmp_path / "set", errors.append) == [tmp_path / "set/a.nii.gz"]
     assert len(errors) == 1
+
+
+@pytest.mark.parametrize("read", [read_dataset_json, lambda path: split_dataset(path, 0.1, 0), Singleres_dataset])
+@pytest.mark.parametrize("place", ["set", "set/closed"])
+def test_training_and_encoding_refuse_a_closed_folder(tmp_path, monkeypatch, read, place):
+    touch(tmp_path, "set/a.nii.gz", "set/closed/b.nii.gz")
+    path = write_json(tmp_path / "set.json", {"0": "set"})
+    close(monkeypatch, "scandir", tmp_path / place)
+    with pytest.raises(
+        UserError, match=f"{place}: cannot be listed or entered .Permission denied.: its files would be"
+    ):
+        read(path)
+
+
+def test_a_folder_in_a_closed_one_is_not_called_missing(tmp_path, monkeypatch):
+    touch(tmp_path, "closed/set/a.nii.gz")
+    close(monkeypatch, "stat", tmp_path / "closed" / "set")
+    for read in (list_volumes, lambda folder: read_dataset_json(write_json(tmp_path / "set.json", {"0": str(folder)}))):
+        with pytest.raises(UserError, match="closed/set: cannot be listed or entered"):
+            read(tmp_path / "closed" / "set")
+
+
+OTHERS = ("b.nii", "B.NII.GZ", "c.mgz", "c.nii.bz2", "d.mha", "e.NRRD", "f.img", "sub/g.Nii.gz")
+
+
+def test_image_files_that_are_passed_over_are_said(tmp_path, caplog):
+    files = touch(tmp_path / "set", "a.nii.gz", "notes.txt", "a.json", "motion.par", "f.hdr", ".h.mgz", *OTHERS)
+    assert list_volumes(tmp_path / "set") == files[:1]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"8 image file(s) of another kind or name, e.g. {tmp_path}/set/B.NII.GZ: passed over, only *.nii.gz is read"
+    ]
+    files[0].unlink()
+    with pytest.raises(
+        UserError, match=r"no \*\.nii\.gz file, but 8 image file\(s\) of another kind or name, e\.g\. .*B\.NII"
+    ):
+        list_volumes(tmp_path / "set")
+
+
+def test_nothing_is_said_of_other_files(tmp_path, caplog):
+    touch(tmp_path / "set", "a.nii.gz", "b.json", "c.png", "latents.json", "manifest.jsonl", ".lock")
+    list_volumes(tmp_path / "set")
+    assert caplog.records == []
 
 
 def test_folder_below_the_working_directory(tmp_path, monkeypatch):
@@ -111,6 +160,19 @@ def test_unfit_dataset_json(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         read_class_json(tmp_path / "set.json")
     assert "set.json" in str(caught.value) or "empty" in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_json_of_windows_programs(tmp_path, encoding):
+    (file,) = touch(tmp_path, "Ä/a.nii.gz")
+    (tmp_path / "set.json").write_bytes(json.dumps({"0": "Ä"}, ensure_ascii=False).encode(encoding))
+    assert read_class_json(tmp_path / "set.json") == {0: [file]}
+
+
+def test_json_in_another_encoding(tmp_path):
+    (tmp_path / "set.json").write_bytes('{"0": "Ä"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"set\.json: not text in UTF-8 or UTF-16: save it as UTF-8"):
+        read_class_json(tmp_path / "set.json")
 
 
 def test_latent_path_renames_only_the_class_folder():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.errors import UserError
-from dataset.preparation.classes import add_classes, choose_class_id, class_ids
+from dataset.preparation.classes import add_classes, check_place, choose_class_id, class_ids
 from dataset.preparation.manifest import (
     KEYS,
     MANIFEST_NAME,
@@ -117,7 +117,52 @@ def test_choice_of_a_class_id(tmp_path):
         choose_class_id(tmp_path, "B", 5)
 
 
-def test_jsons_of_another_form_are_left_alone(tmp_path):
-    (tmp_path / "Singleres_dataset.json").write_text('{"0": ["A", "B"]}')
+def test_folders_of_several_sizes(tmp_path):
+    add_classes(tmp_path, {0: "A/8x8x4"})
+    add_classes(tmp_path, {0: "A/16x12x8", 1: "B"})
+    add_classes(tmp_path, {0: "A/8x8x4"})
+    places = ["A/8x8x4", "A/16x12x8"]
+    latents = [f"{place}_latents" for place in places]
+    assert read(tmp_path) == [{"A": places, "B": "B"}, {"0": places, "1": "B"}, {"0": latents, "1": "B_latents"}]
+    assert class_ids(tmp_path) == {"A": 0, "B": 1}
+    assert choose_class_id(tmp_path, "A", None) == 0
+    with pytest.raises(UserError, match="class id 0 is A: give B another class_id"):
+        add_classes(tmp_path, {0: "B/8x8x4"})
+
+
+def test_lists_that_a_person_wrote_are_extended_by_new_sizes_alone(tmp_path):
+    (tmp_path / "Singleres_dataset.json").write_text('{"0": ["A/8x8x4", "/more"]}')
+    (tmp_path / "PatchVolume_data.json").write_text('{"A": "/fast/A"}')
+    add_classes(tmp_path, {0: "A/8x8x4"})
+    assert read(tmp_path) == [{"A": "/fast/A"}, {"0": ["A/8x8x4", "/more"]}, {"0": "A/8x8x4_latents"}]
+    add_classes(tmp_path, {0: "A/native"})
+    assert read(tmp_path)[:2] == [{"A": ["/fast/A", "A/native"]}, {"0": ["A/8x8x4", "/more", "A/native"]}]
+    assert choose_class_id(tmp_path, "A", None) == 0
+
+
+def test_a_person_may_give_each_size_an_id_of_its_own(tmp_path):
+    ids = {"0": "A/8x8x4", "1": "A/16x12x8"}
+    (tmp_path / "Singleres_dataset.json").write_text(json.dumps(ids))
+    add_classes(tmp_path, {choose_class_id(tmp_path, "A", None): "A/16x12x8"})
+    assert read(tmp_path)[1] == ids
+
+
+def test_a_folder_within_another_is_refused(tmp_path):
+    (tmp_path / "PatchVolume_data.json").write_text('{"all": ["A"]}')
+    check_place(tmp_path, "B/8x8x4")
+    with pytest.raises(
+        UserError, match='PatchVolume_data.json: "all" names A, and the volumes of this run go into A/8x8x4'
+    ):
+        check_place(tmp_path, "A/8x8x4")
+    (tmp_path / "PatchVolume_data.json").write_text(json.dumps({"all": str(tmp_path / "A" / "8x8x4" / "p1")}))
+    with pytest.raises(UserError, match="they would count twice"):
+        check_place(tmp_path, "A/8x8x4")
+    (tmp_path / "Singleres_dataset.json").write_text('{"0": "A/8x8x4"}')  # it is there, and a person chose a part
+    check_place(tmp_path, "A/8x8x4")
+
+
+@pytest.mark.parametrize("content", ['{"0": 3}', '{"0": ["A", 3]}', '{"chest": "A"}'])
+def test_jsons_of_another_form_are_left_alone(tmp_path, content):
+    (tmp_path / "Singleres_dataset.json").write_text(content)
     with pytest.raises(UserError, match="move the file away"):
         choose_class_id(tmp_path, "A", None)

@@ -36,7 +36,7 @@ def in_window(seed: int) -> np.ndarray:
 
 def test_mixed_folder(raw, capsys):
     assert run(raw, *CT) == 0
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     names = sorted(times(folder))
     assert names[:2] == ["p1/a.nii.gz", "p2/a.nii.gz"]
     assert names[2].startswith("p3/dicom/series004_")
@@ -62,12 +62,14 @@ def test_dataset_jsons_are_those_of_both_training_parts(raw):
     }  # fmt: skip
     classes = read_class_json(data / "Singleres_dataset.json")
     assert {class_id: len(files) for class_id, files in classes.items()} == {0: 3, 1: 1}
-    assert json.loads((data / "Singleres_latents.json").read_text()) == {"0": "Thorax_latents", "1": "Abdomen_latents"}
+    assert json.loads((data / "Singleres_latents.json").read_text()) == {
+        "0": "Thorax/native_latents", "1": "Abdomen/native_latents",
+    }  # fmt: skip
 
 
 def test_manifest_says_what_was_done(raw):
     assert run(raw, *CT, "--spacing", 1, 1, 1) == 0
-    entries = read_manifest(raw.parent / "data" / "Thorax")
+    entries = read_manifest(raw.parent / "data" / "Thorax" / "native")
     entry = entries["p1/a.nii.gz"]
     low, high = ct(0).min(), ct(0).max()
     assert entry["original"] == {
@@ -79,7 +81,7 @@ def test_manifest_says_what_was_done(raw):
     assert entry["source"] == "p1/a"
     assert entry["input"] == str(raw)
     assert len(entry["sha256"]) == 64
-    assert set(entry["versions"]) == {"numpy", "nibabel", "pydicom", "SimpleITK", "torchio"}
+    assert set(entry["versions"]) == {"numpy", "nibabel", "pydicom", "dcm2niix", "SimpleITK", "torchio"}
     series = next(e for file, e in entries.items() if file.startswith("p3"))
     assert series["num_files"] == 8
     assert series["steps"][1] == "reoriented LPS to RAS"
@@ -87,7 +89,7 @@ def test_manifest_says_what_was_done(raw):
 
 def test_mr_is_scaled_by_percentiles(raw):
     assert run(raw, "--name", "MR", "--modality", "MR", "--select", "p1|t2") == 0
-    entries = read_manifest(raw.parent / "data" / "MR")
+    entries = read_manifest(raw.parent / "data" / "MR" / "native")
     assert len(entries) == 2
     low, high = np.percentile(ct(0), (0.5, 99.5))
     assert entries["p1/a.nii.gz"]["intensity"] == {
@@ -109,8 +111,8 @@ def test_the_command_itself_with_processes(raw):
     done = subprocess.run([*SCRIPT, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert run(raw, *CT, output="again") == 0
-    for name in times(raw.parent / "data" / "Thorax"):
-        one, two = (raw.parent / output / "Thorax" / name for output in ("data", "again"))
+    for name in times(raw.parent / "data" / "Thorax" / "native"):
+        one, two = (raw.parent / output / "Thorax" / "native" / name for output in ("data", "again"))
         assert one.read_bytes() == two.read_bytes()
 
 
@@ -118,7 +120,7 @@ def test_the_command_itself_with_processes(raw):
 
 
 def test_what_is_done_is_kept(raw):
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert run(raw, *CT) == 0
     before, manifest = times(folder), (folder / MANIFEST_NAME).read_text()
     add_nifti(raw / "p4" / "a.nii.gz", ct(3))
@@ -130,7 +132,7 @@ def test_what_is_done_is_kept(raw):
 
 
 def test_touched_sources_are_kept_and_changed_ones_made_again(raw):
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert run(raw, *CT) == 0
     before = times(folder)
     (raw / "p1" / "a.nii.gz").touch()
@@ -143,7 +145,7 @@ def test_touched_sources_are_kept_and_changed_ones_made_again(raw):
 
 
 def test_other_options_make_everything_again(raw):
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert run(raw, *CT) == 0
     before = times(folder)
     assert run(raw, *CT, "--window", -150, 250) == 0
@@ -152,7 +154,7 @@ def test_other_options_make_everything_again(raw):
 
 
 def test_damaged_results_are_made_again(raw):
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert run(raw, *CT) == 0
     whole = {name: (folder / name).read_bytes() for name in times(folder)}
     one, two, _ = whole
@@ -163,7 +165,7 @@ def test_damaged_results_are_made_again(raw):
 
 
 def test_entries_of_volumes_that_are_gone_go(raw):
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert run(raw, *CT) == 0
     (folder / "p2" / "a.nii.gz").unlink()
     assert run(raw, *CT, "--select", "P1|p3") == 0
@@ -174,7 +176,7 @@ def test_entries_of_volumes_that_are_gone_go(raw):
 def test_a_killed_run_goes_on(raw):
     for i in range(12):
         add_nifti(raw / "more" / f"{i:02d}.nii.gz", ct(10 + i, (64, 64, 64)))
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     words = ["--input", raw, "--output-dir", raw.parent / "data", "--num-workers", "1", *CT]
     process = subprocess.Popen([*SCRIPT, *map(str, words)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -198,7 +200,7 @@ def test_a_killed_run_goes_on(raw):
 
 def test_a_run_killed_twice_loses_nothing(raw):
     assert run(raw, *CT, "--select", "p1") == 0
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     with (folder / MANIFEST_NAME).open("a") as file:
         file.write('{"file": "half')
     recipe = resolve_target(load_config(PreprocessConfig, None, ["name=Thorax", "modality=CT", "multiple=4"])).recipe
@@ -232,12 +234,20 @@ def test_dry_run_says_what_headers_rule_out(raw, capsys):
     assert said.count("yes") == 1
 
 
+def test_dry_run_says_what_would_become_the_same_volume(raw, capsys):
+    write_nifti(raw / "p1" / "a.nii")
+    assert run(raw, "--dry-run", "--modality", "CT", "--select", "p1|p2") == 0
+    said = capsys.readouterr().out
+    assert said.count("yes") == 2
+    assert "no: would become the same volume as" in said
+
+
 def test_volumes_of_other_inputs_stay(raw):
     assert run(raw, *CT) == 0
     other = raw.parent / "second"
     add_nifti(other / "x.nii.gz", ct(5))
     assert run(other, *CT) == 0
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert len(times(folder)) == len(read_manifest(folder)) == 4
 
 
@@ -288,4 +298,4 @@ def test_classes_of_ones_own(raw, tmp_path):
     assert run(raw, "--config", config, "--preset", "Hip", "--select", "p1") == 0
     (volume,) = (raw.parent / "data" / "Hip").rglob("*.nii.gz")
     assert read_volume(volume).data.shape == (1, 64, 128, 64)
-    assert json.loads((raw.parent / "data" / "Singleres_dataset.json").read_text()) == {"5": "Hip"}
+    assert json.loads((raw.parent / "data" / "Singleres_dataset.json").read_text()) == {"5": "Hip/128x64x64"}

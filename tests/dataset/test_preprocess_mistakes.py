@@ -1,6 +1,7 @@
 """The preprocessing script with files that fail, wrong options, and folders in each other's way."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -10,11 +11,17 @@ from pathlib import Path
 
 import pytest
 from dicom_files import write_series
+from nifti_files import write_nifti
 from preprocessing_runs import CT, ROOT, SCRIPT, add_nifti, ct, make_raw, run, times
 from user_errors import error_of
 
 from dataset.preparation import prepared_folder
 from dataset.preparation.manifest import MANIFEST_NAME, read_manifest
+
+
+def problems(raw: Path) -> list[tuple[str, str]]:
+    lines = (raw.parent / "data" / "Thorax" / "problems.jsonl").read_text().splitlines()
+    return [(problem["source"], problem["reason"]) for problem in map(json.loads, lines)]
 
 
 @pytest.fixture
@@ -32,10 +39,10 @@ def test_a_failing_file_is_reported_and_skipped(raw, capsys):
     series = write_series(raw / "p6", ct(6), number=7, description="Gap")
     series[3].unlink()
     assert run(raw, *CT) == 1
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert sorted(times(folder))[0] == "p1/a.nii.gz"
     assert len(times(folder)) == 2
-    problems = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    problems = [json.loads(line) for line in (folder.parent / "problems.jsonl").read_text().splitlines()]
     assert {Path(problem["source"]).name for problem in problems} == {
         "a.nii.gz", "offset.nii.gz", "p6 [series 7 Gap]",
     }  # fmt: skip
@@ -49,11 +56,11 @@ def test_a_failing_file_is_reported_and_skipped(raw, capsys):
     (raw / "p5" / "offset.nii.gz").unlink()
     shutil.rmtree(raw / "p6")
     assert run(raw, *CT) == 0
-    assert not (folder / "problems.jsonl").exists()
+    assert not (folder.parent / "problems.jsonl").exists()
 
 
 def test_what_an_earlier_run_made_of_a_file_that_fails_now_is_removed(raw):
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert run(raw, *CT) == 0
     add_nifti(raw / "p2" / "a.nii.gz", ct(1) + 1100)
     assert run(raw, *CT) == 1
@@ -123,6 +130,15 @@ def test_output_that_is_a_file(raw):
     assert "data can't be written to" in fails(raw, *CT)
 
 
+def test_output_that_is_for_reading_only(raw, monkeypatch):
+    """The class folder, or only the folder of the dataset JSONs."""
+    folder = raw.parent / "data" / "Thorax" / "native"
+    folder.mkdir(parents=True)
+    for closed in (folder, raw.parent / "data"):
+        monkeypatch.setattr(os, "access", lambda path, mode, closed=closed: Path(path) != closed)
+        assert f"output_dir: {closed} can't be written to" in fails(raw, *CT)
+
+
 def test_class_ids_are_kept_apart(raw):
     assert run(raw, *CT, "--class-id", 3) == 0
     assert "class Thorax has the id 3, not 4" in fails(raw, *CT, "--class-id", 4)
@@ -130,7 +146,9 @@ def test_class_ids_are_kept_apart(raw):
         raw, "--name", "Other", "--modality", "CT", "--class-id", 3
     )
     assert run(raw, "--name", "Other", "--modality", "CT", "--select", "p1") == 0
-    assert json.loads((raw.parent / "data" / "Singleres_dataset.json").read_text()) == {"3": "Thorax", "4": "Other"}
+    assert json.loads((raw.parent / "data" / "Singleres_dataset.json").read_text()) == {
+        "3": "Thorax/native", "4": "Other/native",
+    }  # fmt: skip
 
 
 def test_volumes_of_other_options_are_not_mixed(raw):
@@ -141,20 +159,66 @@ def test_volumes_of_other_options_are_not_mixed(raw):
 
 
 def test_two_sources_of_one_name(raw):
-    data = (raw / "p1" / "a.nii.gz").read_bytes()
-    (raw / "p1" / "a.nii").write_bytes(data)
-    assert "would both become" in fails(raw, *CT)
-    other = raw.parent / "second"
-    (raw / "p1" / "a.nii").unlink()
+    """The first one counts, or the one that made the volume which is there; the others go on."""
+    folder = raw.parent / "data" / "Thorax" / "native"
+    write_nifti(raw / "p1" / "b{}.nii", ct(1))
+    add_nifti(raw / "p1" / "b{}.nii.gz", ct(2))
+    assert run(raw, *CT, "--select", "p1") == 1
+    ((source, reason),) = problems(raw)
+    assert source == f"{raw}/p1/b{{}}.nii.gz"
+    assert reason == f"would become {folder}/p1/b{{}}.nii.gz as {raw}/p1/b{{}}.nii does: rename or move one"
+    assert sorted(times(folder)) == ["p1/a.nii.gz", "p1/b{}.nii.gz"]
+    before = times(folder)
+    (raw / "p1" / "b{}.nii").rename(raw / "p1" / "c.nii")
+    assert run(raw, *CT, "--select", "p1") == 0
+    assert times(folder)["p1/b{}.nii.gz"] != before["p1/b{}.nii.gz"]
+    before = times(folder)
+    (raw / "p1" / "c.nii").rename(raw / "p1" / "b{}.nii")
+    assert run(raw, *CT, "--select", "p1") == 1
+    assert [Path(source).name for source, _ in problems(raw)] == ["b{}.nii"]
+    assert times(folder)["p1/b{}.nii.gz"] == before["p1/b{}.nii.gz"]
+
+
+def test_volumes_of_another_input_are_not_overwritten(raw):
+    folder, other = raw.parent / "data" / "Thorax" / "native", raw.parent / "second"
     assert run(raw, *CT) == 0
+    before = times(folder)
     add_nifti(other / "p1" / "a.nii.gz", ct(9))
-    assert "would overwrite it" in fails(other, *CT)
-    (other / "p1" / "a.nii.gz").write_bytes(data)  # the same file elsewhere is no other one
+    add_nifti(other / "p1" / "new.nii.gz", ct(8))
+    assert run(other, *CT) == 1
+    ((source, reason),) = problems(raw)
+    assert source == f"{other}/p1/a.nii.gz"
+    assert f"would overwrite {folder}/p1/a.nii.gz, which was made from {raw}/p1/a: give another name" in reason
+    after = times(folder)
+    assert after.pop("p1/new.nii.gz")
+    assert after == before
+    (other / "p1" / "a.nii.gz").write_bytes((raw / "p1" / "a.nii.gz").read_bytes())  # the same file is no other one
     assert run(other, *CT) == 0
+    assert not (raw.parent / "data" / "Thorax" / "problems.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 250 + ".nii", "p1/a.nii.gz/b.nii"])  # too long with .gz; below a file
+def test_a_name_that_cannot_be_written_does_not_end_the_run(raw, name):
+    assert run(raw, *CT, "--select", "p1") == 0
+    other = raw.parent / "second"
+    write_nifti(other / "0.nii", ct(4))
+    write_nifti(other / name, ct(3))
+    assert run(other, *CT) == 1
+    ((source, reason),) = problems(raw)
+    assert source == f"{other}/{name}"
+    assert "its volume can't be called" in reason
+    assert sorted(times(raw.parent / "data" / "Thorax" / "native")) == ["0.nii.gz", "p1/a.nii.gz"]
+
+
+def test_a_name_of_the_longest_is_prepared(raw):
+    name = "x" * (255 - len(".nii.gz")) + ".nii.gz"
+    add_nifti(raw / name, ct(3))
+    assert run(raw, *CT) == 0
+    assert name in times(raw.parent / "data" / "Thorax" / "native")
 
 
 def test_two_runs_at_once_into_one_folder(raw):
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     folder.mkdir(parents=True)
     code = (
         "import pathlib, sys, time; sys.path.insert(0, sys.argv[2]); from common.files import lock_folder\n"
@@ -173,7 +237,7 @@ def test_two_runs_at_once_into_one_folder(raw):
 
 def test_damaged_manifest(raw):
     assert run(raw, *CT) == 0
-    path = raw.parent / "data" / "Thorax" / MANIFEST_NAME
+    path = raw.parent / "data" / "Thorax" / "native" / MANIFEST_NAME
     path.write_text('{"file": 1}\n' + path.read_text())
     assert f"{MANIFEST_NAME}: line 1 is no entry" in fails(raw, *CT)
 
@@ -194,7 +258,7 @@ def test_full_disk_ends_the_run_with_one_line(raw):
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "large.nii.gz: cannot be written (File too large)" in done.stderr
-    folder = raw.parent / "data" / "Thorax"
+    folder = raw.parent / "data" / "Thorax" / "native"
     assert not list(folder.rglob("*.tmp"))
     assert run(raw, *CT) == 0
     assert len(times(folder)) == 4

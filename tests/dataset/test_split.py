@@ -213,6 +213,14 @@ def test_a_resumed_run_needs_the_same_split(tmp_path):
     assert (run / "split.json").read_bytes() != before
 
 
+def test_names_that_are_no_text_are_split_and_read_back(tmp_path):
+    path = make_set(tmp_path, {"A": [os.fsdecode(b"M\xfcller%d.nii.gz" % i) for i in range(4)]})
+    split = split_dataset(path, 0.5, 0)
+    assert len(split.validation["A"]) == 2
+    for resumed in (False, True):
+        keep_split(tmp_path / "run", path, split, OPTIONS, is_resumed=resumed)
+
+
 def test_a_run_of_an_earlier_version_gets_its_record(tmp_path):
     path = make_set(tmp_path, {"A": numbered(4)})
     keep_split(tmp_path / "run", path, split_dataset(path, 0.2, 0), OPTIONS, is_resumed=True)
