@@ -1,0 +1,84 @@
+"""What the voxels of a scan are, judged by their values: padding, Hounsfield units."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.errors import UserError
+
+COARSE_EDGE = 128  # voxels per axis that are looked at
+# Padding: a value that scanners and programs put where nothing was measured
+HIGHEST_PADDING = -1100  # HU of air go down to about that
+PADDING_SHARE = 1e-3
+PADDING_GAP = 50  # measured values spread, so that many lie this close to a common one
+# Hounsfield units: air has -1000, water 0
+LARGEST_HU = 32_767  # beyond any metal; more are signed voxels that were stored as unsigned
+LOW_HU, LOW_SHARE = -2000, 0.01  # of the voxels at most are lower: overshoot beside metal
+HIGH_HU, HIGH_SHARE = 4000, 0.05  # of the voxels at most are higher: metal
+LOW_PERCENTILE = 0.1  # a few odd voxels don't decide
+AIR, AIR_SHARE = -500, 5e-3  # air and lung lie below; a share from which on there is some
+SOFT, SOFT_SHARE, LEAST_SOFT = 250, 0.1, 2e-3  # |HU| of fat, water and soft tissue; of all that is no air, and of all
+
+
+def coarse(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every n-th voxel along each axis, so that none has more than COARSE_EDGE; and n, (3,)."""
+    stride = np.array([math.ceil(extent / COARSE_EDGE) for extent in data.shape])
+    return np.ascontiguousarray(data[tuple(slice(None, None, step) for step in stride)]), stride
+
+
+def find_padding(data: np.ndarray) -> tuple[float, ...]:
+    """The values of a volume (X, Y, Z) that are padding: low, each shared by many voxels, clear of everything else."""
+    sample = coarse(data)[0]
+    values, counts = np.unique(sample[sample < HIGHEST_PADDING], return_counts=True)
+    padding = [
+        float(value)
+        for value, count in zip(values, counts, strict=True)
+        if count >= PADDING_SHARE * sample.size and np.count_nonzero(np.abs(sample - value) < PADDING_GAP) < 1.1 * count
+    ]
+    return tuple(padding) if np.isin(sample, padding, invert=True).any() else ()
+
+
+def measured_values(data: np.ndarray, padding: Sequence[float]) -> np.ndarray:
+    """The voxels that are not padding, in no order."""
+    return data[~np.isin(data, padding)] if len(padding) else data.reshape(-1)
+
+
+def check_hounsfield(voxels: np.ndarray, highest: float) -> None:
+    """UserError: values that can't be Hounsfield units.
+
+    voxels: those of a scan without padding, or some of them, (N,). highest: the highest of all, the one that alone is
+    enough where it is beyond all that HU can be.
+    """
+
+    def share(low: float, high: float) -> float:
+        return float(np.mean((voxels >= low) & (voxels <= high)))
+
+    if highest > LARGEST_HU:
+        raise UserError(
+            f"values up to {highest:g} are no Hounsfield units: negative values were stored as unsigned numbers; "
+            "export the series again or correct its pixel representation"
+        )
+    too_low, too_high = share(-np.inf, LOW_HU), share(HIGH_HU, np.inf)
+    if too_low > LOW_SHARE or too_high > HIGH_SHARE:
+        what = f"{too_low:.0%} of the voxels lie below {LOW_HU} and {too_high:.0%} above {HIGH_HU}"
+        raise UserError(
+            f"{what}: they are no Hounsfield units, air has -1000 and bone up to 2000: another slope (rescale slope) "
+            "or an offset taken off twice; export the series again, or give percentiles in place of a window"
+        )
+    lowest = float(np.percentile(voxels, LOW_PERCENTILE))
+    found = f"values from {lowest:g} to {highest:g} are no Hounsfield units"
+    # With the scanner's offset left in, soft tissue lies near 1000, where HU have nothing but the densest bone.
+    soft, dense = share(-SOFT, SOFT), share(800, 1200)
+    peak = max(share(low, low + 150) for low in range(850, 1001, 50))
+    is_offset = share(-np.inf, AIR) < AIR_SHARE and (3 * dense > soft or peak > 0.35 * share(SOFT, np.inf) > 0.005)
+    if lowest >= 0 or is_offset:
+        raise UserError(
+            f"{found}, air has -1000: the offset of the scanner (rescale intercept, mostly -1024) is missing; add it, "
+            "or give percentiles in place of a window"
+        )
+    if soft < max(SOFT_SHARE * share(AIR, np.inf), LEAST_SOFT):
+        raise UserError(
+            f"{found}: only {soft:.1%} lie near 0, where fat, water and soft tissue are; export the series again, or "
+            "give percentiles in place of a window"
+        )

@@ -1,0 +1,141 @@
+"""What voxels are, judged by their values: Hounsfield units, padding."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from dataset.preparation.measured import find_padding
+from dataset.preparation.recipe import Recipe, find_intensity, prepare
+from dataset.preparation.sources import Scan
+
+SHAPE = (40, 40, 40)
+CT = Recipe(window=(-1000, 1000), unit="HU", multiple=1)
+MR = Recipe(percentiles=(0.5, 99.5), multiple=1)
+
+# Hounsfield units
+
+# (share of the voxels, mean, standard deviation) of each tissue
+SCANS = {
+    "chest": [(0.4, -1000, 20), (0.2, -830, 60), (0.1, -100, 25), (0.25, 45, 20), (0.05, 700, 250)],
+    "chest, low dose": [(0.4, -1000, 150), (0.2, -830, 160), (0.1, -100, 150), (0.25, 45, 150), (0.05, 700, 250)],
+    "skull, little air": [(0.7, 32, 12), (0.21, 1000, 250), (0.08, -90, 20), (0.01, -950, 50)],
+    "skull, no air": [(0.72, 32, 12), (0.22, 900, 300), (0.06, -90, 20)],
+    "abdomen within the body": [(0.4, -100, 20), (0.55, 60, 20), (0.05, 500, 150)],
+    "abdomen with contrast": [(0.4, -100, 20), (0.35, 60, 20), (0.2, 350, 60), (0.05, 500, 150)],
+    "legs": [(0.8, -1000, 10), (0.08, -100, 20), (0.1, 55, 15), (0.02, 900, 300)],
+    "a hand": [(0.96, -1000, 10), (0.01, -100, 20), (0.02, 55, 15), (0.01, 500, 300)],
+    "lung alone": [(0.85, -850, 60), (0.15, 20, 90)],
+    "temporal bone": [(0.6, 1100, 400), (0.15, -900, 120), (0.25, 40, 30)],
+    "brain, zeros outside": [(0.6, 0, 0), (0.3, 32, 8), (0.1, 4, 6)],
+    "water phantom": [(0.5, -1000, 15), (0.5, 0, 15)],
+    "metal": [(0.6, -1000, 20), (0.37, 45, 20), (0.01, 3071, 0), (0.01, 12000, 3000), (0.01, -1200, 250)],
+}  # fmt: skip
+
+
+def scan(name: str, seed: int = 0) -> np.ndarray:
+    """(X, Y, Z), whole numbers."""
+    rng = np.random.default_rng(seed)
+    counts = [round(share * np.prod(SHAPE)) for share, _, _ in SCANS[name]]
+    parts = [rng.normal(mean, sd, count) for count, (_, mean, sd) in zip(counts, SCANS[name], strict=True)]
+    return np.rint(rng.permutation(np.concatenate(parts)).reshape(SHAPE)).astype(np.float32)
+
+
+def padded(data: np.ndarray, *values: float, share: float = 0.2) -> np.ndarray:
+    """Some of the voxels replaced."""
+    chosen = np.random.default_rng(1).random(SHAPE) < share
+    return np.where(chosen, np.random.default_rng(2).choice(values, SHAPE), data).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("padding", [(), (-2000,), (-3024,), (-32768,), (-1024,), (-2048, -3024)])
+def test_scans_in_hounsfield_units_pass(name, padding):
+    data = padded(scan(name), *padding) if padding else scan(name)
+    data = np.maximum(data, -1024) if -1024 in padding else data
+    result = prepare(Scan(data, np.eye(4)), CT)
+    np.testing.assert_allclose(result.data, np.clip(data / 1000, -1, 1), atol=1e-6)
+
+
+ODD = np.array([[[-12]], [[-1000]], [[-2000]]], np.float32)  # (3, 1, 1)
+
+
+def with_odd_voxels(data: np.ndarray) -> np.ndarray:
+    data = data.copy()
+    data[5:8, 6:7, 7:8] = ODD
+    return data
+
+
+# what was done to HU, and what is said of it
+OTHERS = {
+    "offset of 1024": (lambda hu: hu + 1024, "offset of the scanner"),
+    "offset, cut at 0": (lambda hu: np.maximum(hu + 1024, 0), "offset of the scanner"),
+    "offset of 1000": (lambda hu: hu + 1000, "offset of the scanner"),
+    "offset and odd voxels": (lambda hu: with_odd_voxels(np.maximum(hu + 1024, 0)), "offset of the scanner"),
+    "offset and padding": (lambda hu: padded(hu + 1024, -2000), "offset of the scanner"),
+    "times ten": (lambda hu: hu * 10, "another slope|lie near 0"),
+    "taken off twice": (lambda hu: hu - 1024, "taken off twice|lie near 0"),
+    "8 bits": (lambda hu: np.rint(np.clip((hu + 1000) / 2000 * 255, 0, 255)), "offset of the scanner"),
+    "8 bits and an odd voxel": (
+        lambda hu: with_odd_voxels(np.rint(np.clip((hu + 1000) / 2000 * 255, 0, 255))),
+        "offset of the scanner",
+    ),
+    "from -1 to 1": (lambda hu: np.clip(hu / 1000, -1, 1), "nothing to see in the window"),
+    "unsigned": (lambda hu: hu % 65536, "stored as unsigned"),
+}
+# histograms that could be those of others: a brain of 300 to 400, a thin leg in air
+UNKNOWABLE = {
+    ("times ten", "brain, zeros outside"),
+    ("taken off twice", "skull, little air"),
+    ("taken off twice", "skull, no air"),
+}
+UNKNOWABLE |= {(other, "temporal bone") for other in OTHERS}
+
+
+@pytest.mark.parametrize(("other", "name"), [pair for pair in product(OTHERS, SCANS) if pair not in UNKNOWABLE])
+def test_other_units_are_refused(other, name):
+    change, message = OTHERS[other]
+    data = change(scan(name))
+    with pytest.raises(UserError, match=message if name == "chest" else "no Hounsfield units|nothing to see"):
+        find_intensity(data, CT, find_padding(data))
+
+
+# Padding
+
+
+@pytest.mark.parametrize("values", [(-2000,), (-3024,), (-32768,), (-1200,), (-2048, -3024), (-2000.5,)])
+def test_padding_counts_in_no_percentile_and_becomes_background(values):
+    data = scan("chest")
+    with_padding = padded(data, *values)
+    is_padding = with_padding != data
+    expected = np.percentile(data[~is_padding], (0.5, 99.5))
+    result = prepare(Scan(with_padding, np.eye(4)), MR)
+    assert (result.intensity.low, result.intensity.high) == pytest.approx(expected, rel=1e-5)
+    assert (result.data[is_padding] == -1).all()
+    low, high = expected
+    inside = np.clip((data[~is_padding] - low) / (high - low) * 2 - 1, -1, 1)
+    np.testing.assert_allclose(result.data[~is_padding], inside, atol=1e-4)
+    shown = ", ".join(f"{value:g}" for value in sorted(values))
+    assert result.steps[-1] == f"padding became background: {shown}"
+
+
+def test_padding_is_background_whatever_the_window():
+    data = padded(scan("chest"), -2000)
+    result = prepare(Scan(data, np.eye(4)), Recipe(window=(-4000, 4000), multiple=1))
+    assert (result.data[data == -2000] == -1).all()
+    np.testing.assert_allclose(result.data[data != -2000], data[data != -2000] / 4000, atol=1e-6)
+
+
+NOT_PADDING = {
+    "a few voxels": lambda: padded(scan("chest"), -2000, share=5e-4),
+    "air": lambda: np.maximum(scan("chest"), -1024),
+    "noise of air": lambda: scan("chest, low dose"),
+    "zeros around a head": lambda: padded(scan("chest") + 2000, 0),
+    "below, but measured": lambda: scan("chest") * 3,
+    "nothing else": lambda: np.full(SHAPE, -2000, np.float32),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PADDING)
+def test_what_is_no_padding(case):
+    assert find_padding(NOT_PADDING[case]()) == ()
