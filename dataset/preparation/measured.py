@@ -1,4 +1,4 @@
-"""What the voxels of a scan are, judged by their values: padding, Hounsfield units."""
+"""What the voxels of a scan are, judged by their values: an image at all, padding, Hounsfield units."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.errors import UserError
+from dataset.preparation.dicom import NotAVolume
 
 COARSE_EDGE = 128  # voxels per axis that are looked at
+# Label maps and masks
+LEAST_LABEL = -1  # images with negative values are measured ones
+FEW_VALUES = 20  # no image has so few
+MANY_VALUES = 1024  # more labels are not known
+EVEN_SHARE = 0.7  # of the voxels of a label map that are as their neighbour, at least; noise alone makes that rare
 # Padding: a value that scanners and programs put where nothing was measured
 HIGHEST_PADDING = -1100  # HU of air go down to about that
 PADDING_SHARE = 1e-3
@@ -25,6 +31,35 @@ def coarse(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every n-th voxel along each axis, so that none has more than COARSE_EDGE; and n, (3,)."""
     stride = np.array([math.ceil(extent / COARSE_EDGE) for extent in data.shape])
     return np.ascontiguousarray(data[tuple(slice(None, None, step) for step in stride)]), stride
+
+
+def check_is_image(data: np.ndarray) -> None:
+    """NotAVolume: a label map or mask (X, Y, Z), known by few distinct values, or whole ones that come in patches."""
+    if data.min() < LEAST_LABEL:
+        return
+    values, counts = np.unique(coarse(data)[0], return_counts=True)
+    if len(values) == 1:  # perhaps the background of a small mask
+        values = np.unique(data)
+    if len(values) == 1 or len(values) > MANY_VALUES:
+        return
+    is_whole = bool(np.all(values == np.rint(values)))
+    if len(values) <= FEW_VALUES or (is_whole and _even_share(data, values[counts.argmax()]) >= EVEN_SHARE):
+        whole = " whole" if is_whole else ""
+        raise NotAVolume(f"{len(np.unique(data))} distinct{whole} values: a label map or mask, not an image")
+
+
+def _even_share(data: np.ndarray, background: float) -> float:
+    """The share of voxels other than the background that are as their neighbour, mean over the three axes.
+
+    One axis alone would not do: an image may be made of copied slices, those of a label map may lie far apart.
+    """
+    shares = []
+    for axis in range(3):
+        turned = np.moveaxis(data, axis, 0)
+        voxels, neighbours = coarse(turned[:-1])[0], coarse(turned[1:])[0]
+        is_inside = voxels != background
+        shares.append(np.mean(voxels[is_inside] == neighbours[is_inside]) if is_inside.any() else 0.0)
+    return float(np.mean(shares))
 
 
 def find_padding(data: np.ndarray) -> tuple[float, ...]:

@@ -1,12 +1,16 @@
-"""What voxels are, judged by their values: Hounsfield units, padding."""
+"""What voxels are, judged by their values: Hounsfield units, padding, label maps."""
 
 from itertools import product
 
 import numpy as np
 import pytest
+from preprocessing_runs import add_nifti, run
+from scipy import ndimage
 
 from common.errors import UserError
-from dataset.preparation.measured import find_padding
+from dataset.preparation.dicom import NotAVolume
+from dataset.preparation.measured import check_is_image, find_padding
+from dataset.preparation.phantoms import make_phantom
 from dataset.preparation.recipe import Recipe, find_intensity, prepare
 from dataset.preparation.sources import Scan
 
@@ -139,3 +143,93 @@ NOT_PADDING = {
 @pytest.mark.parametrize("case", NOT_PADDING)
 def test_what_is_no_padding(case):
     assert find_padding(NOT_PADDING[case]()) == ()
+
+
+# Label maps
+
+
+def blocks(edge: int, shape=SHAPE, labels: int = 120, seed: int = 0) -> np.ndarray:
+    """A label map of cubes, half of it background."""
+    small = np.random.default_rng(seed).integers(-labels, labels + 1, [-(-extent // edge) for extent in shape]).clip(0)
+    data = small.repeat(edge, 0).repeat(edge, 1).repeat(edge, 2)
+    return data[tuple(map(slice, shape))].astype(np.float32)
+
+
+def speck() -> np.ndarray:
+    """A lesion that lies between the voxels that are looked at in a large volume."""
+    data = np.zeros((300, 8, 8), np.float32)
+    data[100:101, 3, 3] = 1
+    return data
+
+
+def touching(labels: int) -> np.ndarray:
+    """Layers numbered in their order."""
+    layers = np.arange(SHAPE[0]) * labels // SHAPE[0]
+    return np.broadcast_to(layers[:, None, None], SHAPE).astype(np.float32)
+
+
+LABEL_MAPS = {
+    "mask": (lambda: (blocks(8) > 60).astype(np.float32), "2 distinct whole values"),
+    "mask of 255": (lambda: (blocks(8) > 60) * np.float32(255), "2 distinct whole values"),
+    "mask, scaled": (lambda: (blocks(8) > 60) * np.float32(0.4), "2 distinct values"),
+    "mask of -1": (lambda: -(blocks(8) > 60).astype(np.float32), "2 distinct whole values"),
+    "thin vessels": (
+        lambda: (np.random.default_rng(0).random(SHAPE) > 0.9).astype(np.float32),
+        "2 distinct whole values",
+    ),
+    "speck": (speck, "2 distinct whole values"),
+    "three labels": (lambda: blocks(8) // 50, "3 distinct whole values"),
+    "twenty layers": (lambda: touching(20), "20 distinct whole values"),
+    "atlas": (lambda: blocks(7), r"\d+ distinct whole values"),
+    "atlas of large numbers": (lambda: blocks(7) * 35, r"\d+ distinct whole values"),
+    "atlas, fine": (lambda: blocks(4), r"1\d\d distinct whole values"),
+    "atlas, slices far apart": (lambda: blocks(12, (96, 96, 96))[:, :, ::6], r"\d+ distinct whole values"),
+}
+
+
+@pytest.mark.parametrize("case", LABEL_MAPS)
+@pytest.mark.parametrize("recipe", [CT, MR], ids=["CT", "MR"])
+def test_label_maps_are_left_out(case, recipe):
+    make, message = LABEL_MAPS[case]
+    with pytest.raises(NotAVolume, match=f"^{message}: a label map or mask, not an image"):
+        prepare(Scan(make(), np.eye(4)), recipe)
+
+
+def brain(size: int = 64) -> np.ndarray:
+    """(X, Y, Z) from 0 to 1, zeros outside."""
+    return (make_phantom(1, 0, size=size).data + 1) / 2
+
+
+def with_rod() -> np.ndarray:
+    data = scan("chest")
+    data[10:20, 10:20] = 130
+    return data
+
+
+IMAGES = {
+    "phantom": lambda: make_phantom(0, 0, size=32).data,
+    "8 bits": lambda: np.rint(brain() * 255),
+    "8 bits, dark": lambda: np.rint(brain() * 80),
+    "8 bits, smooth": lambda: np.rint(ndimage.gaussian_filter(brain(), 1.5) * 255),
+    "8 bits of a window": lambda: np.rint(np.clip((scan("chest") + 100) / 300, 0, 1) * 255),
+    "slices three times over": lambda: np.rint(brain() * 255).repeat(4, axis=0),
+    "a ramp": lambda: np.rint(sum(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")) * 0.7),
+    "slices of one value each": lambda: touching(40),
+    "CT with a rod": with_rod,
+    "unsigned CT with a rod": lambda: with_rod() + 1024,
+    "two values of CT": lambda: np.where(blocks(8) > 60, 100, -1000),
+    "one value": lambda: np.zeros(SHAPE),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_images_are_no_label_maps(case):
+    check_is_image(np.asarray(IMAGES[case](), np.float32))
+
+
+def test_a_label_map_among_images_does_not_end_in_the_class(tmp_path, capsys):
+    add_nifti(tmp_path / "raw" / "t1.nii.gz", np.random.default_rng(0).normal(500, 60, (8, 8, 8)))
+    add_nifti(tmp_path / "raw" / "t1_seg.nii.gz", blocks(2, (8, 8, 8)) // 50)
+    assert run(tmp_path / "raw", "--name", "Brain", "--modality", "MR", "--multiple", 4) == 0
+    assert [path.name for path in tmp_path.rglob("data/**/*.nii.gz")] == ["t1.nii.gz"]
+    assert "3 distinct whole values: a label map or mask" in capsys.readouterr().err.replace("\n", " ")
