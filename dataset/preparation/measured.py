@@ -18,10 +18,12 @@ EVEN_SHARE = 0.7  # of the voxels of a label map that are as their neighbour, at
 HIGHEST_PADDING = -1100  # HU of air go down to about that
 PADDING_SHARE = 1e-3
 PADDING_GAP = 50  # measured values spread, so that many lie this close to a common one
+MOST_PADDING = 3  # values; more are a coarse scale
 # Hounsfield units: air has -1000, water 0
 LARGEST_HU = 32_767  # beyond any metal; more are signed voxels that were stored as unsigned
-LOW_HU, LOW_SHARE = -2000, 0.01  # of the voxels at most are lower: overshoot beside metal
-HIGH_HU, HIGH_SHARE = 4000, 0.05  # of the voxels at most are higher: metal
+LEAST_PADDING = -4200  # 12 bits below 0; lossy compression spreads padding, which then is no constant any more
+LOW_HU, HIGH_HU = -1500, 2500  # beyond them lie overshoot and metal
+FEW, MANY = 0.01, 0.05  # shares of such voxels
 LOW_PERCENTILE = 0.1  # a few odd voxels don't decide
 AIR, AIR_SHARE = -500, 5e-3  # air and lung lie below; a share from which on there is some
 SOFT, SOFT_SHARE, LEAST_SOFT = 250, 0.1, 2e-3  # |HU| of fat, water and soft tissue; of all that is no air, and of all
@@ -71,7 +73,8 @@ def find_padding(data: np.ndarray) -> tuple[float, ...]:
         for value, count in zip(values, counts, strict=True)
         if count >= PADDING_SHARE * sample.size and np.count_nonzero(np.abs(sample - value) < PADDING_GAP) < 1.1 * count
     ]
-    return tuple(padding) if np.isin(sample, padding, invert=True).any() else ()
+    is_all = np.isin(sample, padding).all()
+    return () if is_all or len(padding) > MOST_PADDING else tuple(padding)
 
 
 def measured_values(data: np.ndarray, padding: Sequence[float]) -> np.ndarray:
@@ -94,9 +97,12 @@ def check_hounsfield(voxels: np.ndarray, highest: float) -> None:
             f"values up to {highest:g} are no Hounsfield units: negative values were stored as unsigned numbers; "
             "export the series again or correct its pixel representation"
         )
-    too_low, too_high = share(-np.inf, LOW_HU), share(HIGH_HU, np.inf)
-    if too_low > LOW_SHARE or too_high > HIGH_SHARE:
-        what = f"{too_low:.0%} of the voxels lie below {LOW_HU} and {too_high:.0%} above {HIGH_HU}"
+    low, high, soft = share(-np.inf, LOW_HU), share(HIGH_HU, np.inf), share(-SOFT, SOFT)
+    is_scaled = share(-np.inf, LEAST_PADDING) > FEW or share(4000, np.inf) > MANY
+    # Many low ones are padding only where the others are air, soft tissue and little else.
+    is_scaled |= low > FEW and (share(-1150, -850) < FEW or soft < SOFT_SHARE * (1 - low) or high > MANY)
+    if is_scaled:
+        what = f"{low:.0%} of the voxels lie below {LOW_HU} and {high:.0%} above {HIGH_HU}"
         raise UserError(
             f"{what}: they are no Hounsfield units, air has -1000 and bone up to 2000: another slope (rescale slope) "
             "or an offset taken off twice; export the series again, or give percentiles in place of a window"
@@ -104,7 +110,7 @@ def check_hounsfield(voxels: np.ndarray, highest: float) -> None:
     lowest = float(np.percentile(voxels, LOW_PERCENTILE))
     found = f"values from {lowest:g} to {highest:g} are no Hounsfield units"
     # With the scanner's offset left in, soft tissue lies near 1000, where HU have nothing but the densest bone.
-    soft, dense = share(-SOFT, SOFT), share(800, 1200)
+    dense = share(800, 1200)
     peak = max(share(low, low + 150) for low in range(850, 1001, 50))
     is_offset = share(-np.inf, AIR) < AIR_SHARE and (3 * dense > soft or peak > 0.35 * share(SOFT, np.inf) > 0.005)
     if lowest >= 0 or is_offset:
