@@ -28,6 +28,7 @@ UPPER_HALF = "only the upper half of the declared range"
 ORIENTATION = "axes not in the order RAS"
 MIXED_ORIENTATIONS = "mixed orientations"
 NO_ORIENTATION = "no orientation in the header"
+CONTRADICTION = "sform and qform disagree"
 SPACING = "impossible spacing"
 SHEARED = "sheared axes"
 COPIES = "the same voxels twice"
@@ -51,6 +52,7 @@ REMEDIES = {
     ORIENTATION: f"{PREPROCESS}, which turns the axes",
     MIXED_ORIENTATIONS: f"what is left in one file is right or up in another: {PREPROCESS}, which turns the axes",
     NO_ORIENTATION: "left and right are a guess: write the qform or sform, or make the files again from their source",
+    CONTRADICTION: "one of them is wrong: set its code to 0, or make the files again from their source",
     SPACING: "correct the headers (unit mm), or make the files again from their source",
     SHEARED: f"{PREPROCESS}, which resamples them",
     COPIES: "keep one of them: copies can be on both sides of the split and count twice",
@@ -60,7 +62,7 @@ REMEDIES = {
     NO_SUBJECT: "give a --subject-pattern that fits every file, or rename the file",
 }
 # What the headers tell. Training uses voxels alone, so there it is no mistake.
-HEADER_KINDS = (ORIENTATION, MIXED_ORIENTATIONS, NO_ORIENTATION, SPACING, SHEARED)
+HEADER_KINDS = (ORIENTATION, MIXED_ORIENTATIONS, NO_ORIENTATION, CONTRADICTION, SPACING, SHEARED)
 
 # Encodings are not quantised, so some lie beyond the codebook's range, which is [-1, 1]. Raw latents do by far.
 LATENT_BOUND = 1.05
@@ -151,7 +153,9 @@ def header_problems(header: Header) -> list[Problem]:
     """What is wrong with the geometry of a volume, by its header."""
     problems = []
     if not header.is_oriented:
-        problems.append(Problem(NO_ORIENTATION, "qform and sform code are 0", header.path))
+        problems.append(Problem(NO_ORIENTATION, header.geometry_fault, header.path))
+    elif header.geometry_fault:
+        problems.append(Problem(CONTRADICTION, header.geometry_fault, header.path))
     elif header.orientation != "RAS":
         problems.append(Problem(ORIENTATION, f"its axes are {header.orientation}", header.path))
     if not is_plausible_spacing(header.spacing_mm):
@@ -270,6 +274,8 @@ def volume_set_notes(facts: Mapping[str, Sequence[FileFacts]], patch_size: int) 
         if uneven:
             where = "padded in validation and encoding"
             notes.append(f"{name}: {uneven} do not divide into patches of {patch_size}: {where}")
+        for note, count in Counter(note for header in headers for note in header.notes).items():
+            notes.append(f"{name}: {count} headers: {note}")
         if (sizes := len({header.shape for header in headers})) > 1:
             notes.append(f"{name}: {sizes} sizes: diffusion is trained on latents of one size")
         if (spacings := len({format_numbers(header.spacing_mm) for header in headers})) > 1:

@@ -4,7 +4,6 @@ Between the first and the last step intensities are in [0, 1] with the backgroun
 SimpleITK put where there is no data.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,16 +15,15 @@ import torchio as tio
 
 from common.errors import UserError
 from dataset.preparation.manifest import Intensity
+from dataset.preparation.measured import check_hounsfield, check_is_image, coarse, find_padding, measured_values
 from dataset.preparation.sources import Scan
 from dataset.volumes.geometry import SHEAR, mm_text, orientation_of, shear_of, size_text, spacing_of
 from dataset.volumes.intensity import MODEL_RANGE
 
-VERSION = 1  # rises when the same recipe gives other volumes
+VERSION = 2  # rises when the same recipe gives other volumes
 MIN_VOXELS = 4  # per axis: what smoothing before resampling needs
 SAME_SPACING = 1e-3  # relative: a smaller difference isn't worth an interpolation
 LEAST_CONTRAST = 0.01  # share of the range between the 0.5 and 99.5 percentiles below which there is nothing to see
-LARGEST_HU = 32_767  # beyond any metal; more are signed voxels that were stored as unsigned
-COARSE_EDGE = 128  # voxels per axis at which the foreground is looked for
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,20 @@ class Prepared:
 def prepare(scan: Scan, recipe: Recipe) -> Prepared:
     """Applies a recipe.
 
-    UserError: too few voxels, nothing to see in the window or between the percentiles, a window in HU for voxels that
-    are none.
+    NotAVolume: a label map or mask. UserError: too few voxels, nothing to see in the window or between the percentiles,
+    a window in HU for voxels that are none.
     """
     if min(scan.data.shape) < MIN_VOXELS:
         raise UserError(f"size {size_text(scan.data.shape)}: at least {MIN_VOXELS} voxels along each axis are needed")
-    intensity = find_intensity(scan.data, recipe)
+    check_is_image(scan.data)
+    padding = find_padding(scan.data)
+    intensity = find_intensity(scan.data, recipe, padding)
     steps = [*scan.notes, f"{intensity} mapped to [{MODEL_RANGE[0]:g}, {MODEL_RANGE[1]:g}]"]
     scale = np.float32(1 / (intensity.high - intensity.low))
     unit_range = np.clip((scan.data - np.float32(intensity.low)) * scale, 0, 1, dtype=np.float32)
+    if padding:
+        unit_range[np.isin(scan.data, padding)] = 0
+        steps.append(f"padding became background: {', '.join(f'{value:g}' for value in padding)}")
     image = tio.ScalarImage(tensor=torch.from_numpy(unit_range)[None], affine=scan.affine)  # (1, X, Y, Z)
     for step in (_straighten, _reorient, _resample):
         image = step(image, recipe, steps)
@@ -97,10 +100,10 @@ def describe(data: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
 # Intensities
 
 
-def find_intensity(data: np.ndarray, recipe: Recipe) -> Intensity:
-    """The values of a volume that become -1 and 1."""
+def find_intensity(data: np.ndarray, recipe: Recipe, padding: Sequence[float] = ()) -> Intensity:
+    """The values of a volume that become -1 and 1. padding: values that nobody measured."""
     if recipe.percentiles is not None:
-        low, high = (float(value) for value in np.percentile(data, recipe.percentiles))
+        low, high = (float(value) for value in np.percentile(measured_values(data, padding), recipe.percentiles))
         if not low < high:
             raise UserError(
                 f"percentiles {recipe.percentiles[0]:g} and {recipe.percentiles[1]:g} are both {low:g}: nearly all "
@@ -108,28 +111,16 @@ def find_intensity(data: np.ndarray, recipe: Recipe) -> Intensity:
             )
         return Intensity("percentiles", low, high)
     low, high = recipe.window
-    if recipe.unit == "HU":
-        _check_hounsfield(float(data.min()), float(data.max()))
-    bottom, top = np.clip(np.percentile(_coarse(data)[0], (0.5, 99.5)), low, high)
+    sample = measured_values(coarse(data)[0], padding)
+    bottom, top = np.clip(np.percentile(sample, (0.5, 99.5)), low, high)
     if top - bottom < LEAST_CONTRAST * (high - low):
         raise UserError(
             f"nothing to see in the window {low:g} to {high:g}: 99 % of the voxels lie between {bottom:g} and {top:g} "
             f"after clipping (whole range {data.min():g} to {data.max():g}): are they in other units?"
         )
+    if recipe.unit == "HU":
+        check_hounsfield(sample, float(data.max()))
     return Intensity("window", low, high, recipe.unit)
-
-
-def _check_hounsfield(lowest: float, highest: float) -> None:
-    if highest > LARGEST_HU:
-        raise UserError(
-            f"values up to {highest:g} are no Hounsfield units: negative values were stored as unsigned numbers; "
-            "export the series again or correct its pixel representation"
-        )
-    if lowest >= 0:
-        raise UserError(
-            f"values from {lowest:g} to {highest:g} are no Hounsfield units, air has -1000: the offset of the scanner "
-            "(rescale intercept, mostly -1024) is missing; add it, or give percentiles in place of a window"
-        )
 
 
 # Geometry: each step takes an image with its recipe, adds to the words on what was done, and gives the next image
@@ -204,17 +195,11 @@ def coarse_foreground(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Returns the mask and n, (3,). The mask is true somewhere.
     """
-    coarse, stride = _coarse(data)
-    bright = sitk.OtsuThreshold(sitk.GetImageFromArray(coarse), 0, 1)
+    sample, stride = coarse(data)
+    bright = sitk.OtsuThreshold(sitk.GetImageFromArray(sample), 0, 1)
     objects = sitk.RelabelComponent(sitk.ConnectedComponent(bright), sortByObjectSize=True)
     mask = sitk.GetArrayFromImage(objects) == 1
     return (mask, stride) if mask.any() else (np.ones_like(mask), stride)
-
-
-def _coarse(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th voxel along each axis, so that none has more than COARSE_EDGE; and n, (3,)."""
-    stride = np.array([math.ceil(extent / COARSE_EDGE) for extent in data.shape])
-    return np.ascontiguousarray(data[tuple(slice(None, None, step) for step in stride)]), stride
 
 
 def _both_sides(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ from dataset.preparation.dicom_series import Series, check_series, group_series
 from dataset.volumes.geometry import PLAUSIBLE_SPACING, affine_of_orientation, is_plausible_spacing, mm_text, spacing_of
 from dataset.volumes.gzip_files import GZIP_MAGIC
 from dataset.volumes.index import OTHER_IMAGE_SUFFIXES, VOLUME_SUFFIX, walk_files
-from dataset.volumes.volume_io import HEADER_BYTES, NIFTI_STARTS, NIFTI_SUFFIXES, Header, read_header, read_nifti
+from dataset.volumes.nifti_header import HEADER_BYTES, NIFTI_STARTS
+from dataset.volumes.volume_io import NIFTI_SUFFIXES, Header, read_header, read_nifti
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
@@ -190,17 +191,23 @@ def check_source(source: Source, orientation: str | None = None) -> None:
 
 def _nifti_affine(header: Header, orientation: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """The affine in mm, and what was handled to get it."""
-    path, notes, affine = header.path, [], header.affine
+    path, notes, affine = header.path, list(header.notes), header.affine
+    for length in header.spacing_mm:
+        if not 0 < length < np.inf:
+            raise UserError(f"{path}: a spacing of {length:g} in the header ({mm_text(header.spacing_mm)}): correct it")
+    if header.is_oriented and header.geometry_fault:
+        raise UserError(
+            f"{path}: two geometries in the header that disagree, {header.geometry_fault}: which one is right is not "
+            "known; remove the wrong one (set its code to 0), or make the file again from its source"
+        )
     if not header.is_oriented:
         if orientation is None:
             raise UserError(
-                f"{path}: no orientation (qform and sform code are 0): which side is left is not known; if you know, "
+                f"{path}: no orientation ({header.geometry_fault}): which side is left is not known; if you know, "
                 "give assume_orientation, e.g. --assume-orientation LPS"
             )
         affine = affine_of_orientation(orientation, header.spacing_mm)
         notes.append(f"orientation assumed to be {orientation}")
-    if 0 in header.spacing_mm:
-        raise UserError(f"{path}: a spacing of 0 in the header ({mm_text(header.spacing_mm)}): correct it")
     if header.unit not in ("mm", "unknown"):
         affine = np.diag([*[MM_PER_UNIT[header.unit]] * 3, 1.0]) @ affine
         notes.append(f"header in {header.unit}, converted to mm")

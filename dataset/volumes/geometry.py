@@ -34,6 +34,11 @@ def spacing_of(affine: np.ndarray) -> np.ndarray:
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 
+def directions_of(affine: np.ndarray) -> np.ndarray:
+    """Where the axes x, y, z point: unit vectors in the columns, (3, 3)."""
+    return affine[:3, :3] / spacing_of(affine)
+
+
 def orientation_of(affine: np.ndarray) -> str:
     """Where the axes x, y, z point, by the nearest directions of the patient; "???" where that can't be told."""
     if not np.isfinite(affine).all():
@@ -57,7 +62,7 @@ def is_plausible_spacing(spacing_mm: Sequence[float]) -> bool:
 
 def shear_of(affine: np.ndarray) -> float:
     """Largest cosine between two axes: 0 where all are at right angles, above SHEAR where slices are shifted."""
-    axes = affine[:3, :3] / spacing_of(affine)
+    axes = directions_of(affine)
     return float(np.abs(axes.T @ axes - np.eye(3)).max())
 
 

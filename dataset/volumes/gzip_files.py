@@ -29,8 +29,10 @@ def read_bytes(path: Path, count: int | None = None) -> bytes:
                 return stream.read(-1 if count is None else count)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: the file is truncated or damaged ({error}): copy or make it again") from error
+    except EOFError as error:
+        raise UserError(f"{path}: the file is truncated ({error}): copy or make it again") from error
+    except (zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the compressed file is damaged ({error}): copy or make it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 

@@ -1,10 +1,11 @@
-"""Reading and writing NIfTI files: the only place that knows their axes and what a sound file is.
+"""Reading and writing NIfTI files: the only place that knows their axes and what a sound volume is.
 
 Axes: a NIfTI volume is (X, Y, Z); a tensor is (1, D, H, W) with D = Z, H = X, W = Y.
 Latents are stored without permutation: a (C, d, h, w) tensor is a NIfTI image (d, h, w, C), which TorchIO reads as that
 tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
 """
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,58 +14,21 @@ import nibabel as nib
 import numpy as np
 import torch
 from einops import rearrange
+from nibabel.arrayproxy import ArrayProxy
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.volumes.geometry import orientation_of, size_text, spacing_of
+from dataset.volumes.geometry import size_text
 from dataset.volumes.gzip_files import compress, read_bytes
 from dataset.volumes.intensity import RANGE_TOLERANCE, is_empty, to_model_range
+from dataset.volumes.nifti_header import HEADER_BYTES, Header, Layout, parse_header
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-HEADER_BYTES = 540  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
-NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
-NIFTI_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"), *NIFTI2_STARTS)
-UNITS = {1: "meter", 2: "mm", 3: "micron"}  # codes of lengths; others are not defined
 LARGEST_CODE = 32767  # codes of scaled int16 volumes lie between its negative and it
 
 
 class NotFiniteError(UserError):
     """A file with NaN or infinite voxels."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself, without its voxels.
-
-    shape: the array's axes as stored, trailing axes of length 1 after the third removed, e.g. (X, Y, Z).
-    affine: voxel indices to millimetres in RAS, (4, 4) float64.
-    spacing_mm: voxel size (x, y, z); without an affine in the header the plain numbers stated there, whatever they are.
-    is_oriented: whether the header has an affine (qform or sform); without one the directions of the axes are a guess.
-    unit: what the header counts lengths in: "mm", "meter", "micron" or "unknown"; affine and spacing are as stated.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    affine: np.ndarray
-    spacing_mm: tuple[float, float, float]
-    is_oriented: bool
-    unit: str = "unknown"
-
-    @property
-    def tensor_shape(self) -> tuple[int, int, int]:
-        """(D, H, W) of a volume."""
-        x, y, z = self.shape
-        return (z, x, y)
-
-    @property
-    def orientation(self) -> str:
-        """Where the axes x, y, z point, nearest directions of the patient: "RAS" is right, anterior, superior."""
-        return orientation_of(self.affine)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, d, h, w) of a latent."""
-        return (self.shape[-1] if len(self.shape) > 3 else 1, *self.shape[:3])
 
 
 @dataclass(frozen=True)
@@ -104,8 +68,8 @@ def read_header(path: str | Path) -> Header:
 
     UserError: missing file, no NIfTI, cut off within the header, 2D, 4D, several channels, an empty axis.
     """
-    header, image = _open(path, HEADER_BYTES)
-    _check_volume(header, image)
+    header, layout, _ = _open(path, HEADER_BYTES)
+    _check_volume(header, layout)
     return header
 
 
@@ -114,9 +78,9 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, Header]:
 
     UserError: as `read_header`, and truncated files, NaN or infinity.
     """
-    header, image = _open(path)
-    _check_volume(header, image)
-    return _voxels(header.path, image).reshape(header.shape), header
+    header, layout, content = _open(path)
+    _check_volume(header, layout)
+    return _voxels(header.path, layout, content).reshape(header.shape), header
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -234,17 +198,17 @@ def _by_slice(array: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np
 
 def read_latent_header(path: str | Path) -> Header:
     """The header of a latent: NIfTI (d, h, w, C), TorchIO's (d, h, w, 1, C) or, with one channel, (d, h, w)."""
-    header, _ = _open(path, HEADER_BYTES)
+    header, _, _ = _open(path, HEADER_BYTES)
     _check_latent(header)
     return header
 
 
 def read_latent(path: str | Path) -> torch.Tensor:
     """A latent (C, d, h, w), float32. UserError: as `read_volume`."""
-    header, image = _open(path)
+    header, layout, content = _open(path)
     _check_latent(header)
     channels, *grid = header.latent_shape
-    array = _voxels(header.path, image).reshape(*grid, channels)
+    array = _voxels(header.path, layout, content).reshape(*grid, channels)
     return _to_tensor(np.moveaxis(array, -1, 0))  # (C, d, h, w)
 
 
@@ -271,32 +235,12 @@ def is_whole_volume(path: str | Path) -> bool:
 # Checks
 
 
-def _describe(path: Path, header: nib.Nifti1Header, content: bytes) -> Header:
-    shape = tuple(int(n) for n in header.get_data_shape())
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if not shape or min(shape) < 1:
-        raise UserError(f"{path}: the image is empty (size {size_text(shape) or 0}): replace or remove the file")
-    if header.get_data_dtype().kind not in "iuf":
-        raise UserError(
-            f"{path}: voxels of type {header.get_data_dtype()} (colour or complex): one number a voxel is needed"
-        )
-    affine = header.get_best_affine()
-    if header["sform_code"] > 0:
-        spacing = spacing_of(affine)
-    else:  # `header` has them repaired, 0 became 1
-        spacing = type(header)(content[: header.sizeof_hdr], check=False)["pixdim"][1:4]
-    is_oriented = bool(header["sform_code"] > 0 or header["qform_code"] > 0)
-    unit = UNITS.get(int(header["xyzt_units"]) & 7, "unknown")
-    return Header(path, shape, affine, tuple(float(length) for length in spacing), is_oriented, unit)
-
-
-def _check_volume(found: Header, image: nib.Nifti1Image) -> None:
+def _check_volume(found: Header, layout: Layout) -> None:
     shape = found.shape
     if len(shape) < 3 or min(shape[:3]) == 1:
         raise UserError(f"{found.path}: a 2D image (size {size_text(shape)}): a three-dimensional volume is needed")
     if len(shape) > 3:
-        several = "several channels" if len(shape) > 4 or image.header["intent_code"] != 0 else "a 4D series"
+        several = "several channels" if len(shape) > 4 or layout.is_vector else "a 4D series"
         raise UserError(
             f"{found.path}: {several} (size {size_text(shape)}): a volume with one channel is needed, "
             "split the file into one file for each channel or time point"
@@ -315,26 +259,19 @@ def _check_latent(found: Header) -> None:
 # Bytes
 
 
-def _open(path: str | Path, num_bytes: int | None = None) -> tuple[Header, nib.Nifti1Image]:
-    """What a file says of itself, and its image; of the first `num_bytes` alone an image without voxels."""
+def _open(path: str | Path, num_bytes: int | None = None) -> tuple[Header, Layout, bytes]:
+    """What a file says of itself, how its voxels lie in it, and its bytes, uncompressed, at most `num_bytes`."""
     path = Path(path)
     content = read_bytes(path, num_bytes)
-    image_class = nib.Nifti2Image if content[:4] in NIFTI2_STARTS else nib.Nifti1Image
-    try:
-        image = image_class.from_bytes(content)
-    except Exception as error:  # nibabel raises many types, from struct.error to ImageFileError, for a wrong header
-        reason = "truncated" if content[:4] in NIFTI_STARTS else "not a NIfTI image"
-        raise UserError(f"{path}: {reason}: a whole .nii.gz file is needed") from error
-    return _describe(path, image.header, content), image
+    return *parse_header(path, content), content
 
 
-def _voxels(path: Path, image: nib.Nifti1Image) -> np.ndarray:
+def _voxels(path: Path, layout: Layout, content: bytes) -> np.ndarray:
     """The voxels as float32, scaled as the header says."""
-    try:
-        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite and is reported below
-            array = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: the file is truncated, its voxels are incomplete: copy or make it again") from error
+    layout.check_size(path, len(content))
+    fields = (layout.shape, layout.dtype, layout.offset, layout.slope, layout.intercept)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite and is reported below
+        array = np.asarray(ArrayProxy(io.BytesIO(content), fields, mmap=False), dtype=np.float32)
     if not np.isfinite(array.sum(dtype=np.float64)):  # NaN or infinity anywhere; needs no mask as large as the volume
         count = array.size - np.count_nonzero(np.isfinite(array))
         raise NotFiniteError(f"{path}: {count} NaN or infinite voxels: replace them, e.g. by the background value")
