@@ -119,7 +119,11 @@ def _check_output(cfg: DictConfig, folder: Path, source_folder: Path) -> None:
 def _find(cfg: DictConfig, modality: str) -> tuple[list[Source], list[Outcome], list[Outcome]]:
     """The sources that are wanted, those that are not, and damaged files. UserError where none is wanted."""
     found = find_sources(cfg.input, cfg.num_workers)
-    selected, passed_over = [], []
+    selected = []
+    passed_over = [
+        Outcome(Source(str(path), (path,)), reason="archive: unpack it if it holds volumes", is_fault=False)
+        for path in found.archives
+    ]
     failed = [Outcome(Source(path, (Path(path),)), reason=reason) for path, reason in found.failed]
     for source in found.sources:
         reason = _reason_to_leave_out(cfg, source, modality)
@@ -211,7 +215,9 @@ def _listing(cfg: DictConfig, found: Found) -> Table:
     """What is in the input folder, and by their headers whether the volumes can be used."""
     preset = _find_preset(cfg)[0]
     modality = cfg.modality or (preset.modality if preset else None)
-    table = Table(caption=f"{len(found.sources)} volumes, {found.num_other} other files")
+    table = Table(
+        caption=f"{len(found.sources)} volumes, {len(found.archives)} archives, {found.num_other} other files"
+    )
     for column in ("source", "kind", "images", "description", "would be used"):
         table.add_column(column, overflow="fold")
     first: dict[str, str] = {}  # of sources that would become the same volume

@@ -23,6 +23,7 @@ from dataset.volumes.nifti_header import HEADER_BYTES, NIFTI_STARTS
 from dataset.volumes.volume_io import NIFTI_SUFFIXES, Header, read_header, read_nifti
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 
 
@@ -63,10 +64,15 @@ class Scan:
 
 @dataclass
 class Found:
-    """What a folder tree holds. failed: (file, reason) of damaged files; num_other: files of other kinds."""
+    """What a folder tree holds.
+
+    failed: (file, reason) of damaged files and of images that aren't read; archives: files that may hold images;
+    num_other: files of other kinds.
+    """
 
     sources: list[Source] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    archives: list[Path] = field(default_factory=list)
     num_other: int = 0
 
 
@@ -97,6 +103,8 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
         elif look == "nifti":
             name = re.sub(r"\.nii(\.gz)?$", "", path.relative_to(folder).as_posix())
             found.sources.append(Source(name, (path,)))
+        elif look is None and path.name.lower().endswith(ARCHIVE_SUFFIXES):
+            found.archives.append(path)
         elif look is None:
             found.num_other += 1
         else:
@@ -107,7 +115,10 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
         series = _with_note_of_damaged(series, damaged)
         found.sources.append(Source(place.as_posix(), series.files, series))
     if not found.sources and not found.failed:
-        raise UserError(f"input: {folder}: no NIfTI file and no DICOM image below it ({len(files)} other files)")
+        others = f"{len(found.archives)} archives, unpack them, and " if found.archives else ""
+        raise UserError(
+            f"input: {folder}: no NIfTI file and no DICOM image below it ({others}{found.num_other} other files)"
+        )
     found.sources.sort(key=lambda source: source.name)
     return found
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +64,11 @@ def report(
     add_row(table, "were there", str(len(prepared.entries) - len(new)), run.size)
     for size, count in other_sizes.items():
         add_row(table, "were there", str(count), size)
-    left_out = [outcome for outcome in run.outcomes if outcome.status == "left out"]
-    for reason, count in Counter(outcome.reason for outcome in [*run.passed_over, *left_out]).most_common():
+    for reason, count in Counter(outcome.reason for outcome in run.passed_over).most_common():
         add_row(table, "left out", str(count), reason)
+    left_out = [(outcome.reason, outcome.source.name) for outcome in run.outcomes if outcome.status == "left out"]
+    for found in _by_kind(left_out):
+        add_row(table, "left out", str(len(found)), f"{found[0][0]}, e.g. {found[0][1]}")
     for problem in problems[:MAX_SHOWN]:
         of_size = "" if problem["size"] == run.size else f" ({problem['size']})"
         add_row(table, "failed", "1", f"{problem['source']}: {problem['reason']}{of_size}")
@@ -83,13 +85,17 @@ def add_row(table: Table, *cells: str) -> None:
     table.add_row(*map(Text, cells), style="red" if cells[0] == "failed" else None)
 
 
-def _notes(new: Sequence[Outcome]) -> Iterator[str]:
-    """One line for each kind of what was handled on reading; notes that differ in numbers alone are of one kind."""
+def _by_kind(texts: Iterable[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """(text, file) by kind, the most frequent first; texts that differ in numbers alone are of one kind."""
     kinds: dict[str, list[tuple[str, str]]] = {}
-    for outcome in new:
-        for note in outcome.entry["notes"]:
-            kinds.setdefault(re.sub(r"-?\d+(\.\d+)?", "#", note), []).append((note, outcome.entry["file"]))
-    for found in sorted(kinds.values(), key=len, reverse=True):
+    for text, file in texts:
+        kinds.setdefault(re.sub(r"-?\d+(\.\d+)?", "#", text), []).append((text, file))
+    return sorted(kinds.values(), key=len, reverse=True)
+
+
+def _notes(new: Sequence[Outcome]) -> Iterator[str]:
+    """One line for each kind of what was handled on reading."""
+    for found in _by_kind((note, outcome.entry["file"]) for outcome in new for note in outcome.entry["notes"]):
         yield f"note: {found[0][0]}: {len({file for _, file in found})} new volume(s), e.g. {found[0][1]}"
 
 

@@ -299,3 +299,15 @@ def test_classes_of_ones_own(raw, tmp_path):
     (volume,) = (raw.parent / "data" / "Hip").rglob("*.nii.gz")
     assert read_volume(volume).data.shape == (1, 64, 128, 64)
     assert json.loads((raw.parent / "data" / "Singleres_dataset.json").read_text()) == {"5": "Hip/128x64x64"}
+
+
+def test_what_is_no_image_is_left_out_by_name(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    add_nifti(raw / "scan.nii.gz", ct())
+    add_nifti(raw / "scan_seg.nii.gz", (ct() > -500) * 3.0)
+    (raw / "more.zip").write_bytes(b"PK")
+    assert run(raw, *CT) == 0
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "left out 1 2 distinct whole values: a label map or mask, not an image, e.g. scan_seg" in shown
+    assert "left out 1 archive: unpack it if it holds volumes" in shown
+    assert [path.name for path in sorted((tmp_path / "data").rglob("*.nii.gz"))] == ["scan.nii.gz"]

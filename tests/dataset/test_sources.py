@@ -79,6 +79,14 @@ def test_images_that_cannot_be_read_are_named(tmp_path, name, content, reason):
     assert [(path, why.split(reason)[0]) for path, why in found.failed] == ([(str(tmp_path / name), "")] * bool(reason))
 
 
+def test_archives_are_counted(tmp_path):
+    (tmp_path / "patient1.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="1 archives, unpack them, and 0 other files"):
+        find_sources(tmp_path)
+    write_nifti(tmp_path / "scan.nii.gz")
+    assert find_sources(tmp_path).archives == [tmp_path / "patient1.zip"]
+
+
 def test_a_closed_folder_is_named(tmp_path, monkeypatch):
     write_nifti(tmp_path / "scan.nii.gz")
     (tmp_path / "closed").mkdir()
