@@ -134,8 +134,9 @@ def _write_files(stack: Stack, folder: Path) -> Path:
                     image = _read_uncompressed(one.path, folder / "packed.dcm")
                     image.filename, voxels = one.path, image.PixelData
                 _write(_plain_slice(one, image, voxels, number, uid), folder / _name(number))
-        except (*DAMAGED_HEADER, RuntimeError) as error:  # the last of SimpleITK
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        except (*DAMAGED_HEADER, RuntimeError) as error:
+            words = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            reason = words if not isinstance(error, RuntimeError) else "SimpleITK can't decode its voxels"
             raise UserError(
                 f"{stack.label}: {one.path.name} cannot be read ({reason}): truncated or of an unknown compression, "
                 "export the series again, uncompressed"
@@ -147,11 +148,13 @@ def _read_uncompressed(path: Path, temporary: Path) -> FileDataset:
     """The image with its voxels as stored, little-endian. ValueError where there are fewer than its size needs."""
     with open_dicom(path) as file:
         image = pydicom.dcmread(file, force=True)
+    if "PixelData" not in image:
+        raise ValueError("no voxels")
     if is_compressed(image):
         _unpack(image, temporary)
     elif not image.original_encoding[1]:  # big-endian
         image.PixelData = np.frombuffer(image.PixelData, f">u{image.BitsAllocated // 8}").byteswap().tobytes()
-    found, needed = len(image.get("PixelData") or b""), voxel_bytes(image)
+    found, needed = len(image.PixelData), voxel_bytes(image)
     if found < needed:
         raise ValueError(f"{found} bytes of voxels where its size needs {needed}")
     return image

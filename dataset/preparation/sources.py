@@ -91,10 +91,27 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
         raise UserError(f"input: {folder} is a file: give the folder that it lies in, {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"input: {folder}: no such folder")
-    found, slices, closed = Found(), [], []
+    found, closed = Found(), []
     files = [path for path in walk_files(folder, closed.append) if path.name != "DICOMDIR"]
     for error in closed:
         found.failed.append((str(error.filename), f"cannot be listed or entered ({error.strerror}): what is in it?"))
+    slices = _sort_files(found, folder, files, num_workers)
+    damaged = [Path(path) for path, _ in found.failed if not path.lower().endswith(OTHER_IMAGE_SUFFIXES)]
+    for series in group_series(slices):
+        place = series.folder.relative_to(folder) / f"series{series.slices[0].number:03d}_{series.key}"
+        found.sources.append(Source(place.as_posix(), series.files, _with_note_of(damaged, series)))
+    if not found.sources and not found.failed:
+        archives = f"{len(found.archives)} archives, unpack them, and " if found.archives else ""
+        raise UserError(
+            f"input: {folder}: no NIfTI file and no DICOM image below it ({archives}{found.num_other} other files)"
+        )
+    found.sources.sort(key=lambda source: source.name)
+    return found
+
+
+def _sort_files(found: Found, folder: Path, files: Sequence[Path], num_workers: int) -> list[Slice]:
+    """Adds to `found` all but the images of DICOM, which are returned."""
+    slices, others = [], []
     looks = dict(map_in_processes(_look, files, num_workers, "looking at files", unit="file"))
     for index, path in enumerate(files):
         look = looks[index]
@@ -103,27 +120,20 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
         elif look == "nifti":
             name = re.sub(r"\.nii(\.gz)?$", "", path.relative_to(folder).as_posix())
             found.sources.append(Source(name, (path,)))
-        elif look is None and path.name.lower().endswith(ARCHIVE_SUFFIXES):
-            found.archives.append(path)
-        elif look is None:
-            found.num_other += 1
-        else:
+        elif look is not None:
             found.failed.append((str(path), look.removeprefix(f"{path}: ")))
-    damaged = [Path(path) for path, _ in found.failed]
-    for series in group_series(slices):
-        place = series.folder.relative_to(folder) / f"series{series.slices[0].number:03d}_{series.key}"
-        series = _with_note_of_damaged(series, damaged)
-        found.sources.append(Source(place.as_posix(), series.files, series))
-    if not found.sources and not found.failed:
-        others = f"{len(found.archives)} archives, unpack them, and " if found.archives else ""
-        raise UserError(
-            f"input: {folder}: no NIfTI file and no DICOM image below it ({others}{found.num_other} other files)"
-        )
-    found.sources.sort(key=lambda source: source.name)
-    return found
+        elif path.name.lower().endswith(ARCHIVE_SUFFIXES):
+            found.archives.append(path)
+        else:
+            others.append(path)
+    dicom = {(image.path.parent, image.path.suffix) for image in slices}
+    empty = [path for path in others if (path.parent, path.suffix) in dicom and path.stat().st_size == 0]
+    found.failed += [(str(path), "an empty file among DICOM images") for path in empty]
+    found.num_other = len(others) - len(empty)
+    return slices
 
 
-def _with_note_of_damaged(series: Series, damaged: Sequence[Path]) -> Series:
+def _with_note_of(damaged: Sequence[Path], series: Series) -> Series:
     """Which series a file without header belongs to is not known; the slices of one may be fewer than they were."""
     folders = {path.parent for path in series.files}
     beside = [path.name for path in damaged if path.parent in folders]

@@ -15,6 +15,7 @@ from common.text import decode
 VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
 CACHE_SUFFIX = "_cache"
+HIDDEN_STARTS = (".", "@eaDir", "#recycle", "$RECYCLE.BIN")  # the last three: copies that file servers and Windows keep
 NATIVE_SIZES = "native"  # the folder of a class's volumes that keep the sizes they have
 # Endings, in lower case, of volumes that neither preparation nor training reads. Of two files that are one volume the
 # one with the voxels: FSL's motion parameters are `.par` too, and one volume counts once.
@@ -111,7 +112,7 @@ def describe_others(content: FolderContent) -> str:
 def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
     """All files below a folder, links followed, hidden files and folders left out, sorted.
 
-    Hidden folders hold copies: `.git/annex` of DataLad, whose names are links into it, or `.ipynb_checkpoints`.
+    Hidden folders hold copies: `.git/annex` of DataLad, whose names are links into it, `.ipynb_checkpoints`, or waste.
     on_error: called for a folder that can't be listed or entered; without, it is a UserError.
     """
     files, seen = [], set()
@@ -119,13 +120,15 @@ def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) 
         seen.add(os.path.realpath(parent))
         # A link back to a folder above would be walked for ever.
         children[:] = [
-            name for name in children if name[0] != "." and os.path.realpath(Path(parent) / name) not in seen
+            name
+            for name in children
+            if not name.startswith(HIDDEN_STARTS) and os.path.realpath(Path(parent) / name) not in seen
         ]
         for name in names:
             path = Path(parent) / name
             try:
                 # A pipe would be read for ever; a link to nothing stays, to be named by who reads it.
-                if name[0] != "." and (path.is_file() or path.is_symlink()):
+                if not name.startswith(HIDDEN_STARTS) and (path.is_file() or path.is_symlink()):
                     files.append(path)
             except OSError as error:  # a folder that can be listed, but not entered
                 (on_error or _refuse_folder)(error)

@@ -58,6 +58,7 @@ def test_linked_folders_are_walked_once(tmp_path):
 
 def test_copies_in_hidden_folders_do_not_count(tmp_path):
     touch(tmp_path, "set/a.nii.gz", "set/.ipynb_checkpoints/a-checkpoint.nii.gz", "set/.git/annex/objects/key.nii.gz")
+    touch(tmp_path, "set/#recycle/old.nii.gz", "set/$RECYCLE.BIN/x/old.nii.gz", "set/@eaDir/a.nii.gz/thumb.nii.gz")
     (tmp_path / "set" / "b.nii.gz").symlink_to(".git/annex/objects/key.nii.gz")
     assert list_volumes(tmp_path / "set") == [tmp_path / "set/a.nii.gz", tmp_path / "set/b.nii.gz"]
 

@@ -107,9 +107,13 @@ def test_a_closed_folder_is_named(tmp_path, monkeypatch):
 def test_damaged_files_beside_a_series_are_noted(tmp_path):
     write_series(tmp_path / "a", np.zeros((4, 4, 6)))
     write_series(tmp_path / "b", np.zeros((4, 4, 6)))
-    (tmp_path / "a" / "last.dcm").touch()
-    notes = [source.series.notes for source in find_sources(tmp_path).sources]
-    assert notes == [("1 damaged file(s) beside it, e.g. last.dcm: slices may be missing",), ()]
+    (tmp_path / "a" / "last").touch()  # as the others without suffix
+    (tmp_path / "b" / "done.txt").touch()
+    found = find_sources(tmp_path)
+    assert found.failed == [(str(tmp_path / "a" / "last"), "an empty file among DICOM images")]
+    notes = [source.series.notes for source in found.sources]
+    assert notes == [("1 damaged file(s) beside it, e.g. last: slices may be missing",), ()]
+    assert found.num_other == 1
 
 
 def test_nothing_to_find(tmp_path):
