@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from common.errors import UserError
 from dataset.cache.latents import LatentCache
 from dataset.checking.before_training import check_volumes
+from dataset.order.data_split import TRAINING, DataSplit
 from dataset.order.epochs import SampleKey
 from dataset.volumes.geometry import size_text
 from dataset.volumes.index import LATENT_SUFFIX, latent_path, list_volumes, read_class_folders
@@ -34,6 +35,7 @@ class Singleres_dataset(Dataset):
         check: reads a few volume files whole at once (`check_sample`); a program of several processes can leave it to
             one.
         vq_size: latent grid size that the model is told as 1.
+        split: of its subjects only those on the training side; None: all.
         cache: where latents are read from; its `build(data.class_folders)` comes before the first item. None reads and
             checks the file for every item. The items are the same bit for bit.
 
@@ -60,6 +62,7 @@ class Singleres_dataset(Dataset):
         intensity_range: Sequence[float] = MODEL_RANGE,
         check: bool = True,
         vq_size: int = 64,
+        split: DataSplit | None = None,
         cache: LatentCache | None = None,
     ):
         assert not (generate_latents and cache), "the cache is for latents"
@@ -74,7 +77,7 @@ class Singleres_dataset(Dataset):
             (path, class_id, folder)
             for class_id, folders in self.folders.items()
             for folder in folders
-            for path in list_volumes(folder)
+            for path in (list_volumes(folder) if split is None else split.select(folder, TRAINING))
         ]
         self.files = [path for path, _, _ in entries]
         self.labels = [class_id for _, class_id, _ in entries]

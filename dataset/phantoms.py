@@ -5,7 +5,8 @@ phantom depends on (seed, class, index) only.
 
     python dataset/phantoms.py --output-dir data/phantoms --num-per-class 40 --size 64 --seed 0
 
-writes OUT/CTChest/*.nii.gz and OUT/MRBrain/*.nii.gz, as many more as asked for in OUT/held_out/ for evaluation, and
+writes OUT/CTChest/*.nii.gz and OUT/MRBrain/*.nii.gz, OUT/split.json, which says which of them train, validate or are
+held out for evaluation, and
 beside each pair of folders the dataset JSONs PatchVolume_data.json and Singleres_dataset.json (volumes) and
 Singleres_latents.json (the folders that train/generate_training_latent.py writes).
 """
@@ -28,10 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     require(cfg, "output_dir")
     from rich.progress import track
 
+    from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION
     from dataset.preparation.phantoms import write_phantoms
 
     progress = partial(track, description="phantoms")
-    write_phantoms(Path(cfg.output_dir), cfg.num_per_class, cfg.num_held_out, cfg.size, cfg.seed, progress)
+    counts = {TRAINING: cfg.num_per_class, VALIDATION: cfg.num_validation, HELD_OUT: cfg.num_held_out}
+    write_phantoms(Path(cfg.output_dir), counts, cfg.size, cfg.seed, progress)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from common.errors import UserError
 from dataset.cache.crops import CroppedVolume
 from dataset.cache.volumes import VolumeCache
 from dataset.checking.before_training import check_volumes
+from dataset.order.data_split import sides_of
 from dataset.order.epochs import EpochDataset
 from dataset.order.random_crops import augment, centre_crop_start, random_crop
-from dataset.order.split import Split, split_dataset
+from dataset.order.split import Split
 from dataset.volumes.geometry import crop_affine
 from dataset.volumes.index import read_dataset_folders
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
@@ -105,7 +106,7 @@ class VQGANDataset(EpochDataset):
         if cache is not None and cache.intensity_range != self.intensity_range:
             raise ValueError(f"intensity_range {self.intensity_range}, but the cache has {cache.intensity_range}")
         self.root_dir = Path(root_dir)
-        self.sides = sides or split_dataset(root_dir, val_fraction, split_seed, subject_pattern)
+        self.sides = sides or sides_of(root_dir, None, val_fraction, split_seed, subject_pattern)
         self.files = select_files(root_dir, split, val_fraction, self.sides)
         folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
         self.class_folders = {path: next(folder for folder in folders if folder in path.parents) for path in self.files}

@@ -35,7 +35,8 @@ ADDED = {
     "generation_metrics.py": [*EVALUATION, "--slices", "2", "--num-pairs", "3", "--ignore-spacing"],
     "validity.py": [*EVALUATION, "--slices", "2", "--num-pairs", "3"],
     "report.py": [],
-    "preprocess.py": ["--size", "64", "64", "64", "--spacing", "2", "2", "2"],
+    "preprocess.py": "--size 64 64 64 --spacing 2 2 2 --validation 0.17 --held-out 0.34".split(),
+    "split.py": "--validation 0.17 --held-out 0.34".split(),
     "check.py": [],
     "phantoms.py": ["--num-held-out", "6", "--size", "64"],
     "train_PatchVolume.py": TINY_AUTOENCODER,
@@ -45,7 +46,7 @@ ADDED = {
     "class_conditional_generation.py": [
         *TINY_DIFFUSION,
         "device=cpu",
-        "classes=[{id: 0, name: CTHeadNeck, grids: [[8, 8, 8]], spacings_mm: [[1, 1, 1]]}]",
+        "classes=[{id: 1, name: CTChestAbdomen, grids: [[8, 8, 8]], spacings_mm: [[1, 1, 1]]}]",
     ],
 }
 
@@ -102,11 +103,11 @@ def run_all(commands: list[str], tree: Path, allowed: frozenset[int] = frozenset
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A copy of the project with raw/ct and raw/mr, two patients each, as scanners export them."""
+    """A copy of the project with raw/ct and raw/mr of the same six patients, as scanners export them."""
     for name in ("AutoEncoder", "common", "config", "dataset", "ddpm", "evaluation", "train"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 44)] * 3, indexing="ij"))
-    for i in range(2):
+    for i in range(6):
         rng = np.random.default_rng(i)
         body = (grid[0] ** 2 + grid[1] ** 2 / 0.6 + grid[2] ** 2 / 2 < 0.7) * 1.0
         ct = np.round(1050 * body - 1000 + rng.normal(size=body.shape) * 8).clip(-1024)
@@ -123,27 +124,16 @@ def tree(tmp_path) -> Path:
 
 
 def test_the_readme_runs_from_top_to_bottom(tree):
-    folder = tree / "data" / "phantoms"
-    contents = {  # the JSON files of the examples name the phantoms
-        "PatchVolume_data.json": {name: f"{folder / name}" for name in ("CTChest", "MRBrain")},
-        "Singleres_dataset.json": {"0": f"{folder / 'CTChest'}", "1": f"{folder / 'MRBrain'}"},
-        "Singleres_latents.json": {"0": f"{folder / 'CTChest_latents'}", "1": f"{folder / 'MRBrain_latents'}"},
-    }
-    for name, content in contents.items():
-        (tree / "config" / name).write_text(json.dumps(content))
-    for link, target in (("data", folder / "CTChest"), ("held_out", folder / "held_out" / "CTChest")):
-        (tree / link).mkdir()
-        (tree / link / "CTHeadNeck").symlink_to(target)
     commands = [command for command in commands_of("README.md") if not command.startswith("make ")]
     assert len(commands) == 12
     run_all(commands, tree)
-    assert len(read_manifest(tree / "data" / "CTChestAbdomen" / "64x64x64")) == 2
+    assert len(read_manifest(tree / "data" / "CTChestAbdomen" / "64x64x64")) == 6
     made = sorted(str(path.relative_to(tree / "generated")) for path in (tree / "generated").rglob("*.nii.gz"))
-    assert made == ["seed_0/CTHeadNeck_64x64x64.nii.gz"] + [
-        f"seed_{seed}/CTHeadNeck_64x64x64_{i}.nii.gz" for seed in (1, 2) for i in (0, 1)
+    assert made == ["seed_0/CTChestAbdomen_64x64x64.nii.gz"] + [
+        f"seed_{seed}/CTChestAbdomen_64x64x64_{i}.nii.gz" for seed in (1, 2) for i in (0, 1)
     ]
     page = (tree / "evaluated" / "report.html").read_text()
-    assert all(part in page for part in ("FID-3D", "PSNR", "nearer than held-out", "CTHeadNeck"))
+    assert all(part in page for part in ("FID-3D", "PSNR", "nearer than held-out", "CTChestAbdomen"))
 
     commands = commands_of("docs/evaluation.md")
     assert len(commands) == 2
@@ -155,22 +145,21 @@ def test_the_readme_runs_from_top_to_bottom(tree):
 
 def test_the_worked_example_runs_from_dicom_to_training(tree):
     commands = commands_of("docs/data.md")
-    assert len(commands) == 11
+    assert len(commands) == 12
     said = run_all(commands, tree)
     assert "t1_mprage_sag" in said[commands[1]]
     for name, scale in (("CTChestAbdomen", (-1000, 1000)), ("MRT1Brain", None)):
         entries = read_manifest(tree / "data" / name / "64x64x64").values()
-        assert len(entries) == 2
+        assert len(entries) == 6
         for entry in entries:
             assert entry["size"] == [64, 64, 64]
             assert (entry["intensity"]["low"], entry["intensity"]["high"]) == scale or scale is None
     assert (tree / "data" / "PatchVolume_data_check.png").is_file()
     split = json.loads((tree / "results" / "PatchVolume_8x" / "split.json").read_text())["files"]
-    sides = [
-        {file.split("/")[0] for name in split for file in split[name][side]} for side in ("training", "validation")
-    ]
-    assert sorted(map(len, sides)) == [1, 1]
-    assert sides[0] != sides[1]  # one patient each, with both classes
+    sides = {side: {file.split("/")[0] for name in split for file in split[name][side]} for side in split["MRT1Brain"]}
+    subjects = json.loads((tree / "data" / "split.json").read_text())["subjects"]
+    assert sorted(subjects.values()) == ["held_out"] * 2 + ["training"] * 3 + ["validation"]
+    assert sides == {side: {s for s, of in subjects.items() if of == side} for side in ("training", "validation")}
     assert list((tree / "results").glob("000-BiFlowNet/checkpoints/BiFlowNet_0000002.pt"))
 
 

@@ -90,7 +90,10 @@ class AutoencoderDataConfig:
     imgtype: str = key("CT", "modality, for the record only")
     patch_size: int = key(64, "edge of a patch in voxels; a multiple of model.downsample", at_least(1))
     intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity; files outside are refused", interval)
-    val_fraction: float = key(0.1, "share of the files held out for validation", below_one)
+    split: str | None = key(
+        None, "split.json (dataset/split.py); null = that beside the JSON, if there is one; none = the three keys below"
+    )
+    val_fraction: float = key(0.1, "without split.json: share of the files held out for validation", below_one)
     split_seed: int = key(0, "seed of the split into training and validation files", not_negative)
     subject_pattern: str | None = key(
         None,

@@ -4,7 +4,17 @@ import os
 from dataclasses import dataclass
 
 from config.schema.option import flag, key
-from config.schema.rules import Rule, at_least, interval, name_of_a, not_negative, one_of, positive_triple, regex
+from config.schema.rules import (
+    Rule,
+    at_least,
+    below_one,
+    interval,
+    name_of_a,
+    not_negative,
+    one_of,
+    positive_triple,
+    regex,
+)
 
 # BiFlowNet cuts latents into sub-volumes of this edge.
 SUB_VOLUME = 8
@@ -85,6 +95,16 @@ class PreprocessConfig:
         None, "percentiles of each volume, mapped to -1 and 1; null = 0.5 99.5 for MR without window", interval, percent
     )
 
+    subject_pattern: str | None = flag(
+        None,
+        "regular expression that finds the subject in a volume's path below the input; with it, or a share, "
+        "split.json is drawn beside the dataset JSONs (dataset/split.py). One that is there gets the new subjects",
+        regex,
+        section="Split",
+    )
+    validation: float | None = flag(None, "share of the volumes for validation; null = 0.1 if drawn", below_one)
+    held_out: float | None = flag(None, "share held out from all training; null = 0.1 if drawn", below_one)
+
     num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative, section="Run")
     dry_run: bool = flag(False, "list what is found, write nothing")
 
@@ -108,11 +128,29 @@ class CheckConfig:
 
 
 @dataclass
+class SplitConfig:
+    """Draws the side of every subject of a data set: training, validation or held out (dataset/split.py)."""
+
+    json: str | None = key(None, "dataset JSON: name or class id -> folder(s) of volumes", flag="JSON")
+    subject_pattern: str | None = flag(
+        None,
+        "regular expression that finds a file's subject in its path below its folder: its first group, or all of it; "
+        "null = that of split.json; without one each file is a subject",
+        regex,
+    )
+    validation: float | None = flag(None, "share for validation; null = that of split.json, else 0.1", below_one)
+    held_out: float | None = flag(None, "share that no training sees; null = that of split.json, else 0.1", below_one)
+    seed: int | None = flag(None, "seed of the draw; null = that of split.json, else 0", not_negative)
+    anew: bool = flag(False, "draw all subjects again, also where split.json has other values")
+
+
+@dataclass
 class PhantomConfig:
     """Digital phantoms (dataset/phantoms.py)."""
 
     output_dir: str | None = flag(None, "folder of the data set; required")
-    num_per_class: int = flag(40, "phantoms of each class", at_least(1))
-    num_held_out: int = flag(16, "more of each class, in held_out/", not_negative)
+    num_per_class: int = flag(40, "phantoms of each class to train on", at_least(1))
+    num_validation: int = flag(4, "more of each class, for validation", not_negative)
+    num_held_out: int = flag(16, "more of each class, held out from all training", not_negative)
     size: int = flag(64, "voxels along each axis", at_least(16))
     seed: int = flag(0, "seed of anatomy, intensities, texture and spacing", not_negative)

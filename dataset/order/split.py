@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,20 @@ from common.errors import UserError
 from common.files import write_atomically
 from dataset.volumes.index import is_size_folder, list_volumes, read_dataset_folders
 
-RECORD_NAME = "split.json"
+RECORD_NAME = "split.json"  # in a run folder
+BY_DATA_SPLIT = "by_data_split"  # in the record of a run that keeps to the split of its data set
 
 
 @dataclass(frozen=True)
 class Split:
-    """Both sides of a split: name of the dataset JSON -> its files, sorted."""
+    """Both sides of a split: name of the dataset JSON -> its files, sorted.
+
+    source: the split of the data set that they are by; None: drawn for the run.
+    """
 
     training: dict[str, list[Path]]
     validation: dict[str, list[Path]]
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def split_dataset(root_dir: str | Path, fraction: float, seed: int, subject_patt
         else:
             subjects = [(path, subject_of(path, below[path])) for path in sorted(below)]
             files += [SplitFile(name, path, subject, subject) for path, subject in subjects]
-    held_out = _choose(files, fraction, seed) if fraction > 0 else set()
+    held_out = choose_subjects(files, fraction, seed) if fraction > 0 else set()
     names = list(dict.fromkeys(file.name for file in files))
     sides = [
         {name: [f.path for f in files if f.name == name and (f.subject in held_out) == side] for name in names}
@@ -84,14 +89,14 @@ def find_subject(pattern: str) -> Callable[[Path, str], str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"dataset.subject_pattern {pattern!r}: not a regular expression ({error})") from error
+        raise UserError(f"subject_pattern {pattern!r}: not a regular expression ({error})") from error
 
     def find(path: Path, below: str) -> str:
         match = compiled.search(below)
         subject = match and match[1 if compiled.groups else 0]
         if not subject:
             raise UserError(
-                f"{path}: dataset.subject_pattern {pattern!r} finds no subject in {below!r}: "
+                f"{path}: subject_pattern {pattern!r} finds no subject in {below!r}: "
                 "give a pattern that fits every file, or rename the file"
             )
         return subject
@@ -108,19 +113,26 @@ def _below_common(paths: Sequence[Path]) -> dict[Path, str]:
     return {path: place.relative_to(common).as_posix() for path, place in zip(paths, places, strict=True)}
 
 
-def _choose(files: Sequence[SplitFile], fraction: float, seed: int) -> set[Any]:
-    """The subjects of the validation side.
+def choose_subjects(
+    files: Sequence[SplitFile], fraction: float, seed: int, chosen: Collection[Any] = (), others: Collection[Any] = ()
+) -> set[Any]:
+    """The subjects of the smaller side of a split in two.
 
     In the order of their hashes, those are taken that bring the numbers of files nearer to the share; then, for each
     name that got none, the one that takes them least away from it.
+
+    chosen, others: subjects whose side is known already.
     """
-    sides = _Sides(files, fraction)
+    sides = _Sides(files, fraction, set(others))
     orders = {file.subject: file.order for file in files}
 
     def draw(subject: Any) -> bytes:
         return hashlib.sha256(f"{seed}/{orders[subject]}".encode(errors="surrogateescape")).digest()
 
     subjects = sorted(orders, key=draw)
+    for subject in subjects:
+        if subject in chosen:
+            sides.hold_out(subject)
     for subject in subjects:
         if sides.is_free(subject) and sides.cost(subject) < 0:
             sides.hold_out(subject)
@@ -139,8 +151,9 @@ class _Sides:
     many. in_training: name -> subjects on the training side.
     """
 
-    def __init__(self, files: Sequence[SplitFile], fraction: float) -> None:
+    def __init__(self, files: Sequence[SplitFile], fraction: float, others: set[Any]) -> None:
         self.held_out: set[Any] = set()
+        self.others = others
         self.counts: dict[Any, Counter] = defaultdict(Counter)
         for file in files:
             self.counts[file.subject][file.name] += 1
@@ -155,7 +168,8 @@ class _Sides:
 
     def is_free(self, subject: Any) -> bool:
         """Whether it can be held out: no name may lose its last training subject."""
-        return subject not in self.held_out and all(self.in_training[name] > 1 for name in self.counts[subject])
+        is_open = subject not in self.held_out and subject not in self.others
+        return is_open and all(self.in_training[name] > 1 for name in self.counts[subject])
 
     def hold_out(self, subject: Any) -> None:
         self.held_out.add(subject)
@@ -177,11 +191,31 @@ def keep_split(
     Raises UserError for a resumed run whose files or sides are others now.
     """
     path = Path(folder) / RECORD_NAME
-    record = {**options, "files": _named_files(root_dir, split)}
+    by = {} if split.source is None else {BY_DATA_SPLIT: True}
+    record = {**options, **by, "files": _named_files(root_dir, split)}
     if is_resumed and path.is_file():
         _check_same(path, root_dir, record["files"])
     else:
         write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        _sides(record["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as the record of a split ({error}): remove it to go on with the split of now"
+        ) from error
+    return record
+
+
+def began_by_itself(folder: str | Path) -> bool:
+    """Whether a run with checkpoints in this folder drew its split itself, as all did before there was one for all."""
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file() or not any((Path(folder) / "checkpoints").glob("*.ckpt")):
+        return False
+    return _read_record(path).get(BY_DATA_SPLIT) is not True
 
 
 def _named_files(root_dir: str | Path, split: Split) -> dict[str, dict[str, list[str]]]:
@@ -198,13 +232,7 @@ def _named_files(root_dir: str | Path, split: Split) -> dict[str, dict[str, list
 
 
 def _check_same(path: Path, root_dir: str | Path, files: Mapping[str, Mapping[str, Iterable[str]]]) -> None:
-    try:
-        before = _sides(json.loads(path.read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as the record of a split ({error}): remove it to go on with the split of now"
-        ) from error
-    now = _sides(files)
+    before, now = _sides(_read_record(path)["files"]), _sides(files)
     changes = {
         "new": sorted(now.keys() - before.keys()),
         "gone": sorted(before.keys() - now.keys()),

@@ -1,7 +1,7 @@
 """What dataset/phantoms.py makes: the anatomy of a chest and a head, and data sets of them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from scipy import ndimage
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.preparation.classes import add_classes
+from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, Shares, given_split
+from dataset.preparation.classes import AUTOENCODER_JSON, add_classes
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX
 from dataset.volumes.intensity import BACKGROUND
@@ -18,9 +19,10 @@ from dataset.volumes.volume_io import is_whole_volume, write_nifti
 
 TEXTURE = 0.02  # standard deviation of the texture: 1 % of the intensity range
 LEVELS = 1024  # intensities are multiples of 1/1024, which halves the size of the compressed files
-HELD_OUT_START = 1_000_000  # index of the first held-out phantom: never reached by training ones
+# Index of the first phantom of each side, never reached by those of another, and what its files are called.
+SIDE_STARTS = {TRAINING: (0, ""), HELD_OUT: (1_000_000, "held_out_"), VALIDATION: (2_000_000, "validation_")}
 MIN_SIZE = 16
-VERSION = 1  # rises when the same arguments give other phantoms
+VERSION = 2  # rises when the same arguments give other phantoms
 
 
 @dataclass(frozen=True)
@@ -209,25 +211,32 @@ CLASSES = (("CTChest", chest_phantom), ("MRBrain", brain_phantom))
 
 
 def write_phantoms(
-    output_dir: Path, num_per_class: int, num_held_out: int, size: int, seed: int, progress: Callable = iter
+    output_dir: Path, counts: Mapping[str, int], size: int, seed: int, progress: Callable = iter
 ) -> None:
-    """Writes both data sets with their JSONs; files that are there already and whole are left alone.
+    """Writes the phantoms, their JSONs and the split; files that are there already and whole are left alone.
+
+    counts: side of the split -> phantoms of each class.
 
     UserError if `output_dir` holds phantoms of another size or seed, or more of them than asked for.
     """
     check_record(output_dir, {"size": size, "seed": seed, "version": VERSION})
-    jobs = []
-    parts = ((output_dir, num_per_class, 0), (output_dir / "held_out", num_held_out, HELD_OUT_START))
-    for folder, count, start in parts:
+    jobs, sides = [], {}
+    for side, count in counts.items():
+        start, word = SIDE_STARTS[side]
         for class_id, (name, _) in enumerate(CLASSES):
-            jobs += [(folder / name / f"{name}_{i:04d}.nii.gz", class_id, start + i) for i in range(count)]
+            for i in range(count):
+                path = output_dir / name / f"{name}_{word}{i:04d}{VOLUME_SUFFIX}"
+                jobs.append((path, class_id, start + i))
+                sides[path] = side
     check_no_others(output_dir, {path for path, _, _ in jobs})
     for path, class_id, index in progress(jobs):
         if not is_whole_volume(path):
             phantom = make_phantom(class_id, index, size, seed)
             write_nifti(path, phantom.data, affine_from_spacing(phantom.spacing_mm))
-    for folder in sorted({path.parents[1] for path, _, _ in jobs}):
-        add_classes(folder, {class_id: name for class_id, (name, _) in enumerate(CLASSES)})
+    add_classes(output_dir, {class_id: name for class_id, (name, _) in enumerate(CLASSES)})
+    total = sum(counts.values())
+    shares = Shares(None, counts[VALIDATION] / total, counts[HELD_OUT] / total, seed)
+    given_split(output_dir / AUTOENCODER_JSON, shares, sides).write(output_dir)
 
 
 def check_record(output_dir: Path, options: dict[str, int]) -> None:

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.files import lock, lock_folder
-from dataset.preparation.classes import add_classes, check_place, choose_class_id
+from dataset.order.data_split import SPLIT_NAME, agreed_shares, keep_or_draw, show_split, subject_finder
+from dataset.preparation.classes import AUTOENCODER_JSON, add_classes, check_place, choose_class_id
 from dataset.preparation.manifest import read_manifest
-from dataset.preparation.prepared_folder import Outcome, PreparedFolder
+from dataset.preparation.prepared_folder import Outcome, PreparedFolder, file_name
 from dataset.preparation.recipe import Recipe
 from dataset.preparation.sources import Found, Source, check_source, find_sources
 from dataset.preparation.summary import PLAIN, Run, add_row, count_other_sizes, report
@@ -57,6 +58,9 @@ def preprocess(cfg: DictConfig) -> bool:
     other_sizes = count_other_sizes(class_folder, folder)
 
     selected, passed_over, outcomes = _find(cfg, target.modality)
+    subject_of = subject_finder(agreed_shares(output_dir / AUTOENCODER_JSON, _shares(cfg)).subject_pattern)
+    for source in selected:  # while nothing has been done
+        subject_of(folder / file_name(source), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "preparing volumes"):
         prepared = PreparedFolder(folder, source_folder, target.recipe)
@@ -82,7 +86,25 @@ def preprocess(cfg: DictConfig) -> bool:
         if prepared.entries:
             add_classes(output_dir, {choose_class_id(output_dir, target.name, target.class_id): place})
         report(console, class_folder, prepared, run, other_sizes)
+        if prepared.entries:
+            _keep_split(cfg, output_dir / AUTOENCODER_JSON, console)
     return not any(outcome.status == "failed" for outcome in outcomes)
+
+
+def _shares(cfg: DictConfig) -> dict[str, str | float | None]:
+    return {key: cfg[key] for key in ("subject_pattern", "validation", "held_out")}
+
+
+def _keep_split(cfg: DictConfig, json_file: Path, console: Console) -> None:
+    """Gives new subjects a side, in the split that is there or that is asked for."""
+    if json_file.with_name(SPLIT_NAME).is_file() or any(value is not None for value in _shares(cfg).values()):
+        show_split(keep_or_draw(json_file, _shares(cfg)), json_file)
+    else:
+        console.print(
+            f"who trains and who is held out is not said yet: python dataset/split.py {json_file} --subject-pattern "
+            "'^[^/]+' if each patient has a folder",
+            **PLAIN,
+        )
 
 
 def _find_place(class_folder: Path, size: str) -> str:

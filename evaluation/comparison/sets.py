@@ -19,6 +19,7 @@ import torch
 from common.errors import UserError
 from common.files import file_sha256
 from dataset.checking.examine import format_numbers, format_size
+from dataset.order.data_split import check_no_subject_twice, files_of_side, parse_side
 from dataset.preparation.recipe import Recipe, prepare
 from dataset.preparation.sources import Scan
 from dataset.volumes.index import list_volumes, read_dataset_json
@@ -112,12 +113,17 @@ class Group:
 
 
 def list_set(path: str | Path, option: str) -> dict[str, list[Path]]:
-    """Files of a folder, under "" , or of each name of a dataset JSON. UserError names the option."""
-    path = Path(path)
+    """Files of a folder, under "" , of each name of a dataset JSON, or with JSON:SIDE those on one side of its split.
+
+    UserError names the option.
+    """
     try:
-        if not path.exists():
+        json_file, side = parse_side(str(path))
+        if side is not None and not Path(path).exists():
+            return files_of_side(json_file, side)
+        if not Path(path).exists():
             raise UserError(f"{path}: no such folder or dataset JSON")
-        return {"": list_volumes(path)} if path.is_dir() else read_dataset_json(path)
+        return {"": list_volumes(path)} if Path(path).is_dir() else read_dataset_json(path)
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
 
@@ -149,10 +155,15 @@ def group_volumes(
     real_files = list_set(real, "real")
     classes = _generated_by_class(generated, set(real_files))
     training_files = None if training is None else list_set(training, "training")
-    if training_files is not None and training_files.keys() != real_files.keys():
+    if training_files is not None and not real_files.keys() <= training_files.keys():
         raise UserError(
             f"training: {training} has {_names(training_files)}, real {_names(real_files)}: give the same names, "
             "both as dataset JSONs or both as folders"
+        )
+    if training is not None:
+        both = {"real": (real, real_files), "training": (training, training_files)}
+        check_no_subject_twice(
+            {o: (text, [f for files in by.values() for f in files]) for o, (text, by) in both.items()}
         )
     if not classes.keys() & real_files.keys():
         raise UserError(f"generated: {generated} has {_names(classes)}, real {_names(real_files)}: no class is in both")

@@ -19,7 +19,8 @@ from AutoEncoder.decoding import decode
 from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.volumes.index import read_class_json
+from dataset.order.data_split import HELD_OUT, TRAINING, files_of_side
+from dataset.preparation.classes import VOLUMES_JSON
 from dataset.volumes.intensity import MODEL_RANGE
 from dataset.volumes.pictures import save_comparison
 from dataset.volumes.volume_io import read_model_volume
@@ -40,14 +41,14 @@ TARGETS = {  # of some figures: in words, and whether a value reaches it
 def write_report(output: Path, phantoms: Path, stage_checkpoints: Sequence[Path], generated: Path, judge: bool) -> bool:
     """Measure, write demo.json and demo.png into `output`, print the table; whether all targets were reached.
 
-    phantoms: folder of dataset/phantoms.py, with held_out/ in it. stage_checkpoints: autoencoder after each stage.
-    generated: folder of the generated volumes, `CLASS_…nii.gz`. judge: False leaves the targets out (a run too short to
-    reach them), and all counts as reached.
+    phantoms: folder of dataset/phantoms.py, whose split says which are held out. stage_checkpoints: autoencoder after
+    each stage. generated: folder of the generated volumes, `CLASS_…nii.gz`. judge: False leaves the targets out (a run
+    too short to reach them), and all counts as reached.
     Raises UserError: volumes or checkpoints are missing or unreadable.
     """
     names = list(json.loads((phantoms / "PatchVolume_data.json").read_text()))
-    real, labels = load_classes(phantoms / "held_out")
-    training, _ = load_classes(phantoms)
+    real, labels = load_classes(phantoms, HELD_OUT)
+    training, _ = load_classes(phantoms, TRAINING)
     made, asked = load_generated(generated, names)
     if judge and len(made) < MIN_GENERATED:
         raise UserError(f"{generated}: {len(made)} generated volumes, at least {MIN_GENERATED} are needed to judge")
@@ -68,9 +69,10 @@ def write_report(output: Path, phantoms: Path, stage_checkpoints: Sequence[Path]
     return all(passed.values())
 
 
-def load_classes(folder: Path) -> tuple[Tensor, Tensor]:
-    """All phantoms below `folder`: volumes (N, 1, D, H, W) in [-1, 1] and class ids (N,)."""
-    return _load(read_class_json(folder / "Singleres_dataset.json"))
+def load_classes(folder: Path, side: str) -> tuple[Tensor, Tensor]:
+    """The phantoms on a side of the split: volumes (N, 1, D, H, W) in [-1, 1] and class ids (N,)."""
+    files = files_of_side(folder / VOLUMES_JSON, side)
+    return _load({int(class_id): of_class for class_id, of_class in files.items()})
 
 
 def load_generated(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-PHANTOMS = {False: (40, 16), True: (6, 6)}  # short? -> training and held-out phantoms per class
+PHANTOMS = {False: (40, 4, 16), True: (6, 1, 6)}  # short? -> phantoms per class to train, validate and hold out
 # What --short changes; everything else is as in the demo proper.
 SHORT = {
     "stage1": ["model.max_steps=12", "model.val_every=6", "model.discriminator_iter_start=6"]
@@ -31,14 +31,14 @@ Stages = dict[str, list[str]]  # title -> command, without the interpreter
 
 def training_stages(paths: DemoPaths, short: bool) -> Stages:
     """Everything up to the trained diffusion model."""
-    training, held_out = PHANTOMS[short]
+    training, validation, held_out = PHANTOMS[short]
     changed = SHORT if short else {name: [] for name in SHORT}
     data = f"dataset.root_dir={paths.phantoms / 'PatchVolume_data.json'}"
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     return {
         "phantoms: chests as CT, heads as MR": (
             ["dataset/phantoms.py", "--output-dir", f"{paths.phantoms}"]
-            + ["--num-per-class", f"{training}", "--num-held-out", f"{held_out}"]
+            + ["--num-per-class", f"{training}", "--num-validation", f"{validation}", "--num-held-out", f"{held_out}"]
         ),
         "autoencoder, stage 1: patches": (
             ["train/train_PatchVolume.py", "--config", "config/demo/PatchVolume.yaml", data]
@@ -66,7 +66,7 @@ def evaluation_stages(paths: DemoPaths, model_ckpt: Path, short: bool) -> Stages
 
     Phantoms' voxels have no common size in mm.
     """
-    held_out = f"{paths.phantoms / 'held_out' / 'PatchVolume_data.json'}"
+    held_out, training = (f"{paths.phantoms / 'split.json'}:{side}" for side in ("held_out", "training"))
     common = ["--output-dir", f"{paths.evaluation}", "--num-workers", "0", "--device", "cpu"]
     features = [*common, "--slices", "4", "--num-resamples", "100"]
     # What a few steps of training leave of an autoencoder is no nearer to real volumes than another class is.
@@ -83,7 +83,7 @@ def evaluation_stages(paths: DemoPaths, model_ckpt: Path, short: bool) -> Stages
         ),
         "evaluation: generated against real volumes": (
             ["evaluation/generation_metrics.py", "--real", held_out, "--generated", f"{paths.generated}"]
-            + ["--training", f"{paths.phantoms / 'PatchVolume_data.json'}", "--ignore-spacing", *features]
+            + ["--training", training, "--ignore-spacing", *features]
         ),
         "evaluation: do the distances see what they should?": (
             ["evaluation/validity.py", "--real", held_out, *features, *judged]

@@ -24,6 +24,7 @@ from common.processes import choose_device
 from config.loading import load_config
 from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
+from dataset.order.data_split import HELD_OUT, TRAINING
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.samplers import SAMPLERS
 from evaluation.demonstration.figures import distance_to_real, features, load_classes
@@ -83,8 +84,8 @@ class Study:
     def __init__(self, demo: Path, output: Path, num_samples: int, device: torch.device):
         self.output, self.device = output, device
         self.cfg = demo_config(demo, output, num_samples)
-        real, self.labels = load_classes(DemoPaths(demo).phantoms / "held_out")
-        training, training_labels = load_classes(DemoPaths(demo).phantoms)
+        real, self.labels = load_classes(DemoPaths(demo).phantoms, HELD_OUT)
+        training, training_labels = load_classes(DemoPaths(demo).phantoms, TRAINING)
         self.real = features(real)
         self.settings = {
             "AE_sha256": file_sha256(self.cfg.AE_ckpt),

@@ -15,7 +15,7 @@ from config.cli import parse_command_line
 from config.loading import load_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.benchmark import SCHEMAS
-from config.schema.data import CheckConfig, PhantomConfig, PreprocessConfig
+from config.schema.data import CheckConfig, PhantomConfig, PreprocessConfig, SplitConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from config.schema.evaluation import (
     DemoConfig,
@@ -159,7 +159,7 @@ FEATURE_FLAGS = "networks slices batch-size num-pairs num-halvings "
 PUBLISHED_FLAGS = {
     AutoencoderConfig: "",
     PreprocessConfig: "input output-dir preset name class-id select assume-orientation spacing size multiple "
-    "interpolation modality window percentiles num-workers dry-run",
+    "subject-pattern validation held-out interpolation modality window percentiles num-workers dry-run",
     LatentConfig: "data-path AE-ckpt batch-size num-workers device sliding-window intensity-range",
     BiFlowNetConfig: "data-path results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn "
     "patch-size num-dit enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution "
@@ -174,7 +174,8 @@ PUBLISHED_FLAGS = {
     + "real generated training generated-range resample ignore-spacing neighbours num-pictures",
     ValidityConfig: EVALUATION_FLAGS + FEATURE_FLAGS + "real other AE-ckpt",
     CheckConfig: "intensity-range patch-size subject-pattern num-workers seed num-pictures picture report",
-    PhantomConfig: "output-dir num-per-class num-held-out size seed",
+    SplitConfig: "subject-pattern validation held-out seed anew",
+    PhantomConfig: "output-dir num-per-class num-validation num-held-out size seed",
     ReportConfig: "input-dir output title",
     DemoConfig: "output-dir short",
     SamplingStudyConfig: "demo output-dir strategies steps seeds num-samples device",

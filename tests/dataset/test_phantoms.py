@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, files_of_side
 from dataset.preparation.phantoms import CLASSES, make_phantom, write_phantoms
 from dataset.volumes.index import read_class_json, read_dataset_json
 from dataset.volumes.volume_io import read_header, read_model_volume, tensor_to_nifti
@@ -63,16 +64,22 @@ def test_texture_is_about_one_percent_of_the_range():
     assert 0.01 < liver.std() < 0.03
 
 
+def only_training(count: int) -> dict[str, int]:
+    return {TRAINING: count, VALIDATION: 0, HELD_OUT: 0}
+
+
 def test_folders_and_jsons(tmp_path):
-    write_phantoms(tmp_path, num_per_class=2, num_held_out=1, size=SIZE, seed=0)
+    counts = {TRAINING: 2, VALIDATION: 1, HELD_OUT: 3}
+    write_phantoms(tmp_path, counts, size=SIZE, seed=0)
     names = [name for name, _ in CLASSES]
-    for folder, count in ((tmp_path, 2), (tmp_path / "held_out", 1)):
-        by_name = read_dataset_json(folder / "PatchVolume_data.json")
-        assert list(by_name) == names
-        assert [len(files) for files in by_name.values()] == [count, count]
-        assert list(read_class_json(folder / "Singleres_dataset.json").values()) == list(by_name.values())
-        latents = json.loads((folder / "Singleres_latents.json").read_text())
-        assert latents == {str(i): f"{name}_latents" for i, name in enumerate(names)}
+    by_name = read_dataset_json(tmp_path / "PatchVolume_data.json")
+    assert list(by_name) == names
+    assert list(read_class_json(tmp_path / "Singleres_dataset.json").values()) == list(by_name.values())
+    latents = json.loads((tmp_path / "Singleres_latents.json").read_text())
+    assert latents == {str(i): f"{name}_latents" for i, name in enumerate(names)}
+    for side, count in counts.items():
+        files = files_of_side(tmp_path / "PatchVolume_data.json", side)
+        assert {name: len(of_class) for name, of_class in files.items()} == dict.fromkeys(names, count)
     path = tmp_path / "CTChest" / "CTChest_0001.nii.gz"
     phantom = make_phantom(0, 1, SIZE)
     assert np.array_equal(tensor_to_nifti(read_model_volume(path, (-1, 1)).data[0]).numpy(), phantom.data)
@@ -80,13 +87,13 @@ def test_folders_and_jsons(tmp_path):
 
 
 def test_held_out_phantoms_are_others(tmp_path):
-    write_phantoms(tmp_path, num_per_class=3, num_held_out=3, size=SIZE, seed=0)
+    write_phantoms(tmp_path, {TRAINING: 3, VALIDATION: 3, HELD_OUT: 3}, size=SIZE, seed=0)
     contents = {path.read_bytes() for path in tmp_path.rglob("*.nii.gz")}
-    assert len(contents) == 12
+    assert len(contents) == 18
 
 
 def test_whole_files_are_kept_and_partial_ones_replaced(tmp_path):
-    options = {"num_per_class": 2, "num_held_out": 0, "size": SIZE, "seed": 0}
+    options = {"counts": only_training(2), "size": SIZE, "seed": 0}
     write_phantoms(tmp_path, **options)
     whole, partial = tmp_path / "CTChest" / "CTChest_0000.nii.gz", tmp_path / "MRBrain" / "MRBrain_0001.nii.gz"
     expected, time = partial.read_bytes(), whole.stat().st_mtime_ns
@@ -97,12 +104,12 @@ def test_whole_files_are_kept_and_partial_ones_replaced(tmp_path):
 
 
 def test_phantoms_of_other_options_are_not_mixed(tmp_path):
-    write_phantoms(tmp_path, num_per_class=2, num_held_out=0, size=SIZE, seed=0)
+    write_phantoms(tmp_path, only_training(2), size=SIZE, seed=0)
     with pytest.raises(UserError, match='"seed": 0.*name a new folder'):
-        write_phantoms(tmp_path, num_per_class=2, num_held_out=0, size=SIZE, seed=1)
+        write_phantoms(tmp_path, only_training(2), size=SIZE, seed=1)
     with pytest.raises(UserError, match="2 files more than asked for.*name a new folder"):
-        write_phantoms(tmp_path, num_per_class=1, num_held_out=0, size=SIZE, seed=0)
-    write_phantoms(tmp_path, num_per_class=3, num_held_out=0, size=SIZE, seed=0)
+        write_phantoms(tmp_path, only_training(1), size=SIZE, seed=0)
+    write_phantoms(tmp_path, only_training(3), size=SIZE, seed=0)
     assert len(list(tmp_path.rglob("*.nii.gz"))) == 6
 
 
@@ -114,7 +121,7 @@ def test_size_is_checked():
 def test_script(tmp_path):
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "dataset" / "phantoms.py"), "--output-dir", str(tmp_path / "phantoms")]
-    options = ["--num-per-class", "1", "--num-held-out", "0", "--size"]
+    options = ["--num-per-class", "1", "--num-validation", "0", "--num-held-out", "0", "--size"]
     done = subprocess.run([*command, *options, "16"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "phantoms" in done.stdout + done.stderr  # the progress bar

@@ -12,6 +12,7 @@ from generation_models import CUBE, TIMESTEPS, config, row, save_models
 from common.errors import UserError
 from config.loading import save_config
 from dataset import phantoms
+from dataset.order.data_split import HELD_OUT
 from evaluation.demonstration.figures import distance_to_real, features, load_generated
 from evaluation.generation import sampling_study
 from evaluation.generation.run import generate
@@ -24,7 +25,18 @@ def demo(tmp_path_factory) -> Path:
     """What evaluation/demo.py leaves, as far as the study reads it: 32³ voxels, latents of 8³."""
     folder = tmp_path_factory.mktemp("study") / "demo"
     phantoms.main(
-        ["--output-dir", f"{folder / 'phantoms'}", "--num-per-class", "4", "--num-held-out", "2", "--size", "32"]
+        [
+            "--output-dir",
+            f"{folder / 'phantoms'}",
+            "--num-per-class",
+            "4",
+            "--num-validation",
+            "0",
+            "--num-held-out",
+            "2",
+            "--size",
+            "32",
+        ]
     )
     models = save_models(folder)
     for name, place in (("ae.ckpt", "stage2/checkpoints/last.ckpt"), ("flow.pt", "biflownet/checkpoints/flow.pt")):
@@ -65,7 +77,7 @@ def test_the_distance_is_that_of_the_demos_report(demo, study, tmp_path):
     classes = [row(0, "CTChest", CUBE), row(1, "MRBrain", CUBE)]
     generate(config(demo, tmp_path, classes, ddim_steps=2, seed=1, num_samples=2, batch_size=4))
     made, asked = load_generated(tmp_path / "seed_1", ["CTChest", "MRBrain"])
-    real, labels = sampling_study.load_classes(demo / "phantoms" / "held_out")
+    real, labels = sampling_study.load_classes(demo / "phantoms", HELD_OUT)
     # Latents on the border between two codes may round to either, see tests/evaluation/test_generation.py.
     assert entry["mmd"] == pytest.approx(distance_to_real(features(real), features(made)), abs=1e-3)
     squares = [
@@ -115,7 +127,7 @@ def test_results_of_other_settings_are_not_mixed(demo, study, tmp_path, option):
         shutil.rmtree(tmp_path / "other" / "phantoms")
         phantoms.main(
             ["--output-dir", f"{tmp_path / 'other' / 'phantoms'}", "--seed", "1"]
-            + ["--num-per-class", "4", "--num-held-out", "2", "--size", "32"]
+            + ["--num-per-class", "4", "--num-validation", "0", "--num-held-out", "2", "--size", "32"]
         )
         option = ["--demo", f"{tmp_path / 'other'}"]
     with pytest.raises(UserError, match=r"other settings \((num_samples|held_out_sha256)\): choose another"):

@@ -27,7 +27,8 @@ FAST = "--num-workers 0 --device cpu --num-resamples 40 --num-halvings 4 --slice
 def made(tmp_path_factory):
     """Phantoms of two classes, 12 each."""
     folder = tmp_path_factory.mktemp("phantoms")
-    phantoms.main(["--output-dir", str(folder), "--num-per-class", "12", "--num-held-out", "0", "--size", "48"])
+    counts = "--num-per-class 12 --num-validation 0 --num-held-out 0".split()
+    phantoms.main(["--output-dir", str(folder), *counts, "--size", "48"])
     return folder
 
 

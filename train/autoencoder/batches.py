@@ -11,18 +11,22 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from common.errors import UserError
 from dataset.cache.volumes import VolumeCache
+from dataset.order.data_split import NO_SPLIT, sides_of
 from dataset.order.epochs import EpochSampler
-from dataset.order.split import Split, split_dataset
+from dataset.order.split import Split, began_by_itself
 from dataset.vqgan import VQGANDataset
 from dataset.vqgan_4x import VQGANDataset_4x
 from train.loop.signals import ignore_signals
 
-SPLIT_OPTIONS = ("val_fraction", "split_seed", "subject_pattern")  # of `dataset`, in the order of `split_dataset`
+SPLIT_OPTIONS = ("split", "val_fraction", "split_seed", "subject_pattern")  # of `dataset`, in the order of `sides_of`
 
 
 def split_files(cfg: DictConfig) -> Split:
-    """Which files train and which validate."""
-    return split_dataset(cfg.dataset.root_dir, *(cfg.dataset[key] for key in SPLIT_OPTIONS))
+    """Which files train and which validate. A run that began with a split of its own goes on with it."""
+    options = {key: cfg.dataset[key] for key in SPLIT_OPTIONS}
+    if options["split"] is None and began_by_itself(cfg.model.default_root_dir):
+        options["split"] = NO_SPLIT
+    return sides_of(cfg.dataset.root_dir, *options.values())
 
 
 def build_datasets(cfg: DictConfig, split: Split, logger: logging.Logger) -> tuple[VQGANDataset, VQGANDataset]:

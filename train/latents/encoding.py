@@ -1,6 +1,7 @@
 """Encodes the volumes of a data set that have no whole latent yet, shared out to the processes."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from logging import Logger
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.log import get_logger
 from common.processes import Distributed, cleanup, setup
 from config.loading import require
 from dataset.order.batches import batches_of_one_shape
+from dataset.order.data_split import SIDES, find_split
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import latent_folder
 from dataset.volumes.latent_record import start_folder
@@ -46,6 +48,7 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         distributed.on_main(lambda: dataset.check_sample(logger), share=False)
         record = make_record(autoencoder, cfg.AE_ckpt, intensity_range)
         distributed.on_main(lambda: [start_folder(folder, record) for folder in folders])
+        distributed.on_main(lambda: keep_split(cfg.data_path, dataset, folders, logger), share=False)
         _log_plan(logger, dataset, folders, autoencoder.patch_size)
 
         batches = batches_of_one_shape(range(len(dataset)), dataset.shapes, cfg.batch_size)
@@ -55,6 +58,18 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         return dataset.latent_paths
     finally:
         cleanup()
+
+
+def keep_split(data_path: str, dataset: Singleres_dataset, folders: Sequence[Path], logger: Logger) -> None:
+    """Copies the data set's split into the folders of latents, so that they say wherever they go who is held out."""
+    split = find_split(data_path)
+    if split is not None:
+        sides = Counter(split.side_of(path, folder) for path, folder in dataset.class_folders.items())
+        logger.info(
+            "%s: %s", split.path, ", ".join(f"{sides[side]} volumes {side.replace('_', ' ')}" for side in SIDES)
+        )
+        for folder in folders:
+            split.write(folder)
 
 
 def make_record(autoencoder: nn.Module, checkpoint: str | Path, intensity_range: Sequence[float]) -> dict[str, Any]:
