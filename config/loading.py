@@ -49,11 +49,14 @@ def load_config(
     cfg = OmegaConf.structured(schema)
     if path is not None:
         _merge(cfg, _compose(Path(path)), str(path))
-    for override in overrides:
-        dotted, value = _parse_override(schema, override)
-        _merge(cfg, _nested(dotted, value), f"override {override!r}")
-    for name, value in (values or {}).items():
-        _merge(cfg, _nested(name, value), f"option {name}")
+    given = [(*_parse_override(schema, override), f"override {override!r}") for override in overrides]
+    given += [(name, value, f"option {name}") for name, value in (values or {}).items()]
+    for name, value, source in given:
+        _merge(cfg, _nested(name, value), source)
+    if table := cfg.get("class_table"):
+        _merge(cfg, _read_class_table(Path(table)), table)
+        for name, value, source in given:  # they win over the table
+            _merge(cfg, _nested(name, value), source)
     try:
         plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
@@ -63,6 +66,15 @@ def load_config(
     validate(plain, schema)
     OmegaConf.set_struct(plain, True)
     return plain
+
+
+def _read_class_table(path: Path) -> DictConfig:
+    """UserError: more in the file than the table and the compression that it is for, or less."""
+    table = _compose(path)
+    if "classes" not in table or (strange := sorted(set(table) - {"classes", "downsample"})):
+        found = f"found {', '.join(map(str, strange))}" if "classes" in table else "there is no classes"
+        raise UserError(f"class_table: {path}: `classes` and `downsample` are needed and nothing else, {found}")
+    return table
 
 
 def save_config(cfg: DictConfig, folder: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from config.schema.option import flag, key
 from config.schema.rules import (
@@ -44,6 +45,13 @@ free_name = Rule(
 )
 
 
+def class_table_flag() -> Any:
+    """Of preprocessing and generation: one file serves both."""
+    return flag(
+        None, "YAML file with `downsample` and `classes`, as config/classes_8x.yaml; null = the config's own table"
+    )
+
+
 @dataclass
 class VolumeClass:
     """One row of the class table: what a class id stands for and in which sizes its volumes are made."""
@@ -67,6 +75,7 @@ class PreprocessConfig:
     name: str | None = flag(None, "name of class and folder; null = the preset's", name_of_a("folder"), free_name)
     class_id: int | None = flag(None, "class id; null = the preset's, else the next free one", not_negative)
     select: str | None = flag(None, "regular expression that path or series description must contain (any case)", regex)
+    exclude: str | None = flag(None, "regular expression that neither may contain (any case)", regex)
     assume_orientation: str | None = flag(
         None, "axes of NIfTI files that don't say theirs, e.g. LPS; null = such files are refused", orientation
     )
@@ -108,6 +117,7 @@ class PreprocessConfig:
     num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative, section="Run")
     dry_run: bool = flag(False, "list what is found, write nothing")
 
+    class_table: str | None = class_table_flag()
     downsample: int = key(8, "image voxels per latent voxel of the class table's grids: 8 | 4", one_of(8, 4))
     classes: list[VolumeClass] = key([], "what the presets are: id, name, modality, grids and spacings of each class")
 

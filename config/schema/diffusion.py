@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from config.schema.data import SUB_VOLUME, VolumeClass, latent_grid, voxel_size
+from config.schema.data import SUB_VOLUME, VolumeClass, class_table_flag, latent_grid, voxel_size
 from config.schema.option import EXTENDS, FREE, device_flag, flag, key
 from config.schema.rules import Rule, at_least, below_one, betas, not_negative, one_of, positive, positive_triple, share
 
@@ -148,4 +148,5 @@ class GenerationConfig(DiffusionModelConfig):
     )
     max_single_pass: int = key(32, "blended, tiles: latents up to so many voxels cubed are decoded whole", at_least(1))
     tile: int = key(256, "blended, tiles: edge of a tile in image voxels", at_least(1))
+    class_table: str | None = class_table_flag()
     classes: list[VolumeClass] = key([], "class table: id, name, grids (z, x, y) and spacings_mm (x, y, z) of each")

@@ -22,6 +22,7 @@ from dataset.preparation.sources import Found, Source, check_source, find_source
 from dataset.preparation.summary import PLAIN, Run, add_row, count_other_sizes, report
 from dataset.volumes.index import size_folder
 
+SUB_VOLUME = 8  # edge in latent voxels of what BiFlowNet cuts latents into
 DEFAULT_WINDOW = (-1000.0, 1000.0)  # HU: air to dense bone
 DEFAULT_PERCENTILES = (0.5, 99.5)
 
@@ -48,6 +49,7 @@ def preprocess(cfg: DictConfig) -> bool:
         Console(width=None if sys.stdout.isatty() else 160).print(_listing(cfg, found))
         return True
     target = resolve_target(cfg)
+    _hint_at_size(cfg, target.recipe, console)
     source_folder, output_dir = Path(cfg.input).resolve(), Path(cfg.output_dir)
     class_folder, size = output_dir / target.name, size_folder(target.recipe.size)
     _check_output(cfg, class_folder / size, source_folder)
@@ -89,6 +91,22 @@ def preprocess(cfg: DictConfig) -> bool:
         if prepared.entries:
             _keep_split(cfg, output_dir / AUTOENCODER_JSON, console)
     return not any(outcome.status == "failed" for outcome in outcomes)
+
+
+def _hint_at_size(cfg: DictConfig, recipe: Recipe, console: Console) -> None:
+    """Says early that volumes will serve the autoencoder alone."""
+    edge = cfg.downsample * SUB_VOLUME
+    if recipe.size is None:
+        what = "without a size (--size) volumes keep sizes of their own"
+    elif any(extent % edge for extent in recipe.size):
+        what = f"size {size_folder(recipe.size)}: not all are multiples of {edge}"
+    else:
+        return
+    console.print(
+        f"{what}: good for the autoencoder; a diffusion model needs one size, each side a multiple of {edge} at "
+        f"{cfg.downsample}x",
+        **PLAIN,
+    )
 
 
 def _shares(cfg: DictConfig) -> dict[str, str | float | None]:
@@ -155,8 +173,8 @@ def _find(cfg: DictConfig, modality: str) -> tuple[list[Source], list[Outcome], 
             passed_over.append(Outcome(source, reason=reason, is_fault=False))
     if not selected and not found.failed:
         raise UserError(
-            f"input: of {len(found.sources)} volumes in {cfg.input} none is wanted (select {cfg.select!r}, modality "
-            f"{modality}): --dry-run lists them"
+            f"input: of {len(found.sources)} volumes in {cfg.input} none is wanted (select {cfg.select!r}, exclude "
+            f"{cfg.exclude!r}, modality {modality}): --dry-run lists them"
         )
     return selected, passed_over, failed
 
@@ -225,6 +243,8 @@ def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
 def _reason_to_leave_out(cfg: DictConfig, source: Source, modality: str | None) -> str | None:
     if cfg.select and not re.search(cfg.select, source.title, re.IGNORECASE):
         return "not selected"
+    if cfg.exclude and re.search(cfg.exclude, source.title, re.IGNORECASE):
+        return "excluded"
     if modality and source.series and source.series.modality != modality:
         return f"modality {source.series.modality or 'unknown'}"
     return None

@@ -158,8 +158,8 @@ FEATURE_FLAGS = "networks slices batch-size num-pairs num-halvings "
 # The flags of the scripts, without dashes; those of the paper's release are spelled as it has them.
 PUBLISHED_FLAGS = {
     AutoencoderConfig: "",
-    PreprocessConfig: "input output-dir preset name class-id select assume-orientation spacing size multiple "
-    "subject-pattern validation held-out interpolation modality window percentiles num-workers dry-run",
+    PreprocessConfig: "input output-dir preset name class-id select exclude assume-orientation spacing size multiple "
+    "class-table subject-pattern validation held-out interpolation modality window percentiles num-workers dry-run",
     LatentConfig: "data-path AE-ckpt batch-size num-workers device sliding-window intensity-range",
     BiFlowNetConfig: "data-path results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn "
     "patch-size num-dit enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution "
@@ -167,7 +167,7 @@ PUBLISHED_FLAGS = {
     GenerationConfig: "classes AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn "
     "sampling-strategy ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta "
     "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
-    "channels-last compile",
+    "channels-last compile class-table",
     ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
     GenerationMetricsConfig: EVALUATION_FLAGS
     + FEATURE_FLAGS

@@ -155,6 +155,26 @@ def test_class_table(name, factor):
 # --------------------------------------------------------------------------------------------------- loading
 
 
+TABLE = """
+downsample: 4
+classes:
+  - {id: 0, name: MRHip, modality: MR, grids: [[32, 32, 32]], spacings_mm: [[1, 1, 1]]}
+"""
+
+
+@pytest.mark.parametrize(("schema", "base"), [(PreprocessConfig, "preprocess"), (GenerationConfig, "generation_8x")])
+def test_one_class_table_serves_preprocessing_and_generation(tmp_path, schema, base):
+    (tmp_path / "mine.yaml").write_text(TABLE)
+    table = {"class_table": str(tmp_path / "mine.yaml")}
+    cfg = load_config(schema, CONFIG_FOLDER / f"{base}.yaml", values=table)
+    assert (cfg.downsample, [row.name for row in cfg.classes]) == (4, ["MRHip"])
+    assert load_config(schema, CONFIG_FOLDER / f"{base}.yaml", ["downsample=8"], table).downsample == 8
+    for text, message in (("downsample: 4", "there is no classes"), (TABLE + "seed: 1", "nothing else, found seed")):
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(UserError, match=f"class_table: .*mine.yaml.*{message}"):
+            load_config(schema, CONFIG_FOLDER / f"{base}.yaml", values=table)
+
+
 def test_complete_official_yaml_loads(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         cfg = load_config(

@@ -301,6 +301,30 @@ def test_classes_of_ones_own(raw, tmp_path):
     assert json.loads((raw.parent / "data" / "Singleres_dataset.json").read_text()) == {"5": "Hip/128x64x64"}
 
 
+def test_exclude_beside_select(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    for name in ("p1/FLAIR", "p1/regtoFLAIR_T1", "p2/FLAIR", "p2/T2"):
+        add_nifti(raw / f"{name}.nii.gz", ct(len(name)))
+    assert run(raw, *CT, "--select", "flair", "--exclude", "REGTO") == 0
+    found = sorted(
+        path.relative_to(tmp_path / "data" / "Thorax").as_posix() for path in tmp_path.rglob("Thorax/*/*/*.gz")
+    )
+    assert found == ["native/p1/FLAIR.nii.gz", "native/p2/FLAIR.nii.gz"]
+    assert "excluded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "hint"),
+    [((), "without a size"), ((64, 64, 65), "size 64x64x65: not all are multiples of 64"), ((64, 64, 128), None)],
+)
+def test_sizes_that_no_diffusion_model_takes_are_hinted_at(tmp_path, capsys, size, hint):
+    add_nifti(tmp_path / "raw" / "scan.nii.gz", ct())
+    assert run(tmp_path / "raw", *CT, *(["--size", *size] if size else [])) == 0
+    said = capsys.readouterr().err
+    assert (hint is None) == ("good for the autoencoder" not in said)
+    assert hint is None or hint in said
+
+
 def test_what_is_no_image_is_left_out_by_name(tmp_path, capsys):
     raw = tmp_path / "raw"
     add_nifti(raw / "scan.nii.gz", ct())
