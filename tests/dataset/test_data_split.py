@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from preprocessing_runs import add_nifti, ct
 from user_errors import error_of
 
@@ -25,9 +26,11 @@ from dataset.order.data_split import (
     read_split,
     sides_of,
 )
+from dataset.order.split import keep_split
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_latent
 from dataset.vqgan import VQGANDataset
+from train.autoencoder.batches import split_files
 from train.latents import encoding
 
 PATIENT = "^[^/]+"
@@ -181,6 +184,20 @@ def test_autoencoder_data_keep_to_it(real):
     assert patients([*own.training["CT"], *own.validation["CT"]]) == {f"p{p}" for p in range(8)}
     assert (own.source, sides_of(path, None, 0.5, 0, PATIENT).source) == (None, real / SPLIT_NAME)
     assert "was drawn with '^[^/]+': leave it out, draw the split anew" in error_of(sides_of, path, None, 0.1, 0, "^p")
+
+
+@pytest.mark.parametrize("was_own", [True, False])
+def test_a_run_that_drew_its_own_split_goes_on_with_it(real, was_own):
+    json_file, root = real / "PatchVolume_data.json", real / "run"
+    options = {"val_fraction": 0.1, "split_seed": 0, "subject_pattern": None}
+    keep_split(root, json_file, sides_of(json_file, "none" if was_own else None, *options.values()), options, False)
+    data = {"root_dir": str(json_file), "split": None, **options}
+    cfg = OmegaConf.create({"dataset": data, "model": {"default_root_dir": str(root)}})
+    assert split_files(cfg).source == real / SPLIT_NAME  # no checkpoint: it begins only now
+    touch(root / "checkpoints", "last.ckpt")
+    split = split_files(cfg)
+    assert split.source == (None if was_own else real / SPLIT_NAME)
+    keep_split(root, json_file, split, options, True)  # else a UserError
 
 
 def test_latents_carry_it_wherever_they_go(real, tmp_path_factory):
