@@ -44,6 +44,12 @@ def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what killed processes left half written below a folder, in which no other one may be writing."""
+    for file in folder.rglob(".*.tmp*"):
+        file.unlink(missing_ok=True)
+
+
 def lock(file: IO, on_wait: Callable[[], None] | None = None) -> bool:
     """Hold an open file until it is closed or the process ends. False on a file system without locks.
 

@@ -12,14 +12,20 @@ from config.loading import require
 from dataset.checking.before_training import check_latents
 from dataset.Singleres_dataset import Singleres_dataset
 from train.diffusion.state import Origin
+from train.loop.continuing import is_run_folder
 from train.loop.session import Session
 
 MODELS = ("BiFlowNet",)
 
 
 def check_options(cfg: DictConfig, logger: logging.Logger) -> None:
-    """The options that the schema leaves open, and a warning for each that has no effect."""
+    """The options that the schema leaves open, and a warning for each that has no effect.
+
+    A checkpoint file as `continue_from` becomes `ckpt`: a run of its own goes on from it.
+    """
     require(cfg, "data_path")
+    if cfg.continue_from and not is_run_folder(cfg.continue_from):
+        cfg.ckpt, cfg.continue_from = cfg.continue_from, None
     if cfg.model not in MODELS:
         raise UserError(f"model={cfg.model}: there is no such model, expected {' or '.join(MODELS)}; give --model")
     if cfg.ckpt and not Path(cfg.ckpt).is_file():

@@ -64,16 +64,19 @@ def fit(
     # Run folder, and where to go on from
     if cfg.ckpt:
         state.check_fits(cfg.ckpt)  # before a folder is made
-    folder = distributed.on_main(lambda: run_folder.open_locked(config, here.closing))
+    folder, news = distributed.on_main(lambda: run_folder.open_run_folder(config, here.closing, cfg.model))
     here.log_to(folder / "log.txt")
+    for line in news:
+        logger.info("%s: %s", folder, line)
     resume_from = distributed.on_main(lambda: run_folder.find_checkpoint(folder, cfg.ckpt))
     if resume_from is not None:
-        state.load(resume_from, config, batches.num_samples, batches.global_batch, logger)
+        is_own = resume_from.parent == folder / "checkpoints"
+        state.load(resume_from, config, batches.num_samples, batches.global_batch, logger, is_own)
         logger.info("%s: going on from %s, step %d", folder, resume_from, state.step)
     if state.is_finished(cfg.epochs, cfg.max_steps):
         logger.info(
-            "%s is finished: step %d, epoch %d. To train on, give a larger max_steps or --epochs and --ckpt %s",
-            folder, state.step, state.epoch, resume_from,
+            "%s is finished: step %d, epoch %d. To train on, give a larger max_steps or --epochs",
+            folder, state.step, state.epoch,
         )  # fmt: skip
         return {"folder": folder, "step": state.step, "stopped_by": 0, "loss": None}
 
