@@ -10,14 +10,15 @@ import glob
 import logging
 import pickle
 import re
+import shutil
 import zipfile
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, ListConfig
@@ -126,10 +127,19 @@ def save_checkpoint(obj: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         UserError: the file could not be written, e.g. on a full disk; the old file is still there.
     """
-    path = Path(path)
+    _write(Path(path), lambda file: torch.save(obj, file))
+
+
+def copy_checkpoint(source: Path, path: Path) -> None:
+    """As `save_checkpoint` with the content of another file."""
+    with source.open("rb") as content:
+        _write(path, lambda file: shutil.copyfileobj(content, file))
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], None]) -> None:
     try:
         with replacing(path) as file:
-            torch.save(obj, file)
+            fill(file)
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp*"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as RuntimeError

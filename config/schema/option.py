@@ -102,8 +102,3 @@ def options_of(schema: type, prefix: str = "") -> list[Option]:
         flag = f"--{item.name.replace('_', '-')}" if option.flag is True else option.flag or None
         found.append(replace(option, name=name, hint=hint, flag=flag))
     return found
-
-
-def keys_of(schema: type, *resume: Resume) -> frozenset[str]:
-    """The names of the keys with one of these meanings for resuming."""
-    return frozenset(option.name for option in options_of(schema) if option.resume in resume)
