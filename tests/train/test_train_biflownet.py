@@ -14,6 +14,7 @@ from biflownet_runs import assert_same_training, checkpoint, crash_at
 
 from dataset.volumes.volume_io import read_volume, write_latent
 from train.diffusion import run_folder
+from train.diffusion.preview import Previews
 from train.loop.metrics_file import MetricsWriter
 from train.train_BiFlowNet_SingleRes import main, train
 
@@ -171,6 +172,26 @@ def test_finished_run_says_so_and_trains_on(data, tmp_path, capfd):
     straight = train(runs.config(data, tmp_path / "straight"))
     for run in (branch, longer):
         assert_same_training(checkpoint(straight["folder"], 6), checkpoint(run["folder"], 6))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_preview_due_where_training_stopped_is_made(data, ae_ckpt, tmp_path, monkeypatch, uninterrupted, step):
+    """Killed between the checkpoint and its preview, or stopped there by a signal; also where training had ended."""
+    options = {"preview": True, "preview_steps": 2, "AE_ckpt": str(ae_ckpt), "max_steps": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(Previews, "write", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            train(runs.config(data, tmp_path, **{**options, "max_steps": step}))
+    for _ in range(2):
+        run = train(runs.config(data, tmp_path, **{**options, "max_steps": step}))["folder"]
+    names = {path.name for path in (run / "samples").glob("*.nii.gz")}
+    assert f"step_{step:07d}_class_{step // 2 % 2}.nii.gz" in names
+    whole = train(runs.config(data, tmp_path / "whole", **{**options, "max_steps": step}))["folder"]
+    ours, theirs = (
+        read_volume(folder / "samples" / f"step_{step:07d}_class_{step // 2 % 2}.nii.gz").data
+        for folder in (run, whole)
+    )
+    assert torch.equal(ours, theirs)
 
 
 def test_damaged_newest_checkpoint_is_passed_over(data, tmp_path, monkeypatch, capfd):
