@@ -58,8 +58,8 @@ def build_trainer(
             num_sanity_val_steps=0,
             log_every_n_steps=cfg.model.log_every,
             logger=[
+                JsonLinesLogger(root / "metrics.jsonl", start_step),  # first: it notices that the folder is gone
                 TensorBoardLogger(root, name="", version="logs", purge_step=start_step or None),
-                JsonLinesLogger(root / "metrics.jsonl", start_step),
             ],
             callbacks=_callbacks(cfg, root, monitor, validations, work),
             plugins=[BackgroundCheckpointIO(work)],

@@ -22,7 +22,7 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import copy_checkpoint
 from common.compilation import compiling
 from common.errors import UserError
-from common.files import lock_folder, remove_leftovers
+from common.files import check_still_there, lock_folder, remove_leftovers
 from common.log import close_logger, get_logger
 from config.loading import require, save_config
 from dataset.order.split import Split, keep_split
@@ -33,7 +33,8 @@ from train.autoencoder.step_watch import NotFinite, TrainingStopped
 from train.autoencoder.trainer import build_trainer, process_rank, processes_per_node, quiet_lightning
 from train.autoencoder.validation import Validations
 from train.loop.background import BackgroundWork
-from train.loop.continuing import read_config
+from train.loop.continuing import CONFIG_FILE, read_config
+from train.loop.deletion import check_not_deleted, deletion_explained
 from train.loop.signals import close_loader
 
 
@@ -108,6 +109,10 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
             )
         trainer.save_checkpoint(last, weights_only=False)
         work.wait()
+        if trainer.is_global_zero:
+            check_not_deleted(root, root / CONFIG_FILE)
+            saved = f"training went on with their copies in the cache, and its end is saved in {last}"
+            check_still_there([*train_data.files, *val_data.files], "volumes", saved)
         logger.info("finished at step %d: %s", trainer.global_step, last)
         return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
@@ -167,7 +172,8 @@ def _run_folder(cfg: DictConfig, root: Path, split: Split) -> Iterator[None]:
         for key in ("resume_from_checkpoint", "continue_from"):  # where a run began stays what it was
             saved.model[key] = cfg.model[key] or before.get(key)
         save_config(saved, root)
-        yield
+        with deletion_explained(root):
+            yield
 
 
 def _last_step(cfg: DictConfig, steps_per_epoch: int) -> int:

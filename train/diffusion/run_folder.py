@@ -24,6 +24,7 @@ from config.schema.diffusion import BiFlowNetConfig
 from config.schema.option import EXTENDS
 from train.loop import continuing
 from train.loop.continuing import Change
+from train.loop.deletion import deletion_explained
 
 CHECKPOINT_PREFIX = "BiFlowNet_"
 
@@ -49,6 +50,7 @@ def open_run_folder(config: dict, closing: contextlib.ExitStack, name: str = "Bi
         folder, found = _choose_folder(config, name)
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
+        closing.enter_context(deletion_explained(folder))
         closing.enter_context(lock_folder(folder, "training"))
         remove_leftovers(folder)
         began_from = (continuing.read_config(folder) or {}).get("ckpt")

@@ -13,6 +13,7 @@ from train.diffusion.batches import LatentBatches
 from train.diffusion.preview import Previews
 from train.diffusion.state import Origin
 from train.loop.background import BackgroundWork, snapshot
+from train.loop.deletion import check_not_deleted
 from train.loop.session import Session
 
 
@@ -52,6 +53,7 @@ class Saving(BackgroundWork):
 
     def _write(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
         path = run_folder.checkpoint_path(self._folder, step)
+        check_not_deleted(self._folder)
         save_checkpoint(content, path)
         run_folder.remove_old_checkpoints(self._folder, self._keep)
         self._logger.info("saved %s", path)

@@ -169,6 +169,7 @@ def fit(
     saving.wait()
     distributed.barrier()
     if is_finished:
+        distributed.on_main(batches.check_still_there)
         logger.info("finished: %s, step %d", folder, state.step)
     else:
         name = signal.Signals(agreement.signal_number).name

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from common.files import write_atomically
+from train.loop.deletion import check_not_deleted
 from train.loop.early_warnings import DataBound
 from train.loop.session import Session
 
@@ -17,11 +18,15 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, start_step: int = 0) -> None:
-        self._start_step, self._known = start_step, _drop_steps_after(path, start_step)
+        self._path, self._start_step, self._known = path, start_step, _drop_steps_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Record `scalars` of optimiser step `step`; what is not finite becomes null, as JSON has no word for it."""
+        """Record `scalars` of optimiser step `step`; what is not finite becomes null, as JSON has no word for it.
+
+        UserError where the file was deleted, which would be written to without a word.
+        """
+        check_not_deleted(self._path.parent, self._path)
         if step == self._start_step and scalars.keys() <= self._known:
             return
         known = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
