@@ -2,20 +2,23 @@
 
 Loading executes no code: files are unpickled with `weights_only=True` and an allow-list of the plain types that
 published checkpoints hold (an OmegaConf config in Lightning's `hyper_parameters`, `argparse.Namespace` in BiFlowNet's
-`args`). Saving never leaves half a file: a temporary file beside the target takes its place only once it is whole.
+`args`). No damaged byte passes for a weight: checksums are compared. Saving never leaves half a file: a temporary file
+beside the target takes its place only once it is whole.
 """
 
 import glob
 import logging
 import pickle
 import re
+import shutil
 import zipfile
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, ListConfig
@@ -41,9 +44,16 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         mmap: map tensors instead of reading them, for a look at small entries.
 
     Raises:
-        UserError: missing file, truncated file, another kind of file, or a file that holds a type that is not allowed.
+        UserError: missing file, truncated file, another kind of file, one that holds a type that is not allowed, or one
+            whose content is no longer what was saved.
     """
-    path = Path(path)
+    checkpoint = _read(Path(path), mmap)
+    check_sums(path)
+    return checkpoint
+
+
+def _read(path: Path, mmap: bool) -> dict[str, Any]:
+    """As `load_checkpoint`, but for the checksums."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
@@ -56,6 +66,34 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: not a checkpoint: holds a {type(checkpoint).__name__}, expected a dict")
     return checkpoint
+
+
+def check_sums(path: str | Path) -> None:
+    """Compares the checksums of a file of `torch.save`, which torch itself passes over; once while it stays the same.
+
+    Older files, and those saved without, have none. UserError for a file whose content is no longer what was saved.
+    """
+    state = Path(path).stat()
+    if damaged := _damaged_record(str(path), state.st_ino, state.st_size, state.st_mtime_ns):
+        raise UserError(f"{path}: damaged: {damaged} is no longer what was saved; copy or download it again")
+
+
+@lru_cache(maxsize=256)
+def _damaged_record(path: str, *state: int) -> str | None:
+    """The first record whose checksum differs, if there is one. state: what a file of other content differs in."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if not record.CRC:  # as of `torch.serialization.set_crc32_options(False)`
+                continue
+            try:
+                with archive.open(record) as file:
+                    while file.read(1 << 20):
+                        pass
+            except Exception:  # damage may show itself in any way
+                return record.filename
+    return None
 
 
 @contextmanager
@@ -89,10 +127,19 @@ def save_checkpoint(obj: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         UserError: the file could not be written, e.g. on a full disk; the old file is still there.
     """
-    path = Path(path)
+    _write(Path(path), lambda file: torch.save(obj, file))
+
+
+def copy_checkpoint(source: Path, path: Path) -> None:
+    """As `save_checkpoint` with the content of another file."""
+    with source.open("rb") as content:
+        _write(path, lambda file: shutil.copyfileobj(content, file))
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], None]) -> None:
     try:
         with replacing(path) as file:
-            torch.save(obj, file)
+            fill(file)
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp*"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as RuntimeError
@@ -122,21 +169,30 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     Temporary files are left aside; a file that cannot be read is skipped with a warning.
     """
     steps = []
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix not in (".pt", ".ckpt") or path.name.startswith("."):
-            continue
+    for path in checkpoints_in(folder):
         try:
-            checkpoint = load_checkpoint(path, mmap=True)
+            checkpoint = _read(path, mmap=True)
         except UserError as error:
             logger.warning("skipped: %s", error)
             continue
         step = checkpoint.get("step", checkpoint.get("global_step", -1))
         steps.append((step if isinstance(step, int) else -1, path.stat().st_mtime_ns, path))
-    return max(steps)[2] if steps else None
+    for *_, path in sorted(steps, reverse=True):
+        try:
+            check_sums(path)  # of as few as possible: it takes reading them whole
+            return path
+        except UserError as error:
+            logger.warning("skipped: %s", error)
+    return None
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """The checkpoint files of a folder by their names, temporary ones left aside."""
+    return [p for p in sorted(Path(folder).glob("*")) if p.suffix in (".pt", ".ckpt") and not p.name.startswith(".")]
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path, target: str) -> None:
-    """Loads a state dict whose names and shapes must all fit; the error names the first that does not."""
+    """Loads a state dict whose names, shapes and kinds of numbers must fit; the error names the first that does not."""
     problems = list(_misfits(model.state_dict(), state))
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -152,4 +208,6 @@ def _misfits(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Ten
             yield f"{name} is a {type(found[name]).__name__}, expected a tensor"
         elif found[name].shape != value.shape:
             yield f"{name} has shape {tuple(found[name].shape)}, expected {tuple(value.shape)}"
+        elif value.is_floating_point() and not found[name].is_floating_point():  # torch would convert without a word
+            yield f"{name} holds {str(found[name].dtype).removeprefix('torch.')} values, expected floating-point ones"
     yield from (f"{name} is not part of the model" for name in found if name not in expected)

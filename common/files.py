@@ -5,13 +5,14 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from common.errors import UserError
 
 LONG_NAME = 100  # bytes; file systems stop at 255, encrypted ones at 143
+LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
@@ -71,6 +72,19 @@ def check_writable(path: str | Path, what: str = "") -> None:
         raise UserError(f"{path}: {what}cannot be written ({error.strerror or error})") from error
 
 
+def check_still_there(files: Sequence[Path], noun: str, what_now: str) -> None:
+    """UserError where files that were there at the start are not any more. noun: what they are, in the plural."""
+    gone = [path for path in files if not path.exists()]
+    if gone:
+        raise UserError(f"{gone[0]}: vanished meanwhile, {len(gone)} of {len(files)} {noun} are gone; {what_now}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what killed processes left half written below a folder, in which no other one may be writing."""
+    for file in folder.rglob(".*.tmp*"):
+        file.unlink(missing_ok=True)
+
+
 def lock(file: IO, on_wait: Callable[[], None] | None = None) -> bool:
     """Hold an open file until it is closed or the process ends. False on a file system without locks.
 
@@ -88,6 +102,25 @@ def lock(file: IO, on_wait: Callable[[], None] | None = None) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def folder_locked(folder: Path, doing: str) -> Iterator[None]:
+    """Holds a folder, which is made if needed, as `lock_folder`, and leaves no file behind.
+
+    Where none can be written the folder is not held: what can't be written can't be spoilt by another process either.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock_folder(folder, doing)
+    except OSError:
+        yield
+        return
+    with file:
+        try:
+            yield
+        finally:
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+
+
 def lock_folder(folder: Path, doing: str) -> IO:
     """Hold a folder, which exists, until the returned file is closed; the lock also ends with the process.
 
@@ -96,7 +129,8 @@ def lock_folder(folder: Path, doing: str) -> IO:
     Raises:
         UserError: another process holds it, for instance one that a killed launcher left behind.
     """
-    file = (folder / ".lock").open("a+")
+    path = folder / LOCK_NAME
+    file = path.open("a+")
     try:
         is_locked = lock(file)
     except BlockingIOError:
@@ -106,11 +140,21 @@ def lock_folder(folder: Path, doing: str) -> IO:
         raise UserError(
             f"{folder}: another process ({owner}) is {doing} in this folder; wait for it or end it"
         ) from None
+    if is_locked and not _is_at(file, path):  # whoever held it has just removed it
+        file.close()
+        return lock_folder(folder, doing)
     if is_locked:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
     return file
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def file_sha256(path: str | Path) -> str:

@@ -12,20 +12,22 @@ def build_adam(
 ) -> torch.optim.Adam:
     """Adam that stays what it is whatever state it loads.
 
-    A loaded state brings its own options and memory layouts: one of an older run would switch `fused` off, and the
-    fused kernel takes for granted that averages and parameters lie in memory alike (`model.channels_last`).
+    A loaded state brings its own options and memory layouts: one of an older run would switch `fused` off and keep the
+    betas that a run has set anew, and the fused kernel takes for granted that averages and parameters lie in memory
+    alike (`model.channels_last`).
 
     Args:
         fused: one kernel for all parameters, which leaves a step out where `optimizer.found_inf` is a tensor of 1.
     """
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, fused=fused)
-    optimizer.register_load_state_dict_pre_hook(_keep_fused)
+    optimizer.register_load_state_dict_pre_hook(_keep_options)
     optimizer.register_load_state_dict_post_hook(_match_layouts)
     return optimizer
 
 
-def _keep_fused(optimizer: torch.optim.Adam, state: dict) -> dict:
-    groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
+def _keep_options(optimizer: torch.optim.Adam, state: dict) -> dict:
+    own = {name: optimizer.defaults[name] for name in ("fused", "betas")}
+    groups = [{**group, **own} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 

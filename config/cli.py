@@ -1,6 +1,7 @@
 """The command line of every script: `--config FILE`, the public flags, then `key=value` overrides.
 
-A flag wins over an override, an override over the config file, the file over the schema's default.
+A flag wins over an override, an override over the config file, the file over the schema's default. Where a command goes
+on with a run (`--continue-from`) and names no file, the run's own is the config file.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from omegaconf import DictConfig
@@ -60,14 +62,26 @@ def parse_command_line(
         parser.epilog = _other_keys(options)
         parser.print_help()
         raise SystemExit(0)
-    path = CONFIG_FOLDER / default_config if default_config else None
-    if "--config" not in flags:
-        path = given.pop("config", path)
+    if given.get("config") == "":  # as of a shell's variable that isn't set
+        raise UserError("--config: the file's name is empty; name a YAML file, or leave --config out")
+    path = given.pop("config", None) if "--config" not in flags else None
     values, overrides = _split_overrides(given, rest, flags, positionals)
+    if path is None:
+        path = _config_of_run(options, overrides, values) or (
+            CONFIG_FOLDER / default_config if default_config else None
+        )
     cfg = load_config(schema, path, overrides, values)
     if missing := [option.flag for option in positionals if cfg[option.name] is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     return cfg
+
+
+def _config_of_run(options: Sequence[Option], overrides: Sequence[str], values: Mapping[str, Any]) -> Path | None:
+    """The configuration of the run that is to go on, if the command names its folder."""
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides) | dict(values)
+    names = [option.name for option in options if option.name.rpartition(".")[2] == "continue_from"]
+    folders = [Path(given[name]) for name in names if given.get(name)]
+    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import write_volume
 from train.loop.background import BackgroundWork
+from train.loop.deletion import check_not_deleted
 
 
 class VolumeLogger(Callback):
@@ -20,7 +21,7 @@ class VolumeLogger(Callback):
     batches. The picture goes to TensorBoard as well. Rank 0 only. Every module keeps the mode that it had.
 
     Args:
-        folder: gets train/ and val/ with step_0001500_{input,reconstruction}.nii.gz and step_0001500.png.
+        folder: in the run's; gets train/ and val/ with step_0001500_{input,reconstruction}.nii.gz and step_0001500.png.
         every: batches between two logged training volumes.
         work: what the files are written by, beside training; whoever made it waits for its end.
     """
@@ -57,6 +58,7 @@ class VolumeLogger(Callback):
     def _write_files(
         self, trainer: pl.Trainer, split: str, step: int, volumes: dict[str, Tensor], affine: np.ndarray
     ) -> None:
+        check_not_deleted(self.folder.parent)
         stem = self.folder / split / f"step_{step:07d}"
         for name, data in volumes.items():
             write_volume(stem.with_name(f"{stem.name}_{name}.nii.gz"), data, affine)

@@ -43,7 +43,8 @@ def train(cfg: DictConfig) -> dict:
     with session(cfg.device) as here:
         checks.check_options(cfg, here.logger)
         cache = make_cache(cfg, here.logger)
-        dataset = Singleres_dataset(cfg.data_path, cfg.resolution, vq_size=cfg.vq_size, cache=cache)
+        split = checks.find_training_split(cfg)
+        dataset = Singleres_dataset(cfg.data_path, cfg.resolution, vq_size=cfg.vq_size, split=split, cache=cache)
         checks.check_data(cfg, dataset, here)
         batches = LatentBatches(dataset, cfg.batch_size, cfg.global_seed, cfg.num_workers, here)
         origin = here.distributed.on_main(lambda: checks.find_autoencoder(cfg, dataset, here.logger), share=False)

@@ -5,7 +5,7 @@ The keys of training are the published ones (`model.*`, `dataset.*`).
 
 from dataclasses import dataclass, field
 
-from config.schema.option import EXTENDS, FREE, device_flag, flag, key
+from config.schema.option import BEGINNING, EXTENDS, FREE, continue_from, device_flag, flag, key, set_anew, tuned
 from config.schema.rules import Rule, at_least, below_one, betas, interval, not_negative, one_of, positive, regex, share
 
 downsampling = Rule(
@@ -25,22 +25,24 @@ class AutoencoderModelConfig:
     norm_type: str = key("group", "norm layers: group | batch (synchronised over processes)", one_of("group", "batch"))
     num_groups: int = key(24, "groups of each GroupNorm; must divide n_hiddens", at_least(1))
 
-    no_random_restart: bool = key(False, "true: codes that fall out of use are never restarted", section="Codebook")
-    restart_thres: float = key(1.0, "codes with a running count below this restart from encoder outputs", not_negative)
-    codebook_decay: float = key(0.99, "decay of the codebook's running averages, per training batch", below_one)
-    codebook_init_step: int = key(
+    no_random_restart: bool = tuned(False, "true: codes that fall out of use are never restarted", section="Codebook")
+    restart_thres: float = tuned(
+        1.0, "codes with a running count below this restart from encoder outputs", not_negative
+    )
+    codebook_decay: float = tuned(0.99, "decay of the codebook's running averages, per training batch", below_one)
+    codebook_init_step: int = tuned(
         0, "optimiser step at which the codebook starts from data; before it latents pass unquantised", not_negative
     )
 
     disc_channels: int = key(32, "width of the discriminator's first stage", at_least(1), section="Losses")
     disc_layers: int = key(3, "strided stages of the discriminator", at_least(1))
-    disc_loss_type: str = key("hinge", "discriminator loss: hinge | vanilla", one_of("hinge", "vanilla"))
-    discriminator_iter_start: int = key(20000, "optimiser step at which the adversarial terms start", not_negative)
-    volume_gan_weight: float = key(2.0, "weight of the adversarial term; 0 = no discriminator", not_negative)
-    gan_feat_weight: float = key(4.0, "weight of the discriminator's feature matching", not_negative)
-    l1_weight: float = key(4.0, "weight of the L1 reconstruction error", not_negative)
-    perceptual_weight: float = key(2.0, "weight of the perceptual loss; 0 = its network is never built", not_negative)
-    perceptual_3d: bool = key(False, "true: 3D MedicalNet features; false: 2D LPIPS on slices of the three axes")
+    disc_loss_type: str = tuned("hinge", "discriminator loss: hinge | vanilla", one_of("hinge", "vanilla"))
+    discriminator_iter_start: int = tuned(20000, "optimiser step at which the adversarial terms start", not_negative)
+    volume_gan_weight: float = tuned(2.0, "weight of the adversarial term; 0 = no discriminator", not_negative)
+    gan_feat_weight: float = tuned(4.0, "weight of the discriminator's feature matching", not_negative)
+    l1_weight: float = tuned(4.0, "weight of the L1 reconstruction error", not_negative)
+    perceptual_weight: float = tuned(2.0, "weight of the perceptual loss; 0 = its network is never built", not_negative)
+    perceptual_3d: bool = tuned(False, "true: 3D MedicalNet features; false: 2D LPIPS on slices of the three axes")
     perceptual_weights: str | None = key(
         None, "folder with the perceptual network's weights; null = the usual place", resume=FREE
     )
@@ -48,20 +50,20 @@ class AutoencoderModelConfig:
     stage: int = key(
         1, "1: patches, whole model; 2: volumes, decoder and post_vq_conv only", one_of(1, 2), section="Optimisation"
     )
-    batch_size: int = key(24, "patches (stage 1) or volumes (stage 2) per process and step", at_least(1))
-    lr: float = key(3e-4, "learning rate of both Adam optimisers", positive)
-    adam_betas: list[float] = key([0.5, 0.9], "Adam betas of both optimisers", betas)
-    lr_schedule: str = key("constant", "constant | cosine (falls to 0 over max_steps)", one_of("constant", "cosine"))
-    lr_warmup: int = key(0, "optimiser steps over which the learning rate rises linearly from 0", not_negative)
-    gradient_clip: float = key(0.0, "largest gradient norm; 0 = no clipping", not_negative)
+    batch_size: int = tuned(24, "patches (stage 1) or volumes (stage 2) per process and step", at_least(1))
+    lr: float = tuned(3e-4, "learning rate of both Adam optimisers", positive)
+    adam_betas: list[float] = tuned([0.5, 0.9], "Adam betas of both optimisers", betas)
+    lr_schedule: str = tuned("constant", "constant | cosine (falls to 0 over max_steps)", one_of("constant", "cosine"))
+    lr_warmup: int = tuned(0, "optimiser steps over which the learning rate rises linearly from 0", not_negative)
+    gradient_clip: float = tuned(0.0, "largest gradient norm; 0 = no clipping", not_negative)
     max_steps: int = key(1_000_000, "optimiser steps to train for; -1 = no limit", at_least(-1), resume=EXTENDS)
     max_epochs: int = key(10_000, "epochs to train for; -1 = no limit", at_least(-1), resume=EXTENDS)
 
-    seed: int = key(1234, "seed of weights, data order, crops and augmentation", not_negative, section="Run")
+    seed: int = tuned(1234, "seed of weights, data order, crops and augmentation", not_negative, section="Run")
     num_workers: int = key(8, "data loading processes; 0 = load in the main process", not_negative, resume=FREE)
     gpus: int = key(1, "devices of one node; on CPU the number of processes", at_least(1), resume=EXTENDS)
     accelerator: str = key("auto", "auto (GPU if there is one) | cpu | gpu", one_of("auto", "cpu", "gpu"), resume=FREE)
-    precision: str = key("32", "32 | bf16 | 16 (both mixed precision)", one_of("32", "bf16", "16"))
+    precision: str = tuned("32", "32 | bf16 | 16 (both mixed precision)", one_of("32", "bf16", "16"))
     channels_last: bool = key(False, "networks and activations with the channels innermost in memory", resume=FREE)
     compile: bool = key(False, "compile encoder, decoder and discriminator for training", resume=FREE)
     gradient_checkpointing: bool = key(
@@ -69,8 +71,10 @@ class AutoencoderModelConfig:
     )
     default_root_dir: str | None = key(None, "folder for logs, checkpoints and resolved config; required", resume=FREE)
     resume_from_checkpoint: str | None = key(
-        None, "checkpoint. Stage 1 continues it; null = a new run. Stage 2 starts from it; required", resume=EXTENDS
+        None, "checkpoint. Stage 1 continues it; null = a new run. Stage 2 starts from it; required", resume=BEGINNING
     )
+    continue_from: str | None = continue_from()
+    set_anew: bool = set_anew()
     checkpoint_every: int = key(3000, "optimiser steps between checkpoints", at_least(1), resume=FREE)
     val_every: int | None = key(
         None, "optimiser steps between validations; null = once an epoch", at_least(1), resume=FREE
@@ -87,7 +91,7 @@ class AutoencoderDataConfig:
 
     root_dir: str | None = key(None, "JSON file: name -> folder or list of folders with *.nii.gz; required")
     image_channels: int = key(1, "channels of a volume", at_least(1))
-    imgtype: str = key("CT", "modality, for the record only")
+    imgtype: str = key("CT", "modality, for the record only", resume=FREE)
     patch_size: int = key(64, "edge of a patch in voxels; a multiple of model.downsample", at_least(1))
     intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity; files outside are refused", interval)
     split: str | None = key(
@@ -101,8 +105,10 @@ class AutoencoderDataConfig:
         "is on one side only. null = each file is a subject of its own",
         regex,
     )
-    background_keep: float = key(1.0, "chance to keep a patch with under 10 % foreground; all-background: never", share)
-    augmentation: bool = key(True, "random flips and quarter turns of training data")
+    background_keep: float = tuned(
+        1.0, "chance to keep a patch with under 10 % foreground; all-background: never", share
+    )
+    augmentation: bool = tuned(True, "random flips and quarter turns of training data")
     cache: str = key(
         "int16",
         "uncompressed copies of the volumes: int16 (2 bytes a voxel) | float32 (4, exact) | none",

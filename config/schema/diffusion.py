@@ -3,8 +3,30 @@
 from dataclasses import dataclass
 
 from config.schema.data import SUB_VOLUME, VolumeClass, class_table_flag, latent_grid, voxel_size
-from config.schema.option import EXTENDS, FREE, device_flag, flag, key
-from config.schema.rules import Rule, at_least, below_one, betas, not_negative, one_of, positive, positive_triple, share
+from config.schema.option import (
+    BEGINNING,
+    CHANGES,
+    EXTENDS,
+    FREE,
+    continue_from,
+    device_flag,
+    flag,
+    key,
+    set_anew,
+    tuned,
+)
+from config.schema.rules import (
+    Rule,
+    at_least,
+    below_one,
+    betas,
+    inner_path,
+    not_negative,
+    one_of,
+    positive,
+    positive_triple,
+    share,
+)
 
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
@@ -34,37 +56,47 @@ class DiffusionModelConfig:
 class BiFlowNetConfig(DiffusionModelConfig):
     """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
 
-    data_path: str | None = flag(None, "JSON: class id -> folder of latents; required", resume=EXTENDS, section="Files")
-    AE_ckpt: str | None = flag(None, "autoencoder checkpoint that made the latents; null = no previews", resume=EXTENDS)
+    data_path: str | None = flag(None, "JSON: class id -> folder of latents; required", section="Files")
+    split: str | None = flag(
+        None,
+        "split.json whose training side is trained on; null = that beside the JSON or in its folders, if there is one; "
+        "none = train on all",
+        resume=CHANGES,
+    )
+    AE_ckpt: str | None = flag(None, "autoencoder checkpoint that made the latents; null = no previews", resume=FREE)
     results_dir: str = flag("results", "folder that gets the run folders NNN-BiFlowNet", resume=FREE)
     run_name: str | None = flag(
-        None, "run folder in results_dir; null = that of the same config, or a new one", resume=FREE
+        None, "run folder in results_dir; null = that of the same config, or a new one", inner_path, resume=FREE
     )
-    ckpt: str | None = flag(None, "checkpoint to continue exactly; null = the run's newest, if any", resume=EXTENDS)
+    ckpt: str | None = flag(None, "checkpoint that a new run goes on from exactly; null = none", resume=BEGINNING)
+    continue_from: str | None = continue_from()
+    set_anew: bool = set_anew()
 
-    model: str = flag("BiFlowNet", "name of the model, part of the run folder's name", resume=EXTENDS, section="Model")
+    model: str = flag("BiFlowNet", "name of the model, part of the run folder's name", section="Model")
 
-    loss_type: str = flag("l1", "l1 | l2", one_of("l1", "l2"), section="Diffusion")
-    label_dropout: float = key(0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one)
+    loss_type: str = flag("l1", "l1 | l2", one_of("l1", "l2"), section="Diffusion", resume=CHANGES)
+    label_dropout: float = tuned(0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one)
 
     epochs: int = flag(1000, "epochs to train for", at_least(1), resume=EXTENDS, section="Optimisation")
     max_steps: int | None = flag(None, "optimiser steps to train; null = epochs decide", at_least(1), resume=EXTENDS)
-    batch_size: int = flag(16, "latents per process and step", at_least(1))
-    lr: float = key(1e-4, "learning rate of Adam", positive)
-    adam_betas: list[float] = key([0.9, 0.999], "Adam betas", betas)
-    lr_schedule: str = key("constant", "constant | cosine (to 0 over the whole training)", one_of("constant", "cosine"))
-    lr_warmup: int = key(0, "optimiser steps over which the learning rate rises linearly from 0", not_negative)
-    grad_clip: float = key(0.0, "largest gradient norm; 0 = no clipping", not_negative)
-    enable_amp: bool = key(False, "mixed precision", flag="--enable_amp")
-    amp_dtype: str = key("fp16", "mixed precision: fp16 (with a gradient scaler) | bf16", one_of("fp16", "bf16"))
+    batch_size: int = flag(16, "latents per process and step", at_least(1), resume=CHANGES)
+    lr: float = tuned(1e-4, "learning rate of Adam", positive)
+    adam_betas: list[float] = tuned([0.9, 0.999], "Adam betas", betas)
+    lr_schedule: str = tuned(
+        "constant", "constant | cosine (to 0 over the whole training)", one_of("constant", "cosine")
+    )
+    lr_warmup: int = tuned(0, "optimiser steps over which the learning rate rises linearly from 0", not_negative)
+    grad_clip: float = tuned(0.0, "largest gradient norm; 0 = no clipping", not_negative)
+    enable_amp: bool = tuned(False, "mixed precision", flag="--enable_amp")
+    amp_dtype: str = tuned("fp16", "mixed precision: fp16 (with a gradient scaler) | bf16", one_of("fp16", "bf16"))
     channels_last: bool = flag(False, "channels-last memory layout; rounding aside, nothing changes", resume=FREE)
     compile: bool = flag(False, "torch.compile of the network: minutes at first, then faster steps", resume=FREE)
     gradient_checkpointing: bool = flag(
         False, "keep less for the backward pass and compute it again: less memory, about a third more work", resume=FREE
     )
-    ema_decay: float = key(0.995, "decay of the averaged weights", below_one)
-    ema_every: int = key(10, "optimiser steps between updates of the averaged weights", at_least(1))
-    ema_start: int = key(2000, "optimiser step before which the averaged weights are a plain copy", not_negative)
+    ema_decay: float = tuned(0.995, "decay of the averaged weights", below_one)
+    ema_every: int = tuned(10, "optimiser steps between updates of the averaged weights", at_least(1))
+    ema_start: int = tuned(2000, "optimiser step before which the averaged weights are a plain copy", not_negative)
 
     resolution: list[int] = flag([32, 32, 32], "latent grid (z, x, y); multiples of 8", latent_grid, section="Run")
     cache: str = key("float32", "uncompressed latent copies: float32 | none", one_of("float32", "none"), resume=FREE)
@@ -74,7 +106,7 @@ class BiFlowNetConfig(DiffusionModelConfig):
     cache_limit_gb: float | None = key(
         None, "largest size of the cache in GB; null = what the disk holds", positive, resume=FREE
     )
-    global_seed: int = flag(0, "seed of weights, data order, noise and timesteps", not_negative)
+    global_seed: int = flag(0, "seed of weights, data order, noise and timesteps", not_negative, resume=CHANGES)
     num_workers: int = flag(
         8, "threads that load from the cache; processes without it; 0 = load when needed", not_negative, resume=FREE
     )

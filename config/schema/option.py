@@ -1,7 +1,7 @@
 """One row an option: name, type, default, range, meaning, flag, and what another value means for resuming.
 
-Flags, `--help`, the commented base files, the checks of single values and the lists of keys that a resumed run may
-change all come from these rows (`options_of`).
+Flags, `--help`, the commented base files, the checks of single values and what of a run may change when it goes on all
+come from these rows (`options_of`).
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -16,14 +16,16 @@ from config.schema.rules import Rule, one_of
 
 
 class Resume(Enum):
-    """What another value means for a run that goes on."""
+    """What another value means for a run that goes on (`train/loop/continuing.py`; table in docs/training.md)."""
 
     IDENTITY = auto()  # it is another run
+    BEGINNING = auto()  # another one is another run; but once a run has begun, null is as good
+    CHANGES = auto()  # it goes on otherwise than it began: only where `set_anew` says so
+    EXTENDS = auto()  # it goes on further or elsewhere
     FREE = auto()  # nothing: no weight changes, rounding aside
-    EXTENDS = auto()  # the run is meant to go on further or elsewhere
 
 
-IDENTITY, FREE, EXTENDS = Resume
+IDENTITY, BEGINNING, CHANGES, EXTENDS, FREE = Resume
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,25 @@ def key(
 
 
 flag = partial(key, flag=True)
+tuned = partial(key, resume=CHANGES)  # how a run trains
 
 
 def device_flag(resume: Resume = IDENTITY) -> Any:
     """The option `--device`."""
     return flag("auto", "auto (GPU if there is one) | cpu | cuda", one_of("auto", "cpu", "cuda"), resume=resume)
+
+
+def continue_from() -> Any:
+    """The option `--continue-from` of a training."""
+    meaning = (
+        "run folder to go on in, whose options hold where none are given; or a checkpoint for a new run to go on from"
+    )
+    return flag(None, meaning, resume=BEGINNING)
+
+
+def set_anew() -> Any:
+    """The option `--set-anew` of a training."""
+    return flag(False, "a run that goes on takes new values of learning rate, losses, batch size, …", resume=FREE)
 
 
 def options_of(schema: type, prefix: str = "") -> list[Option]:
@@ -86,8 +102,3 @@ def options_of(schema: type, prefix: str = "") -> list[Option]:
         flag = f"--{item.name.replace('_', '-')}" if option.flag is True else option.flag or None
         found.append(replace(option, name=name, hint=hint, flag=flag))
     return found
-
-
-def keys_of(schema: type, *resume: Resume) -> frozenset[str]:
-    """The names of the keys with one of these meanings for resuming."""
-    return frozenset(option.name for option in options_of(schema) if option.resume in resume)

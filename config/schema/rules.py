@@ -45,10 +45,16 @@ def _is_regex(value: str) -> bool:
     return True
 
 
+def _stays_inside(value: str) -> bool:
+    parts = value.split("/")
+    return value == "" or (parts[0] != "" and ".." not in parts and not set(parts) <= {".", ""} and "\0" not in value)
+
+
 not_negative = Rule(lambda value: 0 <= value < inf, "at least 0")
 positive = Rule(lambda value: 0 < value < inf, "above 0")
 share = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 below_one = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 betas = Rule(lambda value: len(value) == 2 and all(0 <= b < 1 for b in value), "two numbers of at least 0 and below 1")
 interval = Rule(lambda value: len(value) == 2 and -inf < value[0] < value[1] < inf, "two numbers, the lower one first")
+inner_path = Rule(_stays_inside, "a path inside its folder")
 regex = Rule(_is_regex, "a regular expression that Python can read")

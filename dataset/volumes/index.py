@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -52,11 +53,21 @@ def read_dataset_folders(path: str | Path) -> dict[str, list[Path]]:
 
 
 def read_class_folders(path: str | Path) -> dict[int, list[Path]]:
-    """The folders of a dataset JSON whose names are class ids, in the order of the ids."""
+    """The folders of a dataset JSON whose names are class ids, in the order of the ids.
+
+    UserError also where a folder is, or lies in, one of another class: a model would learn both labels for its files.
+    """
     folders = read_dataset_folders(path)
     for name in folders:
         if not (name.isascii() and name.isdigit() and name == str(int(name))):
             raise UserError(f'{path}: key "{name}" is not a class id: keys are the integers 0, 1, ... as "0", "1"')
+    places = [(name, folder, Path(os.path.realpath(folder))) for name in folders for folder in folders[name]]
+    for (name, folder, place), (other_name, other, other_place) in permutations(places, 2):
+        if name != other_name and place in (other_place, *other_place.parents):
+            raise UserError(
+                f"{path}: class {other_name} has the folder {other}, which is or lies in {folder} of class {name}: "
+                "its files would be of both; give each folder one class"
+            )
     return {int(name): folders[name] for name in sorted(folders, key=int)}
 
 

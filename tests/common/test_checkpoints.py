@@ -9,6 +9,7 @@ import pickle
 import resource
 import signal
 import subprocess
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from common.checkpoint_files import (
     load_checkpoint,
+    load_weights,
     newest_checkpoint,
     save_checkpoint,
 )
@@ -133,6 +136,59 @@ def test_files_that_are_no_checkpoints(tmp_path, make, message, mmap):
     message_of(load_checkpoint, path)
 
 
+def invert(path: Path, start: int, count: int = 64) -> None:
+    data = bytearray(path.read_bytes())
+    data[start : start + count] = bytes(255 - byte for byte in data[start : start + count])
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_inverted_bytes_are_noticed(tmp_path, mmap):
+    """Torch loads them: all values are still numbers."""
+    path = tmp_path / "x.ckpt"
+    save_checkpoint({"step": 7, "weights": torch.zeros(1000)}, path)
+    assert load_checkpoint(path, mmap=mmap)["step"] == 7
+    invert(path, path.read_bytes().index(bytes(3000)) + 1000)
+    assert int(torch.load(path, weights_only=True)["weights"].count_nonzero()) in (16, 17)
+    message = message_of(load_checkpoint, path, mmap=mmap)
+    assert "x.ckpt: damaged: archive/data/0 is no longer what was saved; copy or download it again" in message
+
+
+def test_checksums_are_compared_once_while_the_file_stays_the_same(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path, real=zipfile.ZipFile: opened.append(path) or real(path))
+    for step in (1, 2):
+        save_checkpoint({"step": step}, tmp_path / "a.pt")
+        assert [load_checkpoint(tmp_path / "a.pt", mmap=mmap)["step"] for mmap in (False, True)] == [step] * 2
+        assert len(opened) == step
+
+
+@pytest.mark.parametrize("form", ["without checksums", "old"])
+def test_files_without_checksums_load(tmp_path, form):
+    path = tmp_path / "a.pt"
+    try:
+        torch.serialization.set_crc32_options(form == "old")
+        torch.save({"weights": torch.ones(5)}, path, _use_new_zipfile_serialization=form != "old")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(path)["weights"].sum() == 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fits"),
+    [(torch.float16, True), (torch.float64, True), (torch.complex64, False), (torch.int32, False), (torch.bool, False)],
+)
+def test_weights_are_floating_point_numbers(dtype, fits):
+    model = nn.BatchNorm1d(3)  # has a counter too, which is none
+    state = {**model.state_dict(), "weight": torch.ones(3, dtype=dtype)}
+    if fits:
+        load_weights(model, state, "x.ckpt", "the model")
+        assert model.weight.tolist() == [1, 1, 1]
+        return
+    message = message_of(load_weights, model, state, "x.ckpt", "the model")
+    assert f"weight holds {str(dtype)[6:]} values, expected floating-point ones" in message
+
+
 # -------------------------------------------------------------------------------------------- atomic saving
 
 
@@ -240,7 +296,10 @@ def test_newest_goes_by_the_step_in_the_file(tmp_path, caplog):
     save_checkpoint({"step": 10**9}, tmp_path / ".BiFlowNet_1000000.pt.tmp-5")
     save_checkpoint({"step": 10**9}, tmp_path / ".hidden.pt")
     truncated(tmp_path / "BiFlowNet_0500000.pt")
+    save_checkpoint({"step": 500001, "weights": torch.zeros(1000)}, tmp_path / "damaged.pt")
+    invert(tmp_path / "damaged.pt", 2000)
     (tmp_path / "log.txt").write_text("")
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
     assert "BiFlowNet_0500000.pt: truncated" in caplog.text
+    assert "damaged.pt: damaged: archive/data/0" in caplog.text

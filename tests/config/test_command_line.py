@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 from common.errors import UserError
 from common.script import run_script
 from config.cli import parse_command_line
-from config.loading import load_config
+from config.loading import load_config, save_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.benchmark import SCHEMAS
 from config.schema.data import CheckConfig, PhantomConfig, PreprocessConfig, SplitConfig
@@ -157,13 +157,14 @@ BENCHMARK_FLAGS = "size repetitions json "
 FEATURE_FLAGS = "networks slices batch-size num-pairs num-halvings "
 # The flags of the scripts, without dashes; those of the paper's release are spelled as it has them.
 PUBLISHED_FLAGS = {
-    AutoencoderConfig: "",
+    AutoencoderConfig: "continue-from set-anew",
     PreprocessConfig: "input output-dir preset name class-id select exclude assume-orientation spacing size multiple "
     "class-table subject-pattern validation held-out interpolation modality window percentiles num-workers dry-run",
     LatentConfig: "data-path AE-ckpt batch-size num-workers device sliding-window intensity-range",
-    BiFlowNetConfig: "data-path results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn "
+    BiFlowNetConfig: "data-path split results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn "
     "patch-size num-dit enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution "
-    "log-every ckpt-every ckpt vq-size max-steps run-name device channels-last compile gradient-checkpointing",
+    "log-every ckpt-every ckpt vq-size max-steps run-name device channels-last compile gradient-checkpointing "
+    "continue-from set-anew",
     GenerationConfig: "classes AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn "
     "sampling-strategy ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta "
     "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
@@ -225,6 +226,27 @@ def test_positional_arguments_stand_anywhere(line):
 def test_wrong_positional_arguments(line, message):
     with pytest.raises(UserError, match=message):
         parse_command_line(line.split(), CheckConfig, None, "")
+
+
+@pytest.mark.parametrize(("schema", "prefix"), [(BiFlowNetConfig, ""), (AutoencoderConfig, "model.")])
+def test_a_run_that_goes_on_brings_its_options(tmp_path, schema, prefix):
+    """Where the command names no other file; what it gives wins."""
+    save_config(load_config(schema, None, [f"{prefix}lr=0.5", f"{prefix}batch_size=3"]), tmp_path / "run")
+    (tmp_path / "other.yaml").write_text("")
+    options = ["--continue-from", str(tmp_path / "run"), "--set-anew", f"{prefix}batch_size=4"]
+    by_key = [f"{prefix}continue_from={tmp_path / 'run'}", *options[2:]]
+    for command, lr in ((options, 0.5), (by_key, 0.5), ([*options, "--config", str(tmp_path / "other.yaml")], None)):
+        cfg = parse_command_line(command, schema, None, "")
+        section, default = (c.model if prefix else c for c in (cfg, load_config(schema, None)))
+        assert section.lr == (lr or default.lr)
+        assert (section.batch_size, section.set_anew, section.continue_from) == (4, True, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("command", [["--config", ""], ["--config="], ["scaling", "--config", ""]])
+def test_an_empty_config_file_name(command):
+    schema = SCHEMAS["scaling"] if "scaling" in command else BiFlowNetConfig
+    with pytest.raises(UserError, match="--config: the file's name is empty; name a YAML file, or leave --config out"):
+        parse_command_line(command, schema, None, "")
 
 
 def test_a_script_may_have_its_own_config_flag():

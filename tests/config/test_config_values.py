@@ -7,7 +7,7 @@ from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, require
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
-from config.schema.option import EXTENDS, FREE, keys_of
+from config.schema.option import BEGINNING, CHANGES, EXTENDS, FREE, options_of
 
 BAD_VALUES = [
     (AutoencoderConfig, "model.batch_size=0", "model.batch_size must be at least 1, got 0"),
@@ -115,25 +115,55 @@ def test_require_names_every_missing_key():
 
 # -------------------------------------------------------------------------------------------------- resuming
 
-RESUMABLE = [
+# Everything else is of the data or the networks, and makes another run.
+CONTINUABLE = [
     (
         BiFlowNetConfig,
-        [FREE],
-        "results_dir run_name num_workers channels_last compile gradient_checkpointing cache cache_dir cache_limit_gb "
-        "log_every ckpt_every keep_checkpoints preview preview_steps",
+        FREE,
+        "AE_ckpt results_dir run_name set_anew num_workers channels_last compile gradient_checkpointing cache "
+        "cache_dir cache_limit_gb log_every ckpt_every keep_checkpoints preview preview_steps",
     ),
-    (BiFlowNetConfig, [EXTENDS], "ckpt epochs max_steps data_path AE_ckpt device model"),
+    (BiFlowNetConfig, EXTENDS, "epochs max_steps device"),
+    (BiFlowNetConfig, BEGINNING, "ckpt continue_from"),
+    (
+        BiFlowNetConfig,
+        CHANGES,
+        "loss_type label_dropout batch_size lr adam_betas lr_schedule lr_warmup grad_clip enable_amp amp_dtype "
+        "ema_decay ema_every ema_start global_seed",
+    ),
     (
         AutoencoderConfig,
-        [FREE, EXTENDS],
-        "model.max_steps model.max_epochs model.num_workers model.gpus model.accelerator model.checkpoint_every "
-        "model.val_every model.log_every model.log_volume_every model.channels_last model.compile "
-        "model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.resume_from_checkpoint "
-        "dataset.cache dataset.cache_dir dataset.cache_limit_gb",
+        FREE,
+        "model.num_workers model.accelerator model.checkpoint_every model.val_every model.log_every "
+        "model.log_volume_every model.channels_last model.compile model.gradient_checkpointing "
+        "model.perceptual_weights model.default_root_dir model.set_anew dataset.imgtype dataset.cache "
+        "dataset.cache_dir dataset.cache_limit_gb",
+    ),
+    (AutoencoderConfig, EXTENDS, "model.max_steps model.max_epochs model.gpus"),
+    (AutoencoderConfig, BEGINNING, "model.resume_from_checkpoint model.continue_from"),
+    (
+        AutoencoderConfig,
+        CHANGES,
+        "model.no_random_restart model.restart_thres model.codebook_decay model.codebook_init_step "
+        "model.disc_loss_type model.discriminator_iter_start model.volume_gan_weight model.gan_feat_weight "
+        "model.l1_weight model.perceptual_weight model.perceptual_3d model.batch_size model.lr model.adam_betas "
+        "model.lr_schedule model.lr_warmup model.gradient_clip model.seed model.precision dataset.background_keep "
+        "dataset.augmentation",
     ),
 ]
 
 
-@pytest.mark.parametrize(("schema", "resume", "keys"), RESUMABLE)
-def test_what_a_resumed_run_may_change(schema, resume, keys):
-    assert keys_of(schema, *resume) == set(keys.split())
+@pytest.mark.parametrize(("schema", "resume", "keys"), CONTINUABLE)
+def test_what_a_run_may_change_when_it_goes_on(schema, resume, keys):
+    assert {option.name for option in options_of(schema) if option.resume is resume} == set(keys.split())
+
+
+@pytest.mark.parametrize("name", ["/tmp/run", "..", "../run", "a/../../b", ".", "./", "a\0b"])
+def test_run_name_stays_in_results_dir(name):
+    message = error_of(load_config, BiFlowNetConfig, None, [], {"run_name": name})
+    assert "run_name must be a path inside its folder, got" in message
+
+
+@pytest.mark.parametrize("name", ["mine", "a/b", "v1..2", ".hidden", "./mine", ""])
+def test_run_names(name):
+    assert load_config(BiFlowNetConfig, None, [], {"run_name": name}).run_name == name

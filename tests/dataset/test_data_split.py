@@ -206,7 +206,7 @@ def test_latents_carry_it_wherever_they_go(real, tmp_path_factory):
     folder = real / "CT" / "12x10x8_latents"
     for path in volumes.latent_paths:
         write_latent(path, np.zeros((2, 8, 8, 8), np.float32))
-    encoding.keep_split(real / "Singleres_dataset.json", volumes, [folder], encoding.get_logger(0))
+    encoding.copy_split(real / "Singleres_dataset.json", volumes, [folder], encoding.get_logger(0))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     folder.rename(elsewhere / "chests_latents")
     (elsewhere / "latents.json").write_text('{"0": "chests_latents"}')

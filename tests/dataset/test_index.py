@@ -176,6 +176,28 @@ def test_json_in_another_encoding(tmp_path):
         read_class_json(tmp_path / "set.json")
 
 
+@pytest.mark.parametrize(
+    ("entries", "found"),
+    [
+        ({"0": "A", "1": "A"}, "class 1 has the folder .*A, which is or lies in .*A of class 0"),
+        ({"0": ["B", "A"], "1": "B/../A/"}, "class 1 has"),
+        ({"0": "A", "7": "link"}, "class 7 has the folder .*link, which"),
+        ({"0": "A", "1": "A/sub"}, "class 1 has the folder .*A/sub, which is or lies in .*A of class 0"),
+        ({"0": "A/sub", "1": "A"}, "class 0 has the folder .*A/sub, which is or lies in .*A of class 1"),
+        ({"0": "A", "1": "AB", "2": ["B", "B/sub"]}, None),
+    ],
+)
+def test_a_folder_has_one_class(tmp_path, entries, found):
+    touch(tmp_path, "A/sub/a.nii.gz", "B/sub/b.nii.gz", "AB/a.nii.gz")
+    (tmp_path / "link").symlink_to("A")
+    path = write_json(tmp_path / "set.json", entries)
+    if found is None:
+        assert list(read_class_json(path)) == [0, 1, 2]
+        return
+    with pytest.raises(UserError, match=f"set.json: {found}"):
+        read_class_json(path)
+
+
 def test_latent_path_renames_only_the_class_folder():
     folder = Path("/data/CT/study_CT/CT")
     assert latent_folder(folder) == Path("/data/CT/study_CT/CT_latents")

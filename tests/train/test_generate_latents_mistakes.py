@@ -1,5 +1,11 @@
 """Encoding a data set: files, autoencoders and arguments that it refuses."""
 
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +13,15 @@ import pytest
 import torch
 from latent_runs import config, contents, make_dataset, save_autoencoder, save_json, save_volume
 
+from common import files
 from common.errors import UserError
 from dataset.checking import before_training as sample_check
 from dataset.volumes.volume_io import write_volume
 from train.generate_training_latent import main
+from train.latents import encoding
 from train.latents.encoding import generate_latents
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +79,10 @@ def test_half_of_the_range_is_a_wrong_range(dataset, checkpoint):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"0": "CT", "1": "CT/late"}, r"the latents .*CT/late_latents would lie among the images of .*CT"),
+        ({"0": ["CT", "CT/late"]}, r"the latents .*CT/late_latents would lie among the images of .*CT"),
         ({"0": "CT", "1": "CT_latents"}, r"the latents .*CT_latents would lie among the images of .*CT_latents"),
-        ({"0": "CT", "1": "CT/"}, r"a folder is named twice, its latents are .*CT_latents"),
+        ({"0": ["CT", "CT/"]}, r"a folder is named twice, its latents are .*CT_latents"),
+        ({"0": "CT", "1": "CT/"}, r"class 1 has the folder .*CT, which is or lies in .*CT of class 0"),
     ],
 )
 def test_folders_in_each_others_way(dataset, checkpoint, entries, message):
@@ -126,3 +137,59 @@ def test_wrong_arguments(dataset, checkpoint, arguments, message):
     with pytest.raises(UserError, match=message):
         main([places.get(argument, argument) for argument in arguments])
     assert contents(dataset.parent) == {}
+
+
+@contextmanager
+def held_by_another(folder: Path, doing: str) -> Iterator[None]:
+    code = "import pathlib, sys; from common.files import lock_folder as lock; "
+    code += "held = lock(pathlib.Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(folder), doing], cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.stdin.close()
+
+
+def test_a_second_encoding_into_a_folder_is_refused(dataset, checkpoint):
+    """And deletes nothing that the first one is writing."""
+    half = dataset.parent / "MR_latents" / ".a.nii.gz.77.tmp"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    with held_by_another(half.parent, "encoding volumes"):
+        with pytest.raises(UserError, match=r"MR_latents: another process \(process \d+ on .*\) is encoding"):
+            generate_latents(config(dataset, checkpoint))
+        assert half.exists()
+        assert list(dataset.parent.glob("CT_latents/*.gz")) == []
+    generate_latents(config(dataset, checkpoint))
+    assert len(contents(dataset.parent)) == 5 + 2  # neither half files nor locks
+
+
+def test_where_no_lock_can_be_written_whole_latents_are_enough(dataset, checkpoint, monkeypatch):
+    expected = generate_latents(config(dataset, checkpoint))
+    monkeypatch.setattr(files, "lock_folder", _read_only)
+    assert generate_latents(config(dataset, checkpoint)) == expected
+
+
+def _read_only(folder: Path, doing: str):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [
+        ("CT_latents/a.nii.gz", r"CT_latents/a.nii.gz: vanished meanwhile, 1 of 5 latents are gone; start again"),
+        ("CT/a.nii.gz", r"CT/a.nii.gz: vanished meanwhile, 1 of 5 volumes are gone; start again with the data set"),
+    ],
+)
+def test_what_vanishes_during_the_encoding_is_an_error(dataset, checkpoint, monkeypatch, victim, message):
+    """A latent that was written, or found, already; a volume that was read."""
+    write = encoding.write_latent
+
+    def write_and_lose(path: Path, latent: torch.Tensor) -> None:
+        write(path, latent)
+        if path.name == "b.nii.gz" and path.parent.name == "MR_latents":  # the last but one
+            (dataset.parent / victim).unlink()
+
+    monkeypatch.setattr(encoding, "write_latent", write_and_lose)
+    with pytest.raises(UserError, match=message):
+        generate_latents(config(dataset, checkpoint, batch_size=1))

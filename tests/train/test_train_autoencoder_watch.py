@@ -180,5 +180,5 @@ def test_no_rank_leaves_before_the_signals_checkpoint_is_written():
     watch = step_watch.StepWatch(None, work)
     watch._received = signal.SIGTERM
     with pytest.raises(step_watch.TrainingStopped):
-        watch._stop_if_asked(trainer)
+        watch.stop_if_asked(trainer)
     assert done == ["saved", "written", "all"]

@@ -14,6 +14,7 @@ from biflownet_runs import assert_same_training, checkpoint, crash_at
 
 from dataset.volumes.volume_io import read_volume, write_latent
 from train.diffusion import run_folder
+from train.diffusion.preview import Previews
 from train.loop.metrics_file import MetricsWriter
 from train.train_BiFlowNet_SingleRes import main, train
 
@@ -155,20 +156,42 @@ def test_crashed_run_with_previews_and_workers_ends_as_the_plain_one(
     assert read_volume(result["folder"] / "samples" / previews[0]).data.shape == (1, 32, 32, 32)
 
 
-def test_finished_run_says_so_and_trains_on_from_its_checkpoint(data, tmp_path, capfd):
+def test_finished_run_says_so_and_trains_on(data, tmp_path, capfd):
     short = train(runs.config(data, tmp_path, max_steps=4))
     newest = run_folder.list_checkpoints(short["folder"])[-1]
     written = newest.stat().st_mtime_ns
     again = train(runs.config(data, tmp_path, max_steps=4))
     assert again["folder"] == short["folder"]
     assert newest.stat().st_mtime_ns == written
-    assert f"is finished: step 4, epoch 0. To train on, give a larger max_steps or --epochs and --ckpt {newest}" in (
-        capfd.readouterr().err
-    )
-    longer = train(runs.config(data, tmp_path, max_steps=6, ckpt=str(newest)))
-    assert longer["folder"].name == "001-BiFlowNet"
+    assert "is finished: step 4, epoch 0. To train on, give a larger max_steps or --epochs" in capfd.readouterr().err
+    branch = train(runs.config(data, tmp_path, max_steps=6, ckpt=str(newest)))
+    assert branch["folder"].name == "001-BiFlowNet"
+    longer = train(runs.config(data, tmp_path, max_steps=6))
+    assert longer["folder"] == short["folder"]
+    assert "max_steps: 4 -> 6" in capfd.readouterr().err
     straight = train(runs.config(data, tmp_path / "straight"))
-    assert_same_training(checkpoint(straight["folder"], 6), checkpoint(longer["folder"], 6))
+    for run in (branch, longer):
+        assert_same_training(checkpoint(straight["folder"], 6), checkpoint(run["folder"], 6))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_preview_due_where_training_stopped_is_made(data, ae_ckpt, tmp_path, monkeypatch, uninterrupted, step):
+    """Killed between the checkpoint and its preview, or stopped there by a signal; also where training had ended."""
+    options = {"preview": True, "preview_steps": 2, "AE_ckpt": str(ae_ckpt), "max_steps": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(Previews, "write", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            train(runs.config(data, tmp_path, **{**options, "max_steps": step}))
+    for _ in range(2):
+        run = train(runs.config(data, tmp_path, **{**options, "max_steps": step}))["folder"]
+    names = {path.name for path in (run / "samples").glob("*.nii.gz")}
+    assert f"step_{step:07d}_class_{step // 2 % 2}.nii.gz" in names
+    whole = train(runs.config(data, tmp_path / "whole", **{**options, "max_steps": step}))["folder"]
+    ours, theirs = (
+        read_volume(folder / "samples" / f"step_{step:07d}_class_{step // 2 % 2}.nii.gz").data
+        for folder in (run, whole)
+    )
+    assert torch.equal(ours, theirs)
 
 
 def test_damaged_newest_checkpoint_is_passed_over(data, tmp_path, monkeypatch, capfd):
@@ -217,7 +240,7 @@ def test_official_checkpoint_goes_on(data, tmp_path, capfd, name, step):
     assert {state["step"].item() for state in ended["opt"]["state"].values()} == {3}
     text = capfd.readouterr().err
     assert ("no step in the file or its name" in text) == (step == 0)
-    assert "trained with other values, which change now: timesteps (500 -> 1000)" in text
+    assert "trained with other values; changed: timesteps: 500 -> 1000" in text
 
 
 def test_ctrl_c_saves_and_says_130(data, ae_ckpt, tmp_path, monkeypatch, capfd):

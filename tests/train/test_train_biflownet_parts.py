@@ -1,5 +1,6 @@
 """The parts of BiFlowNet training: run folders, random draws, order of the data, previews, logging."""
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import biflownet_runs as runs
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from AutoEncoder.checkpoint import load_autoencoder
@@ -17,6 +19,7 @@ from common.errors import UserError
 from common.files import lock_folder
 from common.log import close_logger, get_logger
 from common.processes import Distributed
+from config.loading import save_config
 from dataset.order.epochs import EpochSampler
 from ddpm.diffusion import GaussianDiffusion
 from train.diffusion import preview, run_folder
@@ -35,41 +38,45 @@ def make_config(results: Path, **values) -> dict:
     return {"results_dir": str(results), "run_name": None, "lr": 0.1, "num_workers": 1, **values}
 
 
+def open_folder(config: dict) -> Path:
+    with contextlib.ExitStack() as closing:
+        return run_folder.open_run_folder(config, closing)[0]
+
+
 @pytest.mark.parametrize(
     ("change", "is_same_run"),
-    [({}, True), ({"num_workers": 9}, True), ({"lr": 0.2}, False), ({"new_key": 1}, False)],
+    [({}, True), ({"num_workers": 9}, True), ({"max_steps": 9}, True), ({"lr": 0.2}, False), ({"model_dim": 6}, False)],
 )
 def test_a_repeated_configuration_finds_its_folder(tmp_path, change, is_same_run):
-    first = run_folder.open_run_folder(make_config(tmp_path))
-    second = run_folder.open_run_folder(make_config(tmp_path, **change))
-    assert first.name == "000-BiFlowNet"
+    assert open_folder(make_config(tmp_path)).name == "000-BiFlowNet"
+    second = open_folder(make_config(tmp_path, **change))
     assert second.name == ("000-BiFlowNet" if is_same_run else "001-BiFlowNet")
+
+
+def test_a_run_that_just_goes_on_comes_before_one_that_would_be_extended(tmp_path):
+    """Folders of before, when a longer run was another one."""
+    for number, steps in enumerate((4, 6, 8)):
+        save_config(OmegaConf.create(make_config(tmp_path, max_steps=steps)), tmp_path / f"{number:03d}-BiFlowNet")
+    assert open_folder(make_config(tmp_path, max_steps=6)).name == "001-BiFlowNet"
+    assert open_folder(make_config(tmp_path, max_steps=9)).name == "002-BiFlowNet"
 
 
 def test_numbers_go_on_after_the_highest(tmp_path):
     (tmp_path / "007-Other").mkdir()
     (tmp_path / "notes").mkdir()
-    assert run_folder.open_run_folder(make_config(tmp_path)).name == "008-BiFlowNet"
+    assert open_folder(make_config(tmp_path)).name == "008-BiFlowNet"
 
 
 def test_folder_of_a_run_killed_before_its_configuration_was_saved_is_left_alone(tmp_path):
     (tmp_path / "000-BiFlowNet").mkdir()
     (tmp_path / "000-BiFlowNet" / "config.yaml").write_text("lr: [")
-    assert run_folder.open_run_folder(make_config(tmp_path)).name == "001-BiFlowNet"
-
-
-def test_named_run_refuses_another_configuration(tmp_path):
-    folder = run_folder.open_run_folder(make_config(tmp_path, run_name="mine"))
-    assert folder == tmp_path / "mine"
-    assert run_folder.open_run_folder(make_config(tmp_path, run_name="mine")) == folder
-    with pytest.raises(UserError, match="run_name=mine: .* is a run with other values of lr;"):
-        run_folder.open_run_folder(make_config(tmp_path, run_name="mine", lr=0.2))
+    assert open_folder(make_config(tmp_path)).name == "001-BiFlowNet"
 
 
 def test_results_folder_that_is_a_file(tmp_path):
     (tmp_path / "results").write_text("")
     with pytest.raises(UserError, match="results: the run folder cannot be written"):
-        run_folder.open_run_folder(make_config(tmp_path / "results"))
+        open_folder(make_config(tmp_path / "results"))
 
 
 def test_a_checkpoint_under_a_name_of_its_own_is_gone_on_from(tmp_path):

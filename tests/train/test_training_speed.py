@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import precision
 from common.errors import UserError
+from config.schema.diffusion import BiFlowNetConfig
 from dataset.Singleres_dataset import Singleres_dataset
 from ddpm import diffusion
 from ddpm.BiFlowNet import BiFlowNet
@@ -23,6 +24,7 @@ from train.diffusion.preview import Previews
 from train.diffusion.saving import Saving
 from train.diffusion.state import TrainingState
 from train.loop import session
+from train.loop.continuing import changes
 from train.loop.metrics_file import MetricsWriter
 from train.loop.session import Session
 from train.loop.step_flags import StepFlags
@@ -248,7 +250,7 @@ def test_options_of_speed_change_nothing_but_rounding(data, tmp_path, monkeypatc
     compiled = []
     monkeypatch.setattr(BiFlowNet, "compile", lambda self, **options: compiled.append(options))
     speed = {"channels_last": True, "compile": True, "gradient_checkpointing": True}
-    assert run_folder.differing_keys({"lr": 1}, {"lr": 1, **speed}) == []
+    assert changes(BiFlowNetConfig, {}, speed) == []
     plain, fast = (train(runs.config(data, tmp_path / str(len(o)), max_steps=2, **o)) for o in ({}, speed))
     assert compiled == [{"dynamic": False}]
     expected, found = checkpoint(plain["folder"], 2)["model"], checkpoint(fast["folder"], 2)["model"]

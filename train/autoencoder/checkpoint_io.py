@@ -12,6 +12,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from train.loop.background import BackgroundWork, snapshot
+from train.loop.deletion import check_not_deleted
 from train.loop.rng import random_state, restore_random_state
 
 
@@ -33,6 +34,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._work.submit(self._write, snapshot(checkpoint), Path(path))
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        check_not_deleted(path.parent.parent)
         save_checkpoint(checkpoint, path)
         while self._outdated:
             self._outdated.popleft().unlink(missing_ok=True)

@@ -3,49 +3,70 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from AutoEncoder.checkpoint import load_autoencoder_weights
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_files import newest_checkpoint
+from common.checkpoint_files import checkpoints_in
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig
-from config.schema.option import EXTENDS, FREE, keys_of
+from config.schema.option import BEGINNING
+from train.autoencoder.validation import Validations
+from train.loop import continuing
 
-# What may differ when a run goes on: how long, where and how fast it runs, how it reads its data, how often it reports.
-CHANGEABLE = keys_of(AutoencoderConfig, FREE, EXTENDS)
+
+class Start(NamedTuple):
+    """Where training starts."""
+
+    checkpoint: Path | None = None  # that it resumes from
+    step: int = 0  # of the optimisers
+    validated_at: int = 0  # step of the last validation
 
 
-def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logging.Logger) -> tuple[Path | None, int]:
-    """Load the weights that training starts from; the checkpoint that it resumes from, if any, and its optimiser step.
+def take_up(cfg: DictConfig) -> DictConfig:
+    """The configuration with the run's folder that `continue_from` may name as `default_root_dir`."""
+    cfg = cfg.copy()
+    if cfg.model.continue_from and continuing.is_run_folder(cfg.model.continue_from):
+        cfg.model.default_root_dir, cfg.model.continue_from = cfg.model.continue_from, None
+    return cfg
 
-    That is the run's own newest checkpoint, or in stage 1 `resume_from_checkpoint`. Stage 2 begins with its weights.
+
+def has_begun(root: Path) -> bool:
+    """Whether the folder is that of a run with checkpoints of its own."""
+    return bool(checkpoints_in(root / "checkpoints"))
+
+
+def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logging.Logger) -> Start:
+    """Load the weights that training starts from, and find out where.
+
+    That is the run's own newest checkpoint, or the one that `continue_from` names, or in stage 1
+    `resume_from_checkpoint`. Stage 2 begins with the weights of that.
     """
-    own = _own_checkpoint(root / "checkpoints")
+    config = OmegaConf.to_container(cfg)
+    own = continuing.own_checkpoint(root)
     if own is not None:
-        _check_same_run(cfg, root, logger)
-        return own, _global_step(own, load_autoencoder_weights(model, own))
-    if cfg.model.resume_from_checkpoint is None:
-        return None, 0
-    source = Path(cfg.model.resume_from_checkpoint)
+        found = continuing.changes_of_run(AutoencoderConfig, root, config)
+        continuing.check_goes_on(root, found, cfg.model.set_anew, "name another model.default_root_dir")
+        for line in continuing.news_of(found, config):
+            logger.info("%s: %s", root, line)
+        return _start(own, load_autoencoder_weights(model, own))
+    source = cfg.model.continue_from or cfg.model.resume_from_checkpoint
+    if cfg.model.continue_from is None and (source is None or cfg.model.stage == 2):
+        for line in continuing.news_of_others(AutoencoderConfig, root, config):
+            logger.info("%s: %s", root, line)
+    if source is None:
+        return Start()
+    source = Path(source)
     checkpoint = load_autoencoder_weights(model, source)
-    if cfg.model.stage == 1 and _can_resume(model, source, checkpoint, logger):
-        return source, _global_step(source, checkpoint)
+    is_resumed = cfg.model.continue_from is not None or cfg.model.stage == 1
+    if is_resumed and _can_resume(model, source, checkpoint, logger):
+        _tell_of_other_values(source, checkpoint, config, logger)
+        return _start(source, checkpoint)
     if cfg.model.stage == 2 and not model.codebook.initialised:
         raise UserError(f"{source}: its codebook was never started from data: train stage 1 for longer")
-    return None, 0
-
-
-def _own_checkpoint(checkpoints: Path) -> Path | None:
-    """The run's newest readable checkpoint; None in a new run. UserError where none can be read, but there are some."""
-    if not checkpoints.is_dir():
-        return None
-    newest = newest_checkpoint(checkpoints)
-    if newest is None and any(checkpoints.glob("*.ckpt")):  # starting anew would overwrite them
-        raise UserError(f"{checkpoints}: none of its checkpoints can be read: move the folder away to start anew")
-    return newest
+    return Start()
 
 
 def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any], logger: logging.Logger) -> bool:
@@ -72,35 +93,22 @@ def _moments_fit(saved: dict, parameters: list) -> bool:
     return {index: tuple(state["exp_avg"].shape) for index, state in saved.items()} == shapes
 
 
-def _check_same_run(cfg: DictConfig, root: Path, logger: logging.Logger) -> None:
-    """A run goes on only with the options that it began with; `CHANGEABLE` ones aside."""
-    if not (root / "config.yaml").is_file():
-        return
-    before = OmegaConf.load(root / "config.yaml")
-    before = {table: {**OmegaConf.structured(AutoencoderConfig)[table], **before[table]} for table in cfg}  # new keys
-    changed = [
-        f"{table}.{key} ({before[table][key]} -> {value})"
-        for table in cfg
-        for key, value in cfg[table].items()
-        if f"{table}.{key}" not in CHANGEABLE and before[table][key] != value
-    ]
-    if changed:
-        raise UserError(
-            f"{root} holds a run with other options: {', '.join(changed)}; "
-            "name another model.default_root_dir or take these back"
-        )
-    if before["model"]["gpus"] != cfg.model.gpus:
-        logger.warning(
-            "%s: model.gpus was %s and is %s: a step has another number of samples, so the order of the data changes",
-            *(root, before["model"]["gpus"], cfg.model.gpus),
-        )
-    if cfg.model.lr_schedule == "cosine" and before["model"]["max_steps"] != cfg.model.max_steps:
-        logger.warning("%s: model.max_steps was %s: the cosine has another length", root, before["model"]["max_steps"])
+def _tell_of_other_values(
+    path: Path, checkpoint: Mapping[str, Any], config: dict[str, Any], logger: logging.Logger
+) -> None:
+    """Of a checkpoint of another run."""
+    stored = checkpoint.get("hyper_parameters", {}).get("cfg", {})
+    saved = OmegaConf.to_container(OmegaConf.create(stored))
+    before = {
+        table: {**options, **saved.get(table, {})} for table, options in config.items()
+    }  # official ones lack many
+    found = continuing.changes(AutoencoderConfig, before, config)
+    for line in continuing.news_of([change for change in found if change.resume is not BEGINNING], config):
+        logger.warning("%s was trained with other values; %s", path, line)
 
 
-def _global_step(path: Path, checkpoint: Mapping[str, Any]) -> int:
-    """The optimiser step that a checkpoint was saved at."""
+def _start(path: Path, checkpoint: Mapping[str, Any]) -> Start:
     step = checkpoint.get("global_step")
     if not isinstance(step, int):
         raise UserError(f"{path}: no Lightning checkpoint of a training run (it has no global_step)")
-    return step
+    return Start(path, step, Validations.last_of(checkpoint))

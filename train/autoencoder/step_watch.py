@@ -34,7 +34,7 @@ class NotFinite(Exception):
 
 
 class StepWatch(Callback):
-    """After each step: raises NotFinite, or at SIGTERM or Ctrl-C saves a checkpoint and raises TrainingStopped.
+    """After each step: raises NotFinite; at SIGTERM or Ctrl-C `stop_if_asked` saves and raises TrainingStopped.
 
     All ranks do so after the same step. A GPU is not waited for: there the news of a step are read after the next one,
     and before anything is saved or validated, so that no checkpoint holds what a bad step has left behind.
@@ -64,11 +64,10 @@ class StepWatch(Callback):
         self._work.check()
         news = _news(pl_module.watched, self._request.received, trainer)
         self._read(self._flags.exchange(trainer.global_step - 1, news))
-        self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module) -> None:
         self._read_last()
-        self._stop_if_asked(trainer)
+        self.stop_if_asked(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module, checkpoint: dict) -> None:
         self._read_last()
@@ -94,12 +93,22 @@ class StepWatch(Callback):
             raise NotFinite(step, "gradient", gradient, is_mine=True)
         self._received = self._received or int(signal_number)
 
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+    def stop_if_asked(self, trainer: pl.Trainer) -> None:
         if self._received:
             trainer.save_checkpoint(self._checkpoint, weights_only=False)
             self._work.wait()
             trainer.strategy.barrier()  # where one process leaves, the launcher ends the one that still writes
             raise TrainingStopped(self._received)
+
+
+class StopWhenAsked(Callback):
+    """After a step `watch.stop_if_asked`, when what else was due then has been logged; so it comes last."""
+
+    def __init__(self, watch: StepWatch) -> None:
+        self._watch = watch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        self._watch.stop_if_asked(trainer)
 
 
 def _news(watched: dict[str, Tensor], signal_number: int, trainer: pl.Trainer) -> Tensor:

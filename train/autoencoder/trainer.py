@@ -15,8 +15,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from AutoEncoder.model.PatchVolume import AE_finetuning
 from train.autoencoder.checkpoint_io import BackgroundCheckpointIO, RandomState
 from train.autoencoder.monitoring import JsonLinesLogger, StepProgress, TrainingMonitor
-from train.autoencoder.step_watch import StepWatch
+from train.autoencoder.step_watch import StepWatch, StopWhenAsked
 from train.autoencoder.strategy import TwoPassDDPStrategy
+from train.autoencoder.validation import Validations
 from train.callbacks import VolumeLogger
 from train.loop.background import BackgroundWork
 
@@ -34,7 +35,12 @@ EXPECTED_WARNINGS = (
 
 
 def build_trainer(
-    cfg: DictConfig, root: Path, start_step: int, monitor: TrainingMonitor, work: BackgroundWork
+    cfg: DictConfig,
+    root: Path,
+    start_step: int,
+    monitor: TrainingMonitor,
+    validations: Validations,
+    work: BackgroundWork,
 ) -> pl.Trainer:
     """The trainer of the run in `root`, which goes on from `start_step`; `work` writes checkpoints and previews."""
     world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
@@ -47,15 +53,15 @@ def build_trainer(
             strategy=TwoPassDDPStrategy() if world_size > 1 else "auto",
             precision=PRECISIONS[str(cfg.model.precision)],
             max_epochs=-1,  # training counts in steps alone
-            val_check_interval=cfg.model.val_every,
-            check_val_every_n_epoch=1 if cfg.model.val_every is None else None,
+            check_val_every_n_epoch=None,  # when, `validations` says
+            val_check_interval=1,
             num_sanity_val_steps=0,
             log_every_n_steps=cfg.model.log_every,
             logger=[
+                JsonLinesLogger(root / "metrics.jsonl", start_step),  # first: it notices that the folder is gone
                 TensorBoardLogger(root, name="", version="logs", purge_step=start_step or None),
-                JsonLinesLogger(root / "metrics.jsonl", start_step),
             ],
-            callbacks=_callbacks(cfg, root, monitor, work),
+            callbacks=_callbacks(cfg, root, monitor, validations, work),
             plugins=[BackgroundCheckpointIO(work)],
             use_distributed_sampler=False,
             enable_progress_bar=False,
@@ -64,14 +70,18 @@ def build_trainer(
         )
 
 
-def _callbacks(cfg: DictConfig, root: Path, monitor: TrainingMonitor, work: BackgroundWork) -> list[Callback]:
+def _callbacks(
+    cfg: DictConfig, root: Path, monitor: TrainingMonitor, validations: Validations, work: BackgroundWork
+) -> list[Callback]:
     checkpoints = root / "checkpoints"
     best = dict(filename="best-{step:07d}-{val/recon_loss:.4f}", monitor="val/recon_loss", save_top_k=3)
     regular = dict(filename="step-{step:07d}", every_n_train_steps=cfg.model.checkpoint_every, save_top_k=-1)
+    watch = StepWatch(checkpoints / "last.ckpt", work)
     callbacks = [
         *(ModelCheckpoint(checkpoints, auto_insert_metric_name=False, **options) for options in (best, regular)),
-        StepWatch(checkpoints / "last.ckpt", work),
+        watch,
         RandomState(),
+        validations,
         StepProgress(f"stage {cfg.model.stage}"),
         monitor,
     ]
@@ -79,7 +89,7 @@ def _callbacks(cfg: DictConfig, root: Path, monitor: TrainingMonitor, work: Back
         callbacks.append(VolumeLogger(root / "volumes", cfg.model.log_volume_every, work))
     if cfg.model.stage == 2:
         callbacks.append(AE_finetuning())
-    return callbacks
+    return [*callbacks, StopWhenAsked(watch)]
 
 
 def process_rank() -> int:

@@ -19,18 +19,22 @@ import torch
 from omegaconf import DictConfig
 
 from AutoEncoder.model.PatchVolume import patchvolumeAE
+from common.checkpoint_files import copy_checkpoint
 from common.compilation import compiling
 from common.errors import UserError
-from common.files import lock_folder
+from common.files import check_still_there, lock_folder, remove_leftovers
 from common.log import close_logger, get_logger
 from config.loading import require, save_config
 from dataset.order.split import Split, keep_split
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.monitoring import TrainingMonitor
-from train.autoencoder.resume import load_weights
+from train.autoencoder.resume import has_begun, load_weights, take_up
 from train.autoencoder.step_watch import NotFinite, TrainingStopped
 from train.autoencoder.trainer import build_trainer, process_rank, processes_per_node, quiet_lightning
+from train.autoencoder.validation import Validations
 from train.loop.background import BackgroundWork
+from train.loop.continuing import CONFIG_FILE, read_config
+from train.loop.deletion import check_not_deleted, deletion_explained
 from train.loop.signals import close_loader
 
 
@@ -46,6 +50,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         SystemExit: 128 + the signal, after SIGTERM or Ctrl-C and a checkpoint.
     """
     # Check what can be checked at once
+    cfg = take_up(cfg)
     _check_options(cfg, stage)
     root, logger = Path(cfg.model.default_root_dir), get_logger(process_rank())
 
@@ -62,12 +67,13 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Model; the seed makes all ranks start from the same weights
         pl.seed_everything(cfg.model.seed, verbose=False)
         model = build_autoencoder(cfg)
-        resume, start_step = load_weights(cfg, model, root, logger)
+        start = load_weights(cfg, model, root, logger)
         prepare_for_training(model)
 
         # Trainer, and the run's folder
         monitor, work = TrainingMonitor(cfg, logger), BackgroundWork()
-        trainer = build_trainer(cfg, root, start_step, monitor, work)
+        validations = Validations(cfg.model.val_every, start.validated_at)
+        trainer = build_trainer(cfg, root, start.step, monitor, validations, work)
         if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
             closing.enter_context(_run_folder(cfg, root, split))
         closing.enter_context(work)
@@ -76,13 +82,20 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
             closing.callback(close_loader, loader)
 
         # Resume
+        last = root / "checkpoints" / "last.ckpt"
         last_step = _last_step(cfg, len(train_loader))
         trainer.fit_loop.epoch_loop.max_steps = last_step
-        if resume is not None:
-            if 0 <= last_step <= start_step:
-                logger.info("%s: finished at step %d; raise model.max_steps or max_epochs to go on", root, start_step)
-                return {}
-            logger.info("resuming from %s at step %d", resume, start_step)
+        if start.checkpoint is not None:
+            if 0 <= last_step <= start.step:
+                if val_loader is None or not validations.is_due(start.step, len(train_loader)):
+                    if trainer.is_global_zero and start.checkpoint != last:  # the last step's news came no further
+                        copy_checkpoint(start.checkpoint, last)
+                    hint = "raise model.max_steps or max_epochs to go on"
+                    logger.info("%s: finished at step %d, %s; %s", root, start.step, last, hint)
+                    return {}
+                validations.is_all = True
+                trainer.fit_loop.epoch_loop.max_steps = start.step + 1  # Lightning would not even start
+            logger.info("resuming from %s at step %d", start.checkpoint, start.step)
 
         # Cache, once for all runs and ranks; with it all files are checked
         if train_data.cache is not None:
@@ -91,10 +104,15 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
 
         # Train
         with _ends_explained(trainer, train_loader.batch_sampler, logger), quiet_lightning():
-            trainer.fit(model, monitor.meter.timed(train_loader), val_loader, ckpt_path=resume, weights_only=True)
-        last = root / "checkpoints" / "last.ckpt"
+            trainer.fit(
+                model, monitor.meter.timed(train_loader), val_loader, ckpt_path=start.checkpoint, weights_only=True
+            )
         trainer.save_checkpoint(last, weights_only=False)
         work.wait()
+        if trainer.is_global_zero:
+            check_not_deleted(root, root / CONFIG_FILE)
+            saved = f"training went on with their copies in the cache, and its end is saved in {last}"
+            check_still_there([*train_data.files, *val_data.files], "volumes", saved)
         logger.info("finished at step %d: %s", trainer.global_step, last)
         return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
@@ -103,10 +121,11 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
     require(cfg, "dataset.root_dir", "model.default_root_dir")
     if cfg.model.stage != stage:
         raise UserError(f"model.stage is {cfg.model.stage}, but this script trains stage {stage}: use the other script")
-    if stage == 2:
-        require(cfg, "model.resume_from_checkpoint")
     source = cfg.model.resume_from_checkpoint
-    if source is not None and not Path(source).is_file():
+    is_new = not has_begun(Path(cfg.model.default_root_dir)) and cfg.model.continue_from is None
+    if stage == 2 and is_new:
+        require(cfg, "model.resume_from_checkpoint")
+    if source is not None and is_new and not Path(source).is_file():
         raise UserError(f"model.resume_from_checkpoint: {source}: no such checkpoint file")
     if cfg.model.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("model.accelerator is gpu, but no CUDA device was found: set model.accelerator=cpu or auto")
@@ -146,10 +165,15 @@ def _run_folder(cfg: DictConfig, root: Path, split: Split) -> Iterator[None]:
         raise UserError(f"model.default_root_dir: {root}: cannot be made ({error.strerror or error})") from error
     with lock_folder(root, "training"):  # before anything of a run that goes on is replaced
         options = {key: cfg.dataset[key] for key in SPLIT_OPTIONS}
-        is_resumed = any((root / "checkpoints").glob("*.ckpt"))
-        keep_split(root, cfg.dataset.root_dir, split, options, is_resumed)
-        save_config(cfg, root)
-        yield
+        remove_leftovers(root)
+        keep_split(root, cfg.dataset.root_dir, split, options, has_begun(root))
+        saved, before = cfg.copy(), (read_config(root) or {}).get("model", {})
+        saved.model.set_anew = False
+        for key in ("resume_from_checkpoint", "continue_from"):  # where a run began stays what it was
+            saved.model[key] = cfg.model[key] or before.get(key)
+        save_config(saved, root)
+        with deletion_explained(root):
+            yield
 
 
 def _last_step(cfg: DictConfig, steps_per_epoch: int) -> int:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.files import check_still_there
 from dataset.cache.latents import LatentCache
 from dataset.order.epochs import EpochSampler, SampleKey
 from dataset.Singleres_dataset import Singleres_dataset
@@ -200,6 +201,12 @@ class LatentBatches:
         """Copy into the cache what is not there yet, if there is one. Errors as of `LatentCache.build`."""
         if self._dataset.cache is not None:
             self._dataset.cache.build(self._dataset.class_folders, self._num_workers, logger)
+
+    def check_still_there(self) -> None:
+        """UserError where latents were deleted since the start, which the cache hides."""
+        check_still_there(
+            self.files, "latents", "training went on with their copies in the cache, and its end is saved"
+        )
 
     def endless(self, position: Callable[[], tuple[int, int]]) -> Iterator[Batch]:
         """Batches; `position`, asked before each epoch, gives it and how many of its samples are done on all ranks."""

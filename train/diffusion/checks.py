@@ -10,22 +10,36 @@ from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common.errors import UserError
 from config.loading import require
 from dataset.checking.before_training import check_latents
+from dataset.order.data_split import DataSplit, find_split
 from dataset.Singleres_dataset import Singleres_dataset
 from train.diffusion.state import Origin
+from train.loop.continuing import is_run_folder
 from train.loop.session import Session
 
 MODELS = ("BiFlowNet",)
 
 
 def check_options(cfg: DictConfig, logger: logging.Logger) -> None:
-    """The options that the schema leaves open, and a warning for each that has no effect."""
+    """The options that the schema leaves open, and a warning for each that has no effect.
+
+    A checkpoint file as `continue_from` becomes `ckpt`: a run of its own goes on from it.
+    """
     require(cfg, "data_path")
+    if cfg.continue_from and not is_run_folder(cfg.continue_from):
+        cfg.ckpt, cfg.continue_from = cfg.continue_from, None
     if cfg.model not in MODELS:
         raise UserError(f"model={cfg.model}: there is no such model, expected {' or '.join(MODELS)}; give --model")
     if cfg.ckpt and not Path(cfg.ckpt).is_file():
         raise UserError(f"ckpt: {cfg.ckpt}: no such checkpoint file; give an existing one with --ckpt, or leave it out")
     if cfg.preview and not cfg.AE_ckpt:
         logger.warning("preview has no effect: it needs the autoencoder, give --AE-ckpt (or say preview=false)")
+
+
+def find_training_split(cfg: DictConfig) -> DataSplit | None:
+    """The split of the data, which `cfg.split` names from now on, as the run's record does; null without one."""
+    split = find_split(cfg.data_path, cfg.split)
+    cfg.split = None if split is None else str(split.path)
+    return split
 
 
 def check_data(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> None:
@@ -47,6 +61,8 @@ def check_data(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> No
             f"world size that doesn't fit: {world_size} process(es) with batch_size {cfg.batch_size} take "
             f"{needed} latents a step, {cfg.data_path} has {len(dataset)}; use fewer processes or a lower --batch-size"
         )
+    if cfg.split:
+        here.logger.info("%s: %d latents are on the training side", cfg.split, len(dataset))
     here.distributed.on_main(lambda: check_latents(cfg.data_path, dataset.files_by_label(), here.logger), share=False)
 
 

@@ -53,6 +53,10 @@ class Previews:
         self.model = copy.deepcopy(self.model).to("cpu").eval().requires_grad_(False)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
+    def exists(self, step: int) -> bool:
+        """Whether there is a preview of that step."""
+        return any(self.folder.glob(f"step_{step:07d}_class_*.nii.gz"))
+
     @torch.no_grad()
     def write(self, step: int, turn: int, weights: dict[str, Tensor]) -> Path | None:
         """Sample and decode a latent of the `turn`-th class with these weights, on the CPU and no longer changing.

@@ -7,7 +7,7 @@
         checkpoints/      BiFlowNet_0453500.pt: seven digits, the optimiser step; the last few are kept
         samples/          previews
 
-A repeated command finds its folder by `config.yaml`. Everything here runs on rank 0 only.
+A repeated command finds its folder by `config.yaml`, also where it trains longer. Everything here runs on rank 0 only.
 """
 
 import contextlib
@@ -15,57 +15,62 @@ import re
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from common.checkpoint_files import newest_checkpoint
+from common.checkpoint_files import checkpoints_in
 from common.errors import UserError
-from common.files import lock_folder
+from common.files import lock_folder, remove_leftovers
 from config.loading import save_config
 from config.schema.diffusion import BiFlowNetConfig
-from config.schema.option import FREE, keys_of
+from config.schema.option import EXTENDS
+from train.loop import continuing
+from train.loop.continuing import Change
+from train.loop.deletion import deletion_explained
 
-CONFIG_FILE = "config.yaml"
 CHECKPOINT_PREFIX = "BiFlowNet_"
-# Keys that cannot change a single weight, rounding aside. Runs that differ only here are the same run.
-IRRELEVANT_KEYS = keys_of(BiFlowNetConfig, FREE)
 
 
-def open_run_folder(config: dict, name: str = "BiFlowNet") -> Path:
-    """The folder of the newest earlier run with the same configuration, or a new one, with config.yaml in it.
+def open_run_folder(config: dict, closing: contextlib.ExitStack, name: str = "BiFlowNet") -> tuple[Path, list[str]]:
+    """The folder of the run that `config` names or repeats, or of a new one, locked until `closing` closes.
 
-    config: the resolved one, plain values; its `results_dir` holds the run folders, and its `run_name`, if not None,
-    replaces the numbered name. name: what follows the number.
+    It holds config.yaml and nothing half written. What of a run may change: `train/loop/continuing.py`.
+
+    Args:
+        config: the resolved one, plain values. `continue_from` names a folder, or `run_name` one in `results_dir`;
+            without either it is that of the newest run there with the same options, or a new one.
+        name: what follows the number of a new folder.
+
+    Returns:
+        The folder, and lines for the log: what changes, or which other runs there are.
 
     Raises:
-        UserError: the folder cannot be written, or `run_name` exists with another configuration.
+        UserError: the folder cannot be written, another process trains there, or its run can't go on with `config`.
     """
-    results = Path(config["results_dir"])
     try:
-        results.mkdir(parents=True, exist_ok=True)
-        folder = _named_folder(results, config) if config.get("run_name") else _numbered_folder(results, config, name)
+        Path(config["results_dir"]).mkdir(parents=True, exist_ok=True)
+        folder, found = _choose_folder(config, name)
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        save_config(OmegaConf.create(config), folder)
+        closing.enter_context(deletion_explained(folder))
+        closing.enter_context(lock_folder(folder, "training"))
+        remove_leftovers(folder)
+        began_from = (continuing.read_config(folder) or {}).get("ckpt")
+        saved = {**config, "ckpt": config.get("ckpt") or began_from, "continue_from": None, "set_anew": False}
+        save_config(OmegaConf.create(saved), folder)
     except OSError as error:
         raise UserError(
-            f"results_dir {results}: the run folder cannot be written ({error.strerror or error})"
+            f"results_dir {config['results_dir']}: the run folder cannot be written ({error.strerror or error})"
         ) from error
-    return folder
-
-
-def open_locked(config: dict, closing: contextlib.ExitStack) -> Path:
-    """`open_run_folder`, locked until `closing` closes, without half-written files."""
-    folder = open_run_folder(config, config["model"])
-    closing.enter_context(lock_folder(folder, "training"))
-    for file in folder.rglob(".*.tmp*"):  # of a killed process
-        file.unlink(missing_ok=True)
-    return folder
+    is_new = not checkpoints_in(folder / "checkpoints") and not config.get("ckpt")
+    news = continuing.news_of_others(BiFlowNetConfig, folder, config) if is_new else []
+    return folder, continuing.news_of(found, config) + news
 
 
 def find_checkpoint(folder: Path, given: str | None) -> Path | None:
-    """The run folder's newest whole checkpoint, else the one that the user gave, else None."""
-    newest = newest_checkpoint(folder / "checkpoints")
+    """The run folder's newest whole checkpoint, else the one that the user gave, else None.
+
+    UserError where it has checkpoints, but none can be read.
+    """
+    newest = continuing.own_checkpoint(folder)
     if newest is None:
         return None if given is None else Path(given)
     # Later ones could not be read. Under their own names they would count among the latest and push out whole ones.
@@ -99,44 +104,32 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def differing_keys(config: dict, other: dict) -> list[str]:
-    """The keys by which two configurations could train different weights."""
-    keys = (config.keys() | other.keys()) - IRRELEVANT_KEYS
-    missing = object()
-    return sorted(key for key in keys if config.get(key, missing) != other.get(key, missing))
-
-
-def _named_folder(results: Path, config: dict) -> Path:
-    folder = results / config["run_name"]
-    saved = _read_config(folder / CONFIG_FILE)
-    if saved is not None and (keys := differing_keys(config, saved)):
-        raise UserError(
-            f"run_name={config['run_name']}: {folder} is a run with other values of {', '.join(keys)}; "
-            "choose another run_name, or give the values in its config.yaml"
-        )
-    return folder
-
-
-def _numbered_folder(results: Path, config: dict, name: str) -> Path:
+def _choose_folder(config: dict, name: str) -> tuple[Path, list[Change]]:
+    """The run's folder, which may be new, and what changes in it."""
+    results, run_name, source = Path(config["results_dir"]), config.get("run_name"), config.get("continue_from")
+    if source or run_name:
+        folder = Path(source) if source else results / run_name
+        found = continuing.changes_of_run(BiFlowNetConfig, folder, {**config, "continue_from": None})
+        other_run = "leave --continue-from out" if source else "choose another run_name"
+        continuing.check_goes_on(folder, found, bool(config.get("set_anew")), other_run)
+        return folder, found
+    if config.get("set_anew"):
+        raise UserError("set_anew is for a run that goes on: say which, with --continue-from RUN or --run-name NAME")
     numbered = [(int(match[1]), file) for file in results.iterdir() if (match := re.match(r"(\d{3,})-", file.name))]
-    for _, folder in sorted(numbered, reverse=True):
-        saved = _read_config(folder / CONFIG_FILE) if folder.name.endswith(f"-{name}") else None
-        if saved is not None and not differing_keys(config, saved):
-            return folder
+    same = []
+    for number, folder in numbered:
+        saved = continuing.read_config(folder) if folder.name.endswith(f"-{name}") else None
+        found = continuing.changes(BiFlowNetConfig, saved, config) if saved is not None else []
+        if saved is not None and all(change.resume is EXTENDS for change in found):
+            same.append((not found, number, folder, found))
+    if same:
+        *_, folder, found = max(same, key=lambda run: run[:2])  # one that just goes on before those that are extended
+        return folder, found
     number = max((number for number, _ in numbered), default=-1) + 1
     while True:
         folder = results / f"{number:03d}-{name}"
         try:
             folder.mkdir()
-            return folder
+            return folder, []
         except FileExistsError:  # another run took the number in this moment
             number += 1
-
-
-def _read_config(path: Path) -> dict | None:
-    """The saved configuration; None where there is none or it is not one."""
-    try:
-        saved = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
-        return None
-    return saved if isinstance(saved, dict) else None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from common.checkpoint_files import save_checkpoint
 from train.diffusion import run_folder
@@ -13,6 +13,7 @@ from train.diffusion.batches import LatentBatches
 from train.diffusion.preview import Previews
 from train.diffusion.state import Origin
 from train.loop.background import BackgroundWork, snapshot
+from train.loop.deletion import check_not_deleted
 from train.loop.session import Session
 
 
@@ -39,8 +40,20 @@ class Saving(BackgroundWork):
         finally:
             self.submit(self._write, step, snapshot(content), preview_turn)
 
+    def make_up(self, step: int, preview_turn: int, averages: dict[str, Tensor]) -> None:
+        """Have the preview made that was due at the run's newest checkpoint, where it was stopped before.
+
+        averages: the checkpoint's averaged weights.
+        """
+        if self._previews is not None and self._is_own(step) and not self._previews.exists(step):
+            self.submit(self._previews.write, step, preview_turn, snapshot(averages))
+
+    def _is_own(self, step: int) -> bool:
+        return run_folder.checkpoint_path(self._folder, step).exists()
+
     def _write(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
         path = run_folder.checkpoint_path(self._folder, step)
+        check_not_deleted(self._folder)
         save_checkpoint(content, path)
         run_folder.remove_old_checkpoints(self._folder, self._keep)
         self._logger.info("saved %s", path)

@@ -13,16 +13,15 @@ from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.optimiser import build_adam
 from config.schema.diffusion import BiFlowNetConfig
-from config.schema.option import EXTENDS, keys_of
+from config.schema.option import BEGINNING
 from ddpm.checkpoint import load_biflownet_weights
 from train.diffusion.ema import EMA
-from train.diffusion.run_folder import IRRELEVANT_KEYS, step_of
+from train.diffusion.run_folder import step_of
+from train.loop.continuing import changes, news_of
 from train.loop.rng import random_state, restore_random_state
 
 # Scale of the fp16 loss below which halving it further cannot help: the gradients themselves are not finite.
 SMALLEST_LOSS_SCALE = 2.0**-10
-# Keys that a user changes on purpose to train a checkpoint further.
-EXTENDING_KEYS = keys_of(BiFlowNetConfig, EXTENDS)
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,16 @@ class TrainingState:
         self._read = Path(path), load_checkpoint(path)
         load_biflownet_weights(self.model, path, use_ema=False, checkpoint=self._read[1])
 
-    def load(self, path: Path, config: dict, num_samples: int, global_batch: int, logger: logging.Logger) -> None:
+    def load(
+        self, path: Path, config: dict, num_samples: int, global_batch: int, logger: logging.Logger, is_own: bool
+    ) -> None:
         """Take over a checkpoint file: one of ours exactly, an official one as far as it goes.
 
+        is_own: it is the run's. Of another run's the options that differ are listed.
+
         Raises:
-            UserError: the file is no BiFlowNet checkpoint, or one of another architecture.
+            UserError: the file is no BiFlowNet checkpoint, or one of another architecture; its run's latents are now
+                those of another autoencoder.
         """
         (known, checkpoint), self._read = self._read, (None, None)
         if known != path:
@@ -124,7 +128,9 @@ class TrainingState:
             logger.warning("%s has no gradient scaler state: the scale starts anew", path)
         self._load_position(checkpoint, path, num_samples, global_batch, logger)
         self.end_epoch_if_done(global_batch, num_samples)
-        _warn_of_other_values(checkpoint.get("args"), config, path, logger)
+        self._check_latents(checkpoint, path, logger, is_own)
+        if not is_own:
+            _warn_of_other_values(checkpoint.get("args"), config, path, logger)
         if "rng" in checkpoint:
             restore_random_state(checkpoint["rng"])
 
@@ -146,6 +152,15 @@ class TrainingState:
             message = "%s was trained on %d latents, now there are %d: epoch %d starts again from its first sample"
             logger.warning(message, path, before, num_samples, self.epoch)
             self.samples_seen = 0
+
+    def _check_latents(self, checkpoint: dict, path: Path, logger: logging.Logger, is_own: bool) -> None:
+        """Latents of another autoencoder are other data."""
+        if self.autoencoder is None or checkpoint.get("autoencoder") in (None, self.autoencoder):
+            return
+        message = f"{path} was trained on latents of another autoencoder than those of now"
+        if is_own:
+            raise UserError(f"{message}: give the latents as they were, or choose another run_name for a new run")
+        logger.warning("%s", message)
 
     def _load_optimizer(self, checkpoint: dict, path: Path, logger: logging.Logger) -> None:
         """Adam's averages, matched by name: files number parameters in the order of their model's weights."""
@@ -170,7 +185,6 @@ class TrainingState:
 
 def _warn_of_other_values(args: argparse.Namespace | None, config: dict, path: Path, logger: logging.Logger) -> None:
     saved = vars(args) if isinstance(args, argparse.Namespace) else {}
-    shared = (saved.keys() & config.keys()) - IRRELEVANT_KEYS - EXTENDING_KEYS
-    changed = [f"{key} ({saved[key]} -> {config[key]})" for key in sorted(shared) if saved[key] != config[key]]
-    if changed:
-        logger.warning("%s was trained with other values, which change now: %s", path, ", ".join(changed))
+    found = changes(BiFlowNetConfig, {**config, **saved}, config)  # official files lack many keys
+    for line in news_of([change for change in found if change.resume is not BEGINNING], config):
+        logger.warning("%s was trained with other values; %s", path, line)

@@ -64,16 +64,25 @@ def fit(
     # Run folder, and where to go on from
     if cfg.ckpt:
         state.check_fits(cfg.ckpt)  # before a folder is made
-    folder = distributed.on_main(lambda: run_folder.open_locked(config, here.closing))
+    folder, news = distributed.on_main(lambda: run_folder.open_run_folder(config, here.closing, cfg.model))
     here.log_to(folder / "log.txt")
+    for line in news:
+        logger.info("%s: %s", folder, line)
     resume_from = distributed.on_main(lambda: run_folder.find_checkpoint(folder, cfg.ckpt))
     if resume_from is not None:
-        state.load(resume_from, config, batches.num_samples, batches.global_batch, logger)
+        is_own = resume_from.parent == folder / "checkpoints"
+        state.load(resume_from, config, batches.num_samples, batches.global_batch, logger, is_own)
         logger.info("%s: going on from %s, step %d", folder, resume_from, state.step)
-    if state.is_finished(cfg.epochs, cfg.max_steps):
+    is_finished = state.is_finished(cfg.epochs, cfg.max_steps)
+    saving = open_saving(cfg, folder, state.ema.model, batches, process, origin, here)
+    if here.is_main and (is_finished or (state.step and state.step % cfg.ckpt_every == 0)):
+        saving.make_up(state.step, state.step // cfg.ckpt_every, state.ema.state_dict())
+    if is_finished:
+        saving.wait()
+        distributed.barrier()
         logger.info(
-            "%s is finished: step %d, epoch %d. To train on, give a larger max_steps or --epochs and --ckpt %s",
-            folder, state.step, state.epoch, resume_from,
+            "%s is finished: step %d, epoch %d. To train on, give a larger max_steps or --epochs",
+            folder, state.step, state.epoch,
         )  # fmt: skip
         return {"folder": folder, "step": state.step, "stopped_by": 0, "loss": None}
 
@@ -88,7 +97,6 @@ def fit(
     )  # fmt: skip
     run_log = here.closing.enter_context(RunLog(folder, state.step, here, batches.remedy_for_waiting))
     here.closing.enter_context(logging_redirect_tqdm([logger]))
-    saving = open_saving(cfg, folder, state.ema.model, batches, process, origin, here)
     hidden = None if here.is_main else True  # None: shown where stderr is a terminal
     progress = here.closing.enter_context(tqdm(total=steps_to_do, initial=state.step, disable=hidden, unit="step"))
     if cfg.compile:
@@ -161,6 +169,7 @@ def fit(
     saving.wait()
     distributed.barrier()
     if is_finished:
+        distributed.on_main(batches.check_still_there)
         logger.info("finished: %s, step %d", folder, state.step)
     else:
         name = signal.Signals(agreement.signal_number).name

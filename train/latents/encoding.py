@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from logging import Logger
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.latents import codebook_range, normalise_latents
 from AutoEncoder.patches import padded_size
 from common.errors import UserError
+from common.files import check_still_there, folder_locked
 from common.log import get_logger
 from common.processes import Distributed, cleanup, setup
 from config.loading import require
@@ -32,11 +34,13 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
     """Encodes all volumes that have no whole latent yet. Returns the latent files of all volumes.
 
     Raises UserError, before anything is encoded, for whatever is wrong with options, data set, headers, checkpoint or
-    latents that are already there; later only for a volume whose voxels are wrong or a latent that cannot be written.
+    latents that are already there, and where another process is encoding into the same folder; later only for a volume
+    whose voxels are wrong, a latent that cannot be written, and files that vanish meanwhile.
     """
     require(cfg, "data_path", "AE_ckpt")
     distributed = setup(cfg.device)
-    try:
+    with ExitStack() as closing:
+        closing.callback(cleanup)
         logger = get_logger(distributed.rank)
         autoencoder = load_autoencoder(cfg.AE_ckpt, distributed.device)
         channels = autoencoder.cfg.dataset.image_channels
@@ -47,20 +51,30 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         folders = latent_folders(dataset)
         distributed.on_main(lambda: dataset.check_sample(logger), share=False)
         record = make_record(autoencoder, cfg.AE_ckpt, intensity_range)
-        distributed.on_main(lambda: [start_folder(folder, record) for folder in folders])
-        distributed.on_main(lambda: keep_split(cfg.data_path, dataset, folders, logger), share=False)
+        distributed.on_main(lambda: [_take_folder(folder, record, closing) for folder in folders])
+        distributed.on_main(lambda: copy_split(cfg.data_path, dataset, folders, logger), share=False)
         _log_plan(logger, dataset, folders, autoencoder.patch_size)
 
         batches = batches_of_one_shape(range(len(dataset)), dataset.shapes, cfg.batch_size)
         batches = batches[distributed.rank :: distributed.world_size]
         _encode_missing(cfg, autoencoder, dataset, batches, distributed)
         distributed.barrier()
+        distributed.on_main(lambda: _check_still_there(dataset))
         return dataset.latent_paths
-    finally:
-        cleanup()
 
 
-def keep_split(data_path: str, dataset: Singleres_dataset, folders: Sequence[Path], logger: Logger) -> None:
+def _take_folder(folder: Path, record: dict[str, Any], closing: ExitStack) -> None:
+    """As `start_folder`, with the folder held against other processes until `closing` closes."""
+    closing.enter_context(folder_locked(folder, "encoding volumes"))
+    start_folder(folder, record)
+
+
+def _check_still_there(dataset: Singleres_dataset) -> None:
+    check_still_there(dataset.files, "volumes", "start again with the data set as it is to be")
+    check_still_there(dataset.latent_paths, "latents", "start again to make them anew")
+
+
+def copy_split(data_path: str, dataset: Singleres_dataset, folders: Sequence[Path], logger: Logger) -> None:
     """Copies the data set's split into the folders of latents, so that they say wherever they go who is held out."""
     split = find_split(data_path)
     if split is not None:

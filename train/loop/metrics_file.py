@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from common.files import write_atomically
+from train.loop.deletion import check_not_deleted
 from train.loop.early_warnings import DataBound
 from train.loop.session import Session
 
@@ -12,15 +13,22 @@ from train.loop.session import Session
 class JsonLines:
     """A file with one line of JSON for each logged step.
 
-    What it holds is kept, up to `start_step`, the optimiser step the run goes on from, so that each step occurs once.
+    What it holds is kept, up to `start_step`, the optimiser step the run goes on from, so that each step occurs once;
+    what is logged of that step itself and is there already is passed over.
     """
 
     def __init__(self, path: Path, start_step: int = 0) -> None:
-        _drop_steps_after(path, start_step)
+        self._path, self._start_step, self._known = path, start_step, _drop_steps_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Record `scalars` of optimiser step `step`; what is not finite becomes null, as JSON has no word for it."""
+        """Record `scalars` of optimiser step `step`; what is not finite becomes null, as JSON has no word for it.
+
+        UserError where the file was deleted, which would be written to without a word.
+        """
+        check_not_deleted(self._path.parent, self._path)
+        if step == self._start_step and scalars.keys() <= self._known:
+            return
         known = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **known}) + "\n")
         self._file.flush()
@@ -77,15 +85,21 @@ class RunLog:
             self._logger.warning("step %d: %s", step, warning)
 
 
-def _drop_steps_after(path: Path, step: int) -> None:
-    """Rewrite a JSON lines file without the steps after `step` and without a half-written last line."""
+def _drop_steps_after(path: Path, step: int) -> set[str]:
+    """Rewrite a JSON lines file without the steps after `step` and without a half-written last line.
+
+    Returns the names of what it holds of that step.
+    """
     if not path.exists():
-        return
-    kept = []
+        return set()
+    kept, known = [], set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step:
                 kept.append(line + "\n")
+                known |= record.keys() if record["step"] == step else set()
         except (ValueError, KeyError, TypeError):
             continue
     write_atomically(path, "".join(kept).encode())
+    return known

@@ -1,0 +1,51 @@
+"""When the autoencoder's training validates."""
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+
+class Validations(Callback):
+    """Validates after every `every`-th optimiser step, once, wherever a run was stopped.
+
+    Lightning counts batches of its own, and forgets a validation that was due where it was stopped. Here the steps
+    count, and what was missed comes first when the run goes on, with the random numbers that it would have had: this
+    callback stands behind the one that restores them.
+
+    Args:
+        every: optimiser steps; None: the end of each epoch.
+        done_at: step of the last validation.
+    """
+
+    def __init__(self, every: int | None, done_at: int) -> None:
+        self.every, self.done_at = every, done_at
+        self.is_all = False  # nothing is to be trained, only what was missed made up for
+
+    @staticmethod
+    def last_of(checkpoint: dict) -> int:
+        """The step of the last validation before a checkpoint. Older ones don't say: none is made up for."""
+        own = checkpoint.get("callbacks", {}).get(Validations.__qualname__, {})
+        return own.get("done_at", checkpoint.get("global_step", 0))
+
+    def state_dict(self) -> dict:
+        return {"done_at": self.done_at}
+
+    def is_due(self, step: int, steps_per_epoch: int) -> bool:
+        return step > self.done_at and step % (self.every or steps_per_epoch) == 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        loop._should_check_val_fx = lambda data_fetcher: self._is_due_now(trainer)
+        if self._is_due_now(trainer):
+            loop._batches_that_stepped = trainer.global_step - 1  # the step that it is logged at
+            loop.val_loop.restarting = False  # from its first volume
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
+        if self.is_all:
+            loop.max_steps = trainer.global_step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module) -> None:
+        self.done_at = trainer.global_step
+
+    def _is_due_now(self, trainer: pl.Trainer) -> bool:
+        return trainer.enable_validation and self.is_due(trainer.global_step, trainer.num_training_batches)
