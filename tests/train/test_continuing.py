@@ -1,6 +1,8 @@
 """What of a run may change when it goes on: one rule for both trainings."""
 
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -292,3 +294,19 @@ def test_another_beginning_is_another_run(volumes, stage_1, tmp_path):
     assert f"holds another run: model.resume_from_checkpoint: None -> {other}; take" in message
     train_autoencoder(autoencoder_runs.config(volumes, run, more, f"model.resume_from_checkpoint={own}"), 1)
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+def test_commands_of_the_documentation_are_understood():
+    text = (runs.ROOT / "docs" / "training.md").read_text()
+    commands = [shlex.split(line) for line in re.findall(r"^python (train/.* --continue-from .*)$", text, re.MULTILINE)]
+    read = []
+    for script, *words in commands:
+        schema = AutoencoderConfig if "PatchVolume" in script else BiFlowNetConfig
+        cfg = parse_command_line(words, schema, None, "")
+        cfg = cfg.model if schema is AutoencoderConfig else cfg
+        read.append((script, cfg.continue_from, cfg.max_steps, cfg.set_anew, cfg.lr))
+    assert read == [
+        ("train/train_BiFlowNet_SingleRes.py", "results/000-BiFlowNet", 800000, False, 1e-4),
+        ("train/train_BiFlowNet_SingleRes.py", "results/000-BiFlowNet", None, True, 5e-5),
+        ("train/train_PatchVolume.py", "results/PatchVolume_8x", 1_000_000, True, 1e-4),
+    ]
