@@ -72,8 +72,8 @@ def _callbacks(cfg: DictConfig, root: Path, monitor: TrainingMonitor, work: Back
         *(ModelCheckpoint(checkpoints, auto_insert_metric_name=False, **options) for options in (best, regular)),
         StepWatch(checkpoints / "last.ckpt", work),
         RandomState(),
+        monitor,  # before what shows its means
         StepProgress(f"stage {cfg.model.stage}"),
-        monitor,
     ]
     if cfg.model.log_volume_every > 0:
         callbacks.append(VolumeLogger(root / "volumes", cfg.model.log_volume_every, work))
