@@ -178,6 +178,7 @@ def test_differences_have_colours_and_a_scale(tmp_path):
     assert not (plain.max(-1) - plain.min(-1) > 30).any()
     middle = drawn.shape[1] - round(1.6 * 110)
     assert not is_coloured[:, :middle].any()
+    assert is_coloured[: plain.shape[0], middle:].mean() > 0.3
     bar = is_coloured[plain.shape[0] :, middle:]
     assert bar.any(0).mean() > 0.8
     assert drawn.shape[0] > plain.shape[0]
