@@ -83,7 +83,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     settings = {**OmegaConf.to_container(cfg, resolve=True), **describe_networks(networks, place.device)}
     results = Results(KIND, settings, DEFINITIONS, warnings=warnings)
     for name in (network.name for network in networks if network.is_random):
-        meaning = ": its distances can't be compared with published ones"
+        meaning = ": distances on random features can't be compared with published ones"
         results.warnings.append(Warned("", f"{name} is an untrained network", meaning))
     results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
     for network in networks:

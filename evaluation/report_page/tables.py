@@ -15,6 +15,9 @@ DEVIATION_NOTE = "±: standard deviation over volumes."
 INTERVAL_NOTE = "In brackets: 95 % interval, by resampling volumes (see the definitions)."
 REASON_NOTE = "n too small: resamples of so few volumes or pairs say nothing of others, so there is no interval."
 REAL_NOTE = "Like real: what real volumes have is best, and both less and more are worse."
+DIFFERENCE_NOTE = (
+    "B minus A: the difference, volume by volume where a figure has one for each; 0 where both do the same."
+)
 FLOOR_NOTE = (
     "A distance depends on the number of volumes: at the same number N, compare this set with real against real, "
     "the mean over random halvings of the real set."
@@ -50,6 +53,7 @@ def figure_table(figures: Sequence[Figure]) -> str:
     has_floor = any(figure.floor for figure in figures)
     notes = [DEVIATION_NOTE] * any(figure.std is not None for figure in figures)
     notes += [INTERVAL_NOTE] * any(figure.interval for figure in figures)
+    notes += [DIFFERENCE_NOTE] * any(" minus " in model for model in models)
     notes += [REASON_NOTE] * any(figure.no_interval for figure in figures)
     notes += [REAL_NOTE] * any(figure.better == "real" for figure in figures) + [FLOOR_NOTE] * has_floor
     notes += [RANDOM_NOTE] * any(_is_random(figure.network) for figure in figures)
