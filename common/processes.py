@@ -5,6 +5,7 @@ is made. Devices go by LOCAL_RANK, the process's place on its own node, so sever
 """
 
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -119,6 +120,13 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
             f"{torch.cuda.device_count()}; start torchrun with --nproc-per-node {torch.cuda.device_count()} or less"
         )
     return torch.device("cuda", local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called in records and results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, str | None]:

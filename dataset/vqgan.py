@@ -15,7 +15,7 @@ from dataset.cache.volumes import VolumeCache
 from dataset.checking.before_training import check_volumes
 from dataset.order.data_split import sides_of
 from dataset.order.epochs import EpochDataset
-from dataset.order.random_crops import augment, centre_crop_start, random_crop
+from dataset.order.random_crops import Turn, centre_crop_start, random_crop
 from dataset.order.split import Split
 from dataset.volumes.geometry import crop_affine
 from dataset.volumes.index import read_dataset_folders
@@ -58,12 +58,14 @@ class VQGANDataset(EpochDataset):
         background_keep: probability of keeping a stage-1 patch with less than 10 % foreground; 1 keeps all but patches
             of nothing but background, which are never given.
         check: reads a few files whole at once (`check_sample`); a program of several processes can leave it to one.
+        affines: training items have an affine too.
         cache: where items are cut from; its `build(data.class_folders)` comes before the first item. None reads and
             checks the whole file for every item. With a float32 cache the items are the same bit for bit.
 
-    Items: {"data": float32 in [-1, 1]}, (1, p, p, p) in stage-1 training, otherwise (1, D, H, W) of the whole volume or
+    Items: "data", float32 in [-1, 1], (1, p, p, p) in stage-1 training, otherwise (1, D, H, W) of the whole volume or
     of a crop where `train_crop` or `val_crop` asks for it (random in training, of the middle in validation). In
-    validation also "affine" (4, 4) float32 of what is given, voxels (x, y, z) to mm, and "path" (str).
+    validation, in training with `affines`, "affine" (4, 4) float32 of what is given, turned or not, voxels (x, y, z) to
+    mm; in validation also "path" (str).
 
     Attributes: `files`, `shapes` (D, H, W) of each, `class_folders`, the folder of the JSON that each file lies in.
 
@@ -92,6 +94,7 @@ class VQGANDataset(EpochDataset):
         seed: int = 0,
         background_keep: float = 1.0,
         check: bool = True,
+        affines: bool = False,
         cache: VolumeCache | None = None,
     ):
         super().__init__(seed)
@@ -102,6 +105,7 @@ class VQGANDataset(EpochDataset):
         self.patch_size = patch_size
         self.intensity_range = check_intensity_range(intensity_range)
         self.background_keep = background_keep
+        self.affines = affines
         self.cache = cache
         if cache is not None and cache.intensity_range != self.intensity_range:
             raise ValueError(f"intensity_range {self.intensity_range}, but the cache has {cache.intensity_range}")
@@ -139,8 +143,13 @@ class VQGANDataset(EpochDataset):
     def _item(self, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor | str]:
         volume, size = self._open(index), self.item_shape(index)
         if self.training:
-            _, data = random_crop(volume, size, rng, self.background_keep if self.patches else 1.0)
-            return {"data": augment(data, rng) if self.augmentation else data}
+            start, data = random_crop(volume, size, rng, self.background_keep if self.patches else 1.0)
+            turn = Turn.draw(rng) if self.augmentation else Turn()
+            item = {"data": turn.apply(data)}
+            if self.affines:
+                affine = turn.affine(crop_affine(volume.affine, start), size)
+                item["affine"] = torch.from_numpy(affine).float()
+            return item
         start = centre_crop_start(volume.shape, size)
         affine = torch.from_numpy(crop_affine(volume.affine, start)).float()
         return {"data": volume.crop(start, size), "affine": affine, "path": str(self.files[index])}

@@ -17,9 +17,9 @@ from evaluation.autoencoding.measures import METRICS
 NAMES = {metric.title: name for name, metric in METRICS.items()}  # title in results -> name in the table of volumes
 
 PATCH = 16  # of the tiny autoencoders
-SIZES = {"Chest": [(32, 24, 24), (24, 16, 32)], "Head": [(24, 24, 24)] * 2}  # (D, H, W)
+SIZES = {"Chest": [(32, 24, 24), (24, 16, 32), (24, 24, 24)], "Head": [(24, 24, 24)] * 2}  # (D, H, W)
 NUM_SCALES = {"Chest": 1, "Head": 2}  # of MS-SSIM
-NUM_VOLUMES = 4
+NUM_VOLUMES = 5
 
 
 def made_up(size: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -7,9 +7,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from dataset.volumes.geometry import affine_from_spacing
+from dataset.volumes.geometry import centred_affine, spacing_of
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
-from dataset.volumes.volume_io import write_volume
+from dataset.volumes.volume_io import turned_to_ras, write_volume
 from train.loop.background import BackgroundWork
 from train.loop.deletion import check_not_deleted
 
@@ -17,6 +17,7 @@ from train.loop.deletion import check_not_deleted
 class VolumeLogger(Callback):
     """Writes input and reconstruction of a batch's first volume: NIfTI, and a PNG of the central slices.
 
+    Both in the order right, front, head by the batch's affine, which undoes the turns of augmentation too.
     Training batches number 1, 2, 4, 8 … and every `every`-th; the first volume of a validation, at most once in `every`
     batches. The picture goes to TensorBoard as well. Rank 0 only. Every module keeps the mode that it had.
 
@@ -52,7 +53,8 @@ class VolumeLogger(Callback):
         logged = pl_module.log_volumes({"data": batch["data"][:1]}, split=split)
         volumes = {name.removesuffix("s"): data[0, :1].float().clamp(-1, 1) for name, data in logged.items()}
         volumes = {name: data.to("cpu", copy=True) for name, data in volumes.items()}
-        affine = batch["affine"][0].cpu().numpy().copy() if "affine" in batch else affine_from_spacing([1, 1, 1])
+        size = batch["data"].shape[-3:]
+        affine = batch["affine"][0].double().cpu().numpy() if "affine" in batch else centred_affine([1, 1, 1], size)
         self._work.submit(self._write_files, trainer, split, trainer.global_step, volumes, affine)
 
     def _write_files(
@@ -60,9 +62,11 @@ class VolumeLogger(Callback):
     ) -> None:
         check_not_deleted(self.folder.parent)
         stem = self.folder / split / f"step_{step:07d}"
+        rows = []
         for name, data in volumes.items():
-            write_volume(stem.with_name(f"{stem.name}_{name}.nii.gz"), data, affine)
-        rows = [(name, list(central_slices(data).values())) for name, data in volumes.items()]
+            turned, to_mm = turned_to_ras(data, affine)
+            write_volume(stem.with_name(f"{stem.name}_{name}.nii.gz"), turned, to_mm)
+            rows.append((name, list(central_slices(turned, spacing_of(to_mm)).values())))
         picture = save_slice_grid(stem.with_suffix(".png"), rows, columns=PLANES)
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):

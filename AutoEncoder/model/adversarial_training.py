@@ -27,6 +27,8 @@ class AdversarialTraining(pl.LightningModule):
         # What has to be finite in the step just done, on the device: reading it here would make a GPU wait.
         self.watched: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None  # of the step just done, before clipping
+        # Sums of what training steps logged and how often, until `take_means`, on the device too.
+        self._recent: dict[str, tuple[Tensor, int]] = {}
 
     def own_passes(self) -> dict[str, Callable]:
         """What gradients are computed through. `passes` has others in training on several processes, which average.
@@ -81,7 +83,7 @@ class AdversarialTraining(pl.LightningModule):
     def _generator_loss(self, x: Tensor) -> Tensor:
         weights = self.cfg.model
         x_hat, quantised = self.passes["generator"](x)
-        recon_loss, perceptual_loss = self._reconstruction_losses(x_hat, x)
+        l1, recon_loss, perceptual_loss = self._reconstruction_losses(x_hat, x)
         adversarial_loss = feature_loss = x_hat.new_zeros(())
         if self.global_step > weights.discriminator_iter_start and weights.volume_gan_weight > 0:
             logits_fake, features_fake = self.volume_discriminator(x_hat)
@@ -91,6 +93,7 @@ class AdversarialTraining(pl.LightningModule):
             feature_loss = weights.gan_feat_weight * feature_matching_loss(features_fake, features_real)
         self._log(
             "train",
+            l1=l1,
             recon_loss=recon_loss,
             perceptual_loss=perceptual_loss,
             aeloss=adversarial_loss,
@@ -116,12 +119,13 @@ class AdversarialTraining(pl.LightningModule):
         )
         return loss
 
-    def _reconstruction_losses(self, x_hat: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted L1 and weighted perceptual loss, two scalars."""
-        recon_loss = self.cfg.model.l1_weight * F.l1_loss(x_hat, x)
+    def _reconstruction_losses(self, x_hat: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L1, weighted L1 and weighted perceptual loss, three scalars."""
+        l1 = F.l1_loss(x_hat, x)
+        recon_loss = self.cfg.model.l1_weight * l1
         if not self._perceptual:
-            return recon_loss, x.new_zeros(())
-        return recon_loss, self.cfg.model.perceptual_weight * self._perceptual[0].to(x.device)(x_hat, x)
+            return l1, recon_loss, x.new_zeros(())
+        return l1, recon_loss, self.cfg.model.perceptual_weight * self._perceptual[0].to(x.device)(x_hat, x)
 
     def _optimise(self, name: str, optimizer, loss: Tensor) -> None:
         weights = self.cfg.model
@@ -132,7 +136,7 @@ class AdversarialTraining(pl.LightningModule):
         self.manual_backward(loss)
         self.watched = {"loss": loss.detach()}
         optimizer.step()
-        self._log("train", **{f"grad_norm_{name}": self.gradient_norm})
+        self.log(f"train/grad_norm_{name}", self.gradient_norm)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lightning hook between backward (gradients no longer scaled) and step: clips.
@@ -152,13 +156,20 @@ class AdversarialTraining(pl.LightningModule):
             optimizer.found_inf = 1 - torch.isfinite(norm + self.watched["loss"]).float()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Reconstruction of whole volumes; the three best checkpoints are chosen by val/recon_loss."""
+        """Reconstruction of whole volumes; the three best checkpoints are chosen by val/recon_loss.
+
+        val/psnr is of reconstructions limited to [-1, 1], volume by volume, data range 2.
+        """
+        x = batch["data"]
         with self._eagerly():
-            x_hat, quantised = self(batch["data"])
-        recon_loss, perceptual_loss = self._reconstruction_losses(x_hat, batch["data"])
+            x_hat, quantised = self(x)
+        l1, recon_loss, perceptual_loss = self._reconstruction_losses(x_hat, x)
+        errors = (x_hat.float().clamp(-1, 1) - x).square().flatten(1).mean(1)  # (B,)
         self._log(
             "val",
             batch_size=len(x_hat),
+            psnr=(10 * torch.log10(2**2 / errors)).mean(),
+            l1=l1,
             recon_loss=recon_loss,
             perceptual_loss=perceptual_loss,
             perplexity=quantised["perplexity"],
@@ -168,6 +179,16 @@ class AdversarialTraining(pl.LightningModule):
     def _log(self, prefix: str, batch_size: int | None = None, **values: Tensor) -> None:
         scalars = {f"{prefix}/{name}": value.detach() for name, value in values.items()}
         self.log_dict(scalars, batch_size=batch_size, sync_dist=prefix == "val")
+        if prefix == "train":
+            for name, value in scalars.items():
+                total, count = self._recent.get(name, (0.0, 0))
+                self._recent[name] = total + value, count + 1
+
+    def take_means(self) -> dict[str, Tensor]:
+        """Means over the training steps since the last call, by the name in the log, each over those that had it."""
+        means = {name: total / count for name, (total, count) in self._recent.items()}
+        self._recent = {}
+        return means
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from dataset.preparation.dicom_series import NotAVolume
+from dataset.preparation.measured import check_is_image
 from dataset.volumes.geometry import PLAUSIBLE_SPACING, SHEAR, is_plausible_spacing, shear_of
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, is_size_folder
 from dataset.volumes.intensity import RANGE_TOLERANCE, foreground, is_empty, to_model_range
@@ -86,7 +88,7 @@ class FileFacts:
     """What a file holds. Of an unreadable one nothing is known but its problems.
 
     low, high, mean: of all values, as on disk. foreground: share of voxels, None for latents and where the range does
-    not fit. digest: equal for equal voxels.
+    not fit. digest: equal for equal voxels. mask: why a volume seems to be a label map or mask, "" for an image.
     """
 
     path: Path
@@ -97,6 +99,7 @@ class FileFacts:
     mean: float | None = None
     foreground: float | None = None
     digest: str | None = None
+    mask: str = ""
 
 
 # One file
@@ -126,7 +129,15 @@ def examine_volume(path: Path, intensity_range: Sequence[float]) -> FileFacts:
         share = float(foreground(mapped).float().mean())
         if is_empty(mapped):
             problems.append(Problem(EMPTY, f"all background (every voxel is {values['high']:g})", path))
-    return FileFacts(path, tuple(problems), header, foreground=share, **values)
+    return FileFacts(path, tuple(problems), header, foreground=share, mask=_mask(data), **values)
+
+
+def _mask(data: torch.Tensor) -> str:
+    try:
+        check_is_image(data[0].numpy())
+    except NotAVolume as reason:
+        return str(reason)
+    return ""
 
 
 def examine_latent(path: Path) -> FileFacts:
@@ -260,6 +271,16 @@ def _upper_half(files: Sequence[FileFacts], intensity_range: Sequence[float]) ->
         f"intensities from {lowest:g} to {highest:g}, only the upper half of the declared range [{low:g}, {high:g}], "
         f"dataset.intensity_range=[{middle:g},{high:g}] fits (--intensity-range {middle:g} {high:g})"
     )
+
+
+def volume_set_warnings(facts: Mapping[str, Sequence[FileFacts]]) -> list[str]:
+    """What is wrong in all likelihood, and may be meant. facts: name -> its files."""
+    warnings = []
+    for name, files in facts.items():
+        if masks := [file for file in files if file.mask]:
+            found = f"{len(masks)} of {len(files)} files have few distinct values, e.g. {masks[0].path}"
+            warnings.append(f"{name}: {found}: {masks[0].mask}; leave them out if images are to be learned")
+    return warnings
 
 
 def volume_set_notes(facts: Mapping[str, Sequence[FileFacts]], patch_size: int) -> list[str]:

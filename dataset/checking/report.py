@@ -48,6 +48,7 @@ def check(cfg: DictConfig) -> bool:
 
     facts = read_all(files, is_latents, list(cfg.intensity_range), cfg.num_workers)
     problems += examine.file_problems(facts)
+    warnings = examine.volume_set_warnings(facts)
     if is_latents:
         problems, notes = problems + examine.latent_set_problems(facts), examine.latent_set_notes(facts)
     else:
@@ -58,12 +59,12 @@ def check(cfg: DictConfig) -> bool:
     for name, count in subjects.items():
         summaries[name]["subjects"] = count
     console = Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False)
-    show(console, json_path, summaries, problems, notes)
+    show(console, json_path, summaries, problems, notes, warnings)
     if cfg.report is not None:
-        write_report(cfg, summaries, problems, notes)
+        write_report(cfg, summaries, problems, notes, warnings)
         _say(console, f"report: {cfg.report}")
     try:
-        if picture := draw(cfg, facts, problems, is_latents):
+        if picture := draw(cfg, folders, facts, problems, is_latents):
             _say(console, f"picture: {picture}")
     except UserError as error:  # a folder that is for reading only is no problem of the data
         if cfg.picture is not None:
@@ -143,9 +144,14 @@ def summarise(files: Sequence[FileFacts], is_latents: bool) -> dict[str, Any]:
 
 
 def show(
-    console: Console, path: Path, summaries: Mapping[str, dict], problems: Sequence[Problem], notes: Sequence[str]
+    console: Console,
+    path: Path,
+    summaries: Mapping[str, dict],
+    problems: Sequence[Problem],
+    notes: Sequence[str],
+    warnings: Sequence[str],
 ) -> None:
-    """Prints table, problems and notes."""
+    """Prints table, problems, warnings and notes."""
     first = next(iter(summaries.values()))
     table = Table(title=str(path), title_justify="left")
     columns = {"name": "left", "files": "right"}
@@ -172,6 +178,8 @@ def show(
             _say(console, f"    {problem}")
         if len(found) > SHOWN:
             _say(console, f"    … and {len(found) - SHOWN} more; --report FILE.json names all")
+    for warning in warnings:
+        _say(console, f"warning: {warning}")
     for note in notes:
         _say(console, f"note: {note}")
     _say(console, f"{len(problems)} problems" if problems else "no problems")
@@ -187,7 +195,11 @@ def _say(console: Console, line: str) -> None:
 
 
 def write_report(
-    cfg: DictConfig, summaries: Mapping[str, dict], problems: Sequence[Problem], notes: Sequence[str]
+    cfg: DictConfig,
+    summaries: Mapping[str, dict],
+    problems: Sequence[Problem],
+    notes: Sequence[str],
+    warnings: Sequence[str],
 ) -> None:
     """Everything that was found as a JSON file; problems: kind -> what to do and each file."""
     report = {
@@ -201,6 +213,7 @@ def write_report(
             }
             for kind, found in examine.by_kind(problems).items()
         },
+        "warnings": list(warnings),
         "notes": list(notes),
     }
     write_atomically(cfg.report, (json.dumps(report, indent=1) + "\n").encode())
@@ -210,22 +223,47 @@ def write_report(
 
 
 def draw(
-    cfg: DictConfig, facts: Mapping[str, Sequence[FileFacts]], problems: Iterable[Problem], is_latents: bool
+    cfg: DictConfig,
+    folders: Mapping[str, Sequence[Path]],
+    facts: Mapping[str, Sequence[FileFacts]],
+    problems: Iterable[Problem],
+    is_latents: bool,
 ) -> Path | None:
-    """Draws the slices of some files of each name, none of which has a problem. None if there is nothing to draw."""
+    """Draws the slices of some files of each name, none of which has a problem. None if there is nothing to draw.
+
+    What seems to be a mask is among them, one of each name.
+    """
     unfit = {problem.path for problem in problems}
-    sound = {name: [file.path for file in files if file.path not in unfit] for name, files in facts.items()}
+    sound = {name: [file for file in files if file.path not in unfit] for name, files in facts.items()}
+    masks = [next((file for file in files if file.mask), None) for files in sound.values()]
+    masks = {file.path: file.mask for file in masks if file is not None}
+    rest = {name: [file.path for file in files if file.path not in masks] for name, files in sound.items()}
+    first = [(name, file.path) for name, files in sound.items() for file in files if file.path in masks]
+    chosen = first[: cfg.num_pictures]
+    chosen += choose_pictures(rest, cfg.num_pictures - len(chosen), cfg.seed)
     rows = []
-    for name, path in choose_pictures(sound, cfg.num_pictures, cfg.seed):
-        data = read_latent(path)[0] if is_latents else read_model_volume(path, list(cfg.intensity_range)).data
-        slices: dict[str, np.ndarray] = central_slices(torch.as_tensor(data))
-        rows.append((f"{name}\n{path.name}", [slices[plane] for plane in PLANES]))
+    for name, path in sorted(chosen, key=lambda one: list(facts).index(one[0])):
+        if is_latents:
+            slices = central_slices(torch.as_tensor(read_latent(path)[0]))
+        else:
+            volume = read_model_volume(path, list(cfg.intensity_range))
+            slices = central_slices(volume.data, volume.header.spacing_mm)
+        label = " · ".join([name, *_described(path, folders[name], cfg.subject_pattern)])
+        if path in masks:
+            label += f"\n{masks[path]}"
+        rows.append((label, [slices[plane] for plane in PLANES]))
     if not rows:
         return None
     path = Path(cfg.picture) if cfg.picture else Path(cfg.json).with_name(f"{Path(cfg.json).stem}_check.png")
     columns, title = ((), LATENT_TITLE) if is_latents else (PLANES, VOLUME_TITLE)
-    save_slice_grid(path, rows, columns=columns, title=title)
+    save_slice_grid(path, rows, columns=columns, title=title, labels_above=True)
     return path
+
+
+def _described(path: Path, folders: Sequence[Path], pattern: str | None) -> list[str]:
+    """The subject of a file, where a pattern finds it, and its place below the folder, whose folders often name it."""
+    below = path.relative_to(next(folder for folder in folders if folder in path.parents)).as_posix()
+    return [below] if pattern is None else [f"subject {find_subject(pattern)(path, below)}", below]
 
 
 def choose_pictures(files: Mapping[str, Sequence[Path]], count: int, seed: int) -> list[tuple[str, Path]]:

@@ -1,6 +1,7 @@
 """Which part of a volume training takes, and how it is turned. All random numbers come from the caller's generator."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,16 +63,45 @@ def centre_crop_start(shape: Sequence[int], size: Sequence[int]) -> tuple[int, i
     return tuple((extent - length) // 2 for extent, length in zip(shape, size, strict=True))
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Flips along H and W, then a quarter turn in their plane; where H and W differ there is no turn."""
+
+    flip_h: bool = False
+    flip_w: bool = False
+    quarter: bool = False
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Turn":
+        """Each with probability 1/2."""
+        return cls(*(rng.random(3) < 0.5).tolist())
+
+    def apply(self, data: torch.Tensor) -> torch.Tensor:
+        """(1, D, H, W), turned."""
+        flipped = [axis for axis, chosen in ((-2, self.flip_h), (-1, self.flip_w)) if chosen]
+        if flipped:
+            data = data.flip(flipped)
+        if self.quarter and data.shape[-2] == data.shape[-1]:
+            data = data.rot90(1, (-2, -1))
+        return data.contiguous()
+
+    def affine(self, affine: np.ndarray, size: Sequence[int]) -> np.ndarray:
+        """That of turned data, by the one of the data (4, 4), voxels (x, y, z) to mm. size: (D, H, W)."""
+        last_x, last_y = size[1] - 1, size[2] - 1
+        before = np.eye(4)  # turned voxels -> flipped voxels -> those of the data
+        if self.quarter and last_x == last_y:
+            before[:2] = [[0, 1, 0, 0], [-1, 0, 0, last_y]]
+        if self.flip_h:
+            before = np.array([[-1, 0, 0, last_x], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ before
+        if self.flip_w:
+            before = np.array([[1, 0, 0, 0], [0, -1, 0, last_y], [0, 0, 1, 0], [0, 0, 0, 1]]) @ before
+        return affine @ before
+
+
 def augment(data: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Flips of the NIfTI axes x and y (probability 1/2 each) and a quarter turn in their plane (probability 1/2).
 
     data: (1, D, H, W); x and y are H and W. Where H and W differ there is no turn, since it would change the shape and
     with it which volumes can share a batch.
     """
-    flip_h, flip_w, turn = rng.random(3) < 0.5
-    flipped = [axis for axis, chosen in ((-2, flip_h), (-1, flip_w)) if chosen]
-    if flipped:
-        data = data.flip(flipped)
-    if turn and data.shape[-2] == data.shape[-1]:
-        data = data.rot90(1, (-2, -1))
-    return data.contiguous()
+    return Turn.draw(rng).apply(data)

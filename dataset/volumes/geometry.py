@@ -21,6 +21,11 @@ def affine_from_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
     return np.diag([*spacing, 1.0])
 
 
+def centred_affine(spacing_mm: Sequence[float], size: Sequence[int]) -> np.ndarray:
+    """As `affine_from_spacing`, the middle of the volume at 0. size: (D, H, W) of the tensor."""
+    return crop_affine(affine_from_spacing(spacing_mm), [(1 - extent) / 2 for extent in size])
+
+
 def crop_affine(affine: np.ndarray, start: Sequence[int]) -> np.ndarray:
     """The affine of a crop that begins at voxel `start` = (d, h, w) of the tensor; negative where it was padded."""
     cropped = np.array(affine, dtype=np.float64)

@@ -4,12 +4,16 @@ Axes of a volume: D = z, H = x, W = y (see dataset/volumes/volume_io.py).
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -18,6 +22,21 @@ from common.files import replacing
 from common.text import printable
 
 PLANES = ("axial", "coronal", "sagittal")
+LETTER_INCHES, LINE_INCHES = 0.08, 0.15  # of text of 9 points, about
+MOST_LABEL_INCHES = 1.92  # of a label before a row, which is wrapped
+COLOURS, SCALE_INCHES = "inferno", 0.6  # of coloured cells, and height of their scale below the picture
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """Cells from a column on that are no grey values, such as differences: drawn in colours, their scale below.
+
+    value_range: values at both ends of the scale; higher ones are clipped. label: what the values are.
+    """
+
+    first_column: int
+    value_range: tuple[float, float]
+    label: str
 
 
 def central_slices(volume: Tensor, spacing_mm: Sequence[float] | None = None) -> dict[str, np.ndarray]:
@@ -87,8 +106,10 @@ def save_slice_grid(
     title: str = "",
     value_range: tuple[float, float] = (-1.0, 1.0),  # intensities drawn black and white; beyond them is clipped
     cell_inches: float = 1.6,
+    labels_above: bool = False,  # each above its row instead of before it
+    coloured: Coloured | None = None,
 ) -> np.ndarray:
-    """Draws rows of pictures with a label before each row, writes them as a PNG, and returns what was drawn.
+    """Draws labelled rows of pictures, writes them as a PNG, and returns what was drawn.
 
     rows: (label, pictures), each picture an array (rows, columns) as `central_slices` gives; rows may differ in length.
     Returns uint8 (height, width, 3), the same picture for a logger. The file is written beside and renamed.
@@ -96,27 +117,47 @@ def save_slice_grid(
     if not rows or not any(len(pictures) for _, pictures in rows):
         raise UserError(f"{path}: there are no slices to draw")
     num_columns = max(len(pictures) for _, pictures in rows)
-    label_inches = 0.3 + 0.08 * max(len(line) for label, _ in rows for line in label.split("\n"))
-    head_inches = 0.25 * bool(columns) + 0.35 * bool(title)
-    width = label_inches + cell_inches * num_columns
-    height = head_inches + cell_inches * len(rows)
+    grid_inches = cell_inches * num_columns
+    labels = [_wrapped(label, grid_inches if labels_above else MOST_LABEL_INCHES) for label, _ in rows]
+    headings = [_wrapped(heading, cell_inches) for heading in columns[:num_columns]]
+    label_inches = 0.0 if labels_above else 0.3 + LETTER_INCHES * max(len(x) for of in labels for x in of.split("\n"))
+    title = _wrapped(title, label_inches + grid_inches)
+    head_inches = _text_inches(title) + max(map(_text_inches, headings), default=0)
+    row_inches = [cell_inches + (_text_inches(label) if labels_above else 0) for label in labels]
+    width = label_inches + grid_inches
+    height = head_inches + sum(row_inches) + SCALE_INCHES * (coloured is not None)
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     canvas = FigureCanvasAgg(figure)  # by hand, so that no global matplotlib state is touched
-    if title:
-        figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10, parse_math=False)
 
-    for i, (label, pictures) in enumerate(rows):
-        bottom = height - head_inches - (i + 1) * cell_inches
-        middle = (bottom + cell_inches / 2) / height
-        figure.text(0.1 / width, middle, printable(label), ha="left", va="center", fontsize=9, parse_math=False)
+    def write(left: float, top: float, text: str, **how) -> None:
+        figure.text(left / width, 1 - top / height, text, **{"fontsize": 9, "parse_math": False, "va": "top", **how})
+
+    write(width / 2, 0.1, title, ha="center", fontsize=10)
+    for j, heading in enumerate(headings):
+        write(label_inches + (j + 0.48) * cell_inches, head_inches - 0.05, heading, ha="center", va="bottom")
+    bottom = head_inches
+    for label, (_, pictures), inches in zip(labels, rows, row_inches, strict=True):
+        if labels_above:
+            write(0.03, bottom + 0.06, label)
+        else:
+            write(0.1, bottom + cell_inches / 2, label, va="center")
+        bottom += inches
         for j, picture in enumerate(pictures):
             left = label_inches + j * cell_inches
-            box = (left / width, bottom / height, 0.96 * cell_inches / width, 0.96 * cell_inches / height)
+            box = (left / width, 1 - bottom / height, 0.96 * cell_inches / width, 0.96 * cell_inches / height)
             axes = figure.add_axes(box)
-            axes.imshow(picture, cmap="gray", vmin=value_range[0], vmax=value_range[1], interpolation="nearest")
+            is_coloured = coloured is not None and j >= coloured.first_column
+            low, high = coloured.value_range if is_coloured else value_range
+            colours = COLOURS if is_coloured else "gray"
+            axes.imshow(picture, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
             axes.set_axis_off()
-            if i == 0 and j < len(columns):
-                axes.set_title(columns[j], fontsize=9, pad=3)
+    if coloured is not None:
+        left, right = (label_inches + j * cell_inches for j in (coloured.first_column, num_columns - 0.04))
+        bar = figure.add_axes((left / width, 0.36 / height, (right - left) / width, 0.12 / height))
+        values = ScalarMappable(Normalize(*coloured.value_range), COLOURS)
+        figure.colorbar(values, cax=bar, orientation="horizontal", extend="max")
+        bar.tick_params(labelsize=8)
+        bar.set_xlabel(coloured.label, fontsize=9, labelpad=1)
 
     canvas.draw()
     try:
@@ -125,3 +166,15 @@ def save_slice_grid(
     except OSError as error:
         raise UserError(f"{path}: the picture cannot be written: {error.strerror or error}") from error
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _wrapped(text: str, inches: float) -> str:
+    """Lines that fit into so many inches."""
+    letters = int(inches / LETTER_INCHES)
+    lines = [part for line in printable(text).split("\n") for part in textwrap.wrap(line, letters) or [""]]
+    return "\n".join(lines)
+
+
+def _text_inches(text: str) -> float:
+    """Height of lines of text with room around them; 0 without."""
+    return 0.12 + LINE_INCHES * (text.count("\n") + 1) if text else 0

@@ -60,6 +60,19 @@ def tensor_to_nifti(volume: np.ndarray | torch.Tensor) -> np.ndarray | torch.Ten
     return rearrange(volume, "... z x y -> ... x y z")
 
 
+def turned_to_ras(data: torch.Tensor, affine: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """A volume (1, D, H, W) with its axes in the order right, front, head, each the nearest one, and its affine.
+
+    As it is where the affine tells no directions.
+    """
+    turn = nib.io_orientation(affine)
+    if not np.isfinite(turn).all():
+        return data, affine
+    array = tensor_to_nifti(_to_array(data)[0])  # (X, Y, Z)
+    turned = nib.apply_orientation(array, turn)
+    return _to_tensor(nifti_to_tensor(turned))[None], affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
+
+
 # Volumes
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,10 +15,11 @@ from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.patches import crop_to
 from common.errors import UserError
 from dataset.volumes.intensity import MODEL_RANGE, foreground
-from evaluation.metrics.intervals import bootstrap_interval
+from evaluation.metrics.intervals import interval_of_enough, joined
 from evaluation.metrics.reconstruction import l1, ms_ssim, psnr, ssim
 from evaluation.metrics.seams import seam_index
-from evaluation.results.results import Figure
+from evaluation.results.results import Figure, Warned
+from evaluation.results.scales import make_figure
 from evaluation.results.work import Arrays
 
 DATA_RANGE = MODEL_RANGE[1] - MODEL_RANGE[0]
@@ -35,54 +36,43 @@ _CODES = "of the codes that hold voxels of a volume, without those of padding al
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is to be read: its title in results, what is better, one sentence of definition.
-
-    network: the features it is measured on.
-    """
+    """Its title in results, one sentence of definition. network: the features it is measured on."""
 
     title: str
-    better: str
     definition: str
     unit: str = ""
     network: str = ""
 
 
 VOLUME_METRICS = {
-    "psnr": Metric("PSNR", "higher", f"peak signal-to-noise ratio over all voxels; {_BOTH}", "dB"),
-    "psnr_foreground": Metric("PSNR, foreground", "higher", f"peak signal-to-noise ratio {_FOREGROUND}; {_BOTH}", "dB"),
-    "l1": Metric("L1", "lower", f"mean absolute difference over all voxels; {_BOTH}"),
-    "l1_foreground": Metric("L1, foreground", "lower", f"mean absolute difference {_FOREGROUND}; {_BOTH}"),
+    "psnr": Metric("PSNR", f"peak signal-to-noise ratio over all voxels; {_BOTH}", "dB"),
+    "psnr_foreground": Metric("PSNR, foreground", f"peak signal-to-noise ratio {_FOREGROUND}; {_BOTH}", "dB"),
+    "l1": Metric("L1", f"mean absolute difference over all voxels; {_BOTH}"),
+    "l1_foreground": Metric("L1, foreground", f"mean absolute difference {_FOREGROUND}; {_BOTH}"),
     "ssim": Metric(
         "SSIM",
-        "higher",
         "structural similarity in 3D, Gaussian windows of 11³ voxels, standard deviation 1.5, luminance counted from "
         f"-1; {_BOTH}",
     ),
-    "ms_ssim": Metric("MS-SSIM", "higher", f"multi-scale structural similarity in 3D, windows as of SSIM; {_BOTH}"),
+    "ms_ssim": Metric("MS-SSIM", f"multi-scale structural similarity in 3D, windows as of SSIM; {_BOTH}"),
     "lpips": Metric(
         "LPIPS",
-        "lower",
         "LPIPS v0.1 on VGG-16, mean over all slices of a plane, then over the axial, coronal and sagittal plane; "
         f"{_BOTH}",
         network="vgg16",
     ),
     "seam_ratio": Metric(
         "seam index ratio",
-        "real",
         "mean difference of neighbouring voxels across the borders of the autoencoder's patches over that of all "
         "other neighbours, of the reconstruction divided by that of the volume; 1: no seams",
     ),
-    "volume_perplexity": Metric(
-        "perplexity of a volume", "higher", f"perplexity {_CODES}, each volume by itself", "codes"
-    ),
+    "volume_perplexity": Metric("perplexity of a volume", f"perplexity {_CODES}, each volume by itself", "codes"),
 }
 GROUP_METRICS = {
     "codebook_usage": Metric(
-        "codebook usage", "higher", f"share of the codebook's vectors that occur {_CODES}, all volumes together"
+        "codebook usage", f"share of the codebook's vectors that occur {_CODES}, all volumes together"
     ),
-    "codebook_perplexity": Metric(
-        "codebook perplexity", "higher", f"perplexity {_CODES}, all volumes together", "codes"
-    ),
+    "codebook_perplexity": Metric("codebook perplexity", f"perplexity {_CODES}, all volumes together", "codes"),
 }
 METRICS = VOLUME_METRICS | GROUP_METRICS
 
@@ -137,15 +127,20 @@ def _seam_ratio(x: Tensor, y: Tensor, patch_size: int) -> float:
 
 
 def summarise(
-    group: str, results: Mapping[str, Sequence[Arrays]], num_resamples: int, seed: int
+    group: str, results: Mapping[str, Sequence[Arrays]], num_resamples: int, seed: int, sizes: Sequence[int] = ()
 ) -> tuple[list[Figure], list[str]]:
     """The figures of a group, and notes on volumes without some of them.
 
     results: model -> arrays of each volume, the same volumes in the same order. Later models are also compared with
-    the first, volume by volume: a figure of the model "B minus A".
+    the first, volume by volume: a figure of the model "B minus A". sizes: how many volumes each class has, in this
+    order, where the group is several; resamples keep these numbers, and what a class has no value of is left out.
     """
     figures, notes = [], []
     first, *later = results
+    sizes = list(sizes) or [len(results[first])]
+    classes = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # (N,)
+    num_codes = max(len(arrays[0][COUNTS]) for arrays in results.values())
+    make = partial(_figure, group, num_codes, {"num_resamples": num_resamples, "seed": seed})
     for name in VOLUME_METRICS:
         found = {model: [float(of_volume[name]) for of_volume in arrays] for model, arrays in results.items()}
         values = {model: torch.tensor(of_model, dtype=torch.float64) for model, of_model in found.items()}  # (N,) each
@@ -155,21 +150,22 @@ def summarise(
             rows.append((f"{model} minus {first}", b - a, ~(a.isnan() | b.isnan())))
         for model, of_model, is_there in rows:
             kept = of_model[is_there]
-            if name == "seam_ratio" and model in results and len(kept) < len(of_model):
+            if name == "seam_ratio" and model in results and len(kept) < len(of_model) and len(sizes) == 1:
                 left_out = f"{len(of_model) - len(kept)} of {len(of_model)} volumes"
-                notes.append(
-                    f"{group}: {METRICS[name].title} of {model} leaves out {left_out}: no larger than a patch, or "
-                    "constant but at borders"
-                )
-            if len(kept):
-                figures.append(_figure(group, name, model, partial(_mean, kept), kept, num_resamples, seed))
+                shown = f"{METRICS[name].title} of {model} leaves out {left_out}"
+                notes.append(Warned(group, shown, ": no larger than a patch, or constant but at borders"))
+            counts = classes[is_there].bincount(minlength=len(sizes)).tolist()
+            if min(counts):
+                figure = make(name, model, partial(_mean, kept), counts, is_difference=model not in results)
+                std = kept.std().item() if math.isfinite(figure.value) and len(kept) > 1 else None
+                figures.append(replace(figure, std=std))
     for name, of_counts in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
         statistics = {model: partial(_of_counts, of_counts, _counts(arrays)) for model, arrays in results.items()}
         for model in later:
             of, to = statistics[model], statistics[first]
             statistics[f"{model} minus {first}"] = lambda chosen, of=of, to=to: of(chosen) - to(chosen)
         for model, statistic in statistics.items():
-            figures.append(_figure(group, name, model, statistic, len(results[first]), num_resamples, seed))
+            figures.append(make(name, model, statistic, sizes, is_difference=model not in results))
     return figures, notes
 
 
@@ -187,17 +183,22 @@ def _of_counts(function: Callable[[Tensor], float], counts: Tensor, chosen: Tens
     return function(times @ counts)  # counts: (N, n_codes)
 
 
-def _figure(group: str, name: str, model: str, statistic: Statistic, volumes, num_resamples: int, seed: int) -> Figure:
-    """volumes: values of each (N,), for the standard deviation, or their number.
-
-    Where a volume is reproduced exactly, the PSNR is infinite and there is neither interval nor deviation.
-    """
-    count = volumes if isinstance(volumes, int) else len(volumes)
-    value = statistic(torch.arange(count))
-    interval = std = None
-    if math.isfinite(value) and count > 1:
-        interval = bootstrap_interval(statistic, [count], num_resamples=num_resamples, seed=seed)
-        std = None if isinstance(volumes, int) else volumes.std().item()
+def _figure(
+    group: str,
+    num_codes: int,
+    options: dict[str, int],
+    name: str,
+    model: str,
+    statistic: Statistic,
+    sizes: Sequence[int],
+    is_difference: bool,
+) -> Figure:
+    """sizes: volumes of each class. Where a volume is reproduced exactly, the PSNR is infinite and has no interval."""
     metric = METRICS[name]
-    about = (metric.better, metric.unit, metric.network, model)
-    return Figure(group, metric.title, value, interval, {"volumes": count}, *about, std=std)
+    value = statistic(torch.arange(sum(sizes)))
+    interval = None
+    if math.isfinite(value):
+        interval = interval_of_enough(lambda *chosen: statistic(joined(chosen, sizes)), sizes, **options)
+    more = {"unit": metric.unit, "network": metric.network, "model": model, "is_difference": is_difference}
+    high = num_codes if metric.unit == "codes" else None
+    return make_figure(group, metric.title, value, interval, {"volumes": sum(sizes)}, high=high, **more)

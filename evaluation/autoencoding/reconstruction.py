@@ -57,7 +57,7 @@ def evaluate(cfg: DictConfig) -> Results | None:
                 measured[group.name][checkpoint.name] = arrays
 
         # Write what was found.
-        return place.on_main(lambda: write_results(cfg, plan, groups, excluded, measured), share=False)
+        return place.on_main(lambda: write_results(cfg, plan, groups, excluded, measured, place.device), share=False)
     finally:
         cleanup()
 

@@ -5,36 +5,49 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from AutoEncoder.model.lpips import MIN_EXTENT
 from common.log import get_logger
-from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid, with_square_pixels
+from common.processes import device_name
+from dataset.volumes.pictures import PLANES, Coloured, central_slices, save_slice_grid, with_square_pixels
 from evaluation.autoencoding.measures import METRICS, VOLUME_METRICS, summarise
 from evaluation.autoencoding.plan import ROLE, Plan
-from evaluation.comparison.sets import Group
+from evaluation.comparison.sets import ALL, Group
+from evaluation.metrics.intervals import FEWEST
 from evaluation.metrics.reconstruction import WINDOW_EDGE
-from evaluation.results.results import PICTURES_FOLDER, Picture, Results, TextTable, file_names, write_csv
+from evaluation.results.results import PICTURES_FOLDER, Picture, Results, TextTable, Warned, file_names, write_csv
 from evaluation.results.work import Arrays
 
 FEW_VOLUMES = 10
-DIFFERENCE_SHOWN = 0.5  # drawn white in pictures
+DIFFERENCE_SHOWN = 0.5  # end of the scale in pictures, the same in all of them
 
 Measured = dict[str, dict[str, list[Arrays]]]  # group -> model -> arrays of each volume
 
 
 def write_results(
-    cfg: DictConfig, plan: Plan, groups: Sequence[Group], excluded: Mapping[Path, str], measured: Measured
+    cfg: DictConfig,
+    plan: Plan,
+    groups: Sequence[Group],
+    excluded: Mapping[Path, str],
+    measured: Measured,
+    device: torch.device,
 ) -> Results:
-    """Writes everything into the output folder."""
+    """Writes everything into the output folder. device: what it was measured on."""
     scales = {group.name: plan.num_scales(group) for group in groups}
     settings = OmegaConf.to_container(cfg, resolve=True)
     settings["checkpoints"] = [asdict(checkpoint) for checkpoint in plan.checkpoints]
-    settings |= {"lpips_weights": plan.lpips, "num_scales": scales}
+    settings |= {"device": device_name(device), "lpips_weights": plan.lpips, "num_scales": scales}
     results = Results("reconstruction", settings, {}, warnings=[*plan.warnings, *size_warnings(plan, groups)])
     for group in groups:
         figures, notes = summarise(group.name, measured[group.name], cfg.num_resamples, cfg.seed)
         results.figures += figures
+        results.warnings += notes
+    if len(groups) > 1:
+        together, notes = all_classes(plan, groups, measured)
+        sizes = [len(group.sets[ROLE]) for group in groups]
+        results.figures += summarise(ALL, together, cfg.num_resamples, cfg.seed, sizes)[0]
         results.warnings += notes
     results.definitions = definitions({figure.metric for figure in results.figures}, scales)
     results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
@@ -45,10 +58,27 @@ def write_results(
     write_volumes(folder / "reconstruction_volumes.csv", groups, measured)
     if cfg.num_pictures:
         results.pictures = draw(folder, plan, groups, measured, cfg.num_pictures)
+    path = results.write(folder)
     for warning in results.warnings:
         get_logger().warning(warning)
-    get_logger().info("%d figures in %s", len(results.figures), results.write(folder))
+    get_logger().info("%d figures in %s", len(results.figures), path)
     return results
+
+
+def all_classes(plan: Plan, groups: Sequence[Group], measured: Measured) -> tuple[dict[str, list[Arrays]], list[str]]:
+    """The arrays of all classes by model, class after class, and notes.
+
+    MS-SSIM is left out where classes have different numbers of scales: their values don't compare.
+    """
+    together = {model: [] for model in next(iter(measured.values()))}
+    for of_group in measured.values():
+        for model, arrays in of_group.items():
+            together[model] += arrays
+    if len({plan.num_scales(group) for group in groups}) == 1:
+        return together, []
+    title = METRICS["ms_ssim"].title
+    without = {model: [{**one, "ms_ssim": np.asarray(np.nan)} for one in arrays] for model, arrays in together.items()}
+    return without, [f"{ALL}: {title} left out: classes differ in the number of its scales, by their smallest volume"]
 
 
 def size_warnings(plan: Plan, groups: Sequence[Group]) -> list[str]:
@@ -57,13 +87,13 @@ def size_warnings(plan: Plan, groups: Sequence[Group]) -> list[str]:
     for group in groups:
         volumes = group.sets[ROLE]
         if len(volumes) < FEW_VOLUMES:
-            warnings.append(f"{group.name}: {len(volumes)} volumes are few (below {FEW_VOLUMES}), intervals are rough")
+            meaning = f" are few (below {FEW_VOLUMES}), intervals are rough, of less than {FEWEST} there are none"
+            warnings.append(Warned(group.name, f"{len(volumes)} volumes", meaning))
         side = plan.shortest_side(group)
         for name, needed in (("SSIM and MS-SSIM", WINDOW_EDGE), ("LPIPS", MIN_EXTENT if plan.lpips else 0)):
             if side < needed:
-                warnings.append(
-                    f"{group.name}: {name} left out: a volume has a side of {side} voxels, {needed} are needed"
-                )
+                found = f"{name} left out: a volume has a side of {side} voxels"
+                warnings.append(Warned(group.name, found, f", {needed} are needed"))
     return warnings
 
 
@@ -88,28 +118,25 @@ def write_volumes(path: Path, groups: Sequence[Group], measured: Measured) -> No
 
 
 def draw(folder: Path, plan: Plan, groups: Sequence[Group], measured: Measured, count: int) -> list[Picture]:
-    """One picture of each group: a row per volume, its three planes, those of each reconstruction and difference."""
+    """One picture of each group: volume by volume a row of the original and one of each model, with differences."""
     pictures = []
+    coloured = Coloured(len(PLANES), (0.0, DIFFERENCE_SHOWN), "absolute difference (volumes in -1 ... 1)")
+    columns = [*PLANES, *(f"difference: {plane}" for plane in PLANES)]
     for group, name in zip(groups, file_names([group.name for group in groups]), strict=True):
         rows = []
         for i, volume in enumerate(group.sets[ROLE][:count]):
             spacing_mm = plan.grids[volume.path].spacing_mm
             original = list(central_slices(volume.read(), spacing_mm).values())
-            found, shown = [], []
-            for of_model in measured[group.name].values():
+            rows.append((f"{volume.path.name.removesuffix('.nii.gz')}\noriginal", original))
+            for model, of_model in measured[group.name].items():
                 slices = {plane: of_model[i][plane].astype(np.float32) for plane in PLANES}
-                cells = with_square_pixels(slices, spacing_mm).values()
-                found += cells
-                # Scaled so that the grey values of [-1, 1] show them.
-                shown += [2 * np.abs(x - y) / DIFFERENCE_SHOWN - 1 for x, y in zip(original, cells, strict=True)]
-            rows.append((volume.path.name.removesuffix(".nii.gz"), [*original, *found, *shown]))
-        models = list(measured[group.name])
-        headings = ["original", *models, *(f"difference of {model}" for model in models)]
+                found = list(with_square_pixels(slices, spacing_mm).values())
+                rows.append((model, [*found, *(np.abs(x - y) for x, y in zip(original, found, strict=True))]))
         file = f"{PICTURES_FOLDER}/reconstruction_{name}.png"
-        save_slice_grid(folder / file, rows, columns=[cell for text in headings for cell in ("", text, "")])
+        save_slice_grid(folder / file, rows, columns=columns, coloured=coloured)
         caption = (
-            f"{group.name}: {', '.join(PLANES)} slices through the middle of the original and of the reconstruction by "
-            f"{', '.join(models)}, then the absolute differences (black 0, white {DIFFERENCE_SHOWN:g} or more)"
+            f"{group.name}: {', '.join(PLANES)} slices through the middle of each original, below it the "
+            f"reconstructions by {', '.join(measured[group.name])} with their absolute differences from it"
         )
         pictures.append(Picture(file, caption))
     return pictures

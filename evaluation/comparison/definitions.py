@@ -11,13 +11,14 @@ DEFINITIONS = {
     "precision": "share of generated volumes within the k-nearest-neighbour balls of real ones (Kynkäänniemi et al. "
     "2019)",
     "recall": "share of real volumes within the k-nearest-neighbour balls of generated ones (Kynkäänniemi et al. 2019)",
-    "density": "mean number of real volumes' balls that a generated volume lies in, over k (Naeem et al. 2020)",
+    "density": "mean number of real volumes' balls that a generated volume lies in, over k (Naeem et al. 2020); about "
+    "1 for real volumes, less for noise, more where generated ones crowd in the middle of the real ones",
     "coverage": "share of real volumes with a generated one in their ball (Naeem et al. 2020)",
     "MS-SSIM of generated pairs": "mean 3D MS-SSIM of random pairs, data range 2; compare with real pairs: a "
     "collapsed generator has a higher one",
     "MS-SSIM of real pairs": "the same for as many pairs of real volumes",
-    "diversity gap": "MS-SSIM of generated pairs minus that of real pairs; above 0: less variety than real volumes "
-    "have",
+    "diversity gap": "MS-SSIM of generated pairs minus that of real pairs; 0: as varied as real volumes; above "
+    "0: less variety, a collapsed generator; below 0: less alike than real volumes are, as noise is",
     "nearer than held-out": "probability that a generated volume lies nearer to its nearest training volume than a "
     "real one that was not trained on lies to its own; 0.5 without memorisation, 1 for a copied training set",
     "nearest distance ratio": "median distance of generated volumes to their nearest training volume over that of "
@@ -25,7 +26,8 @@ DEFINITIONS = {
     "interval": "95 %. Of distances, precision, recall, density and coverage by resamples of 80 % of the volumes "
     "without replacement, their spread scaled to all of them (m out of n bootstrap; within each class); of pairs and "
     "nearest distances by bootstrap over volumes, or over pairs that share none. Percentiles are shifted to lie "
-    "around the value: the spread at this N, no correction of a bias. Distances near the floor: wider than due",
+    "around the value: the spread at this N, no correction of a bias, and within the figure's bounds. Distances near "
+    "the floor: wider than due. None (n too small) of fewer than 3 volumes or pairs",
     "floor": "real against real: mean over random halvings of the real set; beside it the same figure of as many "
     "generated volumes against such a half, since distances fall with N",
 }

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from statistics import fmean
 
 import torch
@@ -12,9 +11,17 @@ from torch import Tensor
 
 from evaluation.comparison.pairs import PairScores
 from evaluation.metrics.distances import frechet_distance, median_bandwidth, mmd_from_kernels, nearest, rbf_kernel
-from evaluation.metrics.intervals import bootstrap_interval, random_halves, subsampling_interval
+from evaluation.metrics.intervals import (
+    FEWEST,
+    TOO_FEW,
+    interval_of_enough,
+    joined,
+    random_halves,
+    subsampling_interval,
+)
 from evaluation.metrics.manifolds import precision_recall_density_coverage
 from evaluation.results.results import Figure, Floor
+from evaluation.results.scales import Interval, make_figure
 
 SLICES = "slices of each"
 MOST_VECTORS = 2000  # of a set in a resample, so that intervals of 10,000 volumes take minutes
@@ -130,7 +137,7 @@ def manifold_figures(
         value = measure(metric, *map(torch.arange, strata.totals))
         interval = _set_interval(partial(measure, metric), strata, sampling, least=neighbours + 1)
         floor = floors.get(metric)
-        figures.append(Figure(group, metric, value, interval, counts, "higher", network=network, floor=floor))
+        figures.append(make_figure(group, metric, value, interval, counts, network=network, floor=floor))
     return figures
 
 
@@ -139,14 +146,12 @@ def diversity_figures(group: str, real: PairScores, generated: PairScores, sampl
     figures = []
     for role, found in (("generated", generated), ("real", real)):
         num = {role: found.count, "pairs": len(found.pairs)}
-        interval = _interval(found.mean_of, [found.num_units], sampling)
-        metric = f"MS-SSIM of {role} pairs"
-        figures.append(Figure(group, metric, found.scores.mean().item(), interval, num, "real"))
+        interval = _pairs_interval(found.mean_of, [found], sampling)
+        figures.append(make_figure(group, f"MS-SSIM of {role} pairs", found.scores.mean().item(), interval, num))
     gap = figures[0].value - figures[1].value
-    units = [generated.num_units, real.num_units]
-    interval = _interval(lambda a, b: generated.mean_of(a) - real.mean_of(b), units, sampling)
+    interval = _pairs_interval(lambda a, b: generated.mean_of(a) - real.mean_of(b), [generated, real], sampling)
     num = {"generated": generated.count, "real": real.count}
-    return [*figures, Figure(group, "diversity gap", gap, interval, num, "lower")]
+    return [*figures, make_figure(group, "diversity gap", gap, interval, num)]
 
 
 def median(values: Tensor) -> float:
@@ -179,46 +184,46 @@ def memorisation_figures(
         value, interval = float("nan"), None  # no ratio to a real volume that is a training volume
         if statistic is nearer or found.held_out.min() > 0:
             value, interval = statistic(*map(torch.arange, sizes)), _interval(statistic, sizes, sampling)
-        figures.append(Figure(group, metric, value, interval, num, "real", network=network))
+        figures.append(make_figure(group, metric, value, interval, num, network=network))
     return figures
 
 
 # ------------------------------------------------------------------------------------------------- intervals and floors
 
 
-def _interval(statistic: Callable[..., float], sizes: Sequence[int], sampling: Sampling) -> tuple[float, float]:
-    return bootstrap_interval(statistic, sizes, num_resamples=sampling.num_resamples, seed=sampling.seed)
+def _interval(statistic: Callable[..., float], sizes: Sequence[int], sampling: Sampling) -> Interval:
+    return interval_of_enough(statistic, sizes, num_resamples=sampling.num_resamples, seed=sampling.seed)
 
 
-def _joined(of_classes: Sequence[Indices], sizes: Sequence[int]) -> Indices:
-    """Indices within each class as indices of the whole set."""
-    starts = accumulate(sizes, initial=0)
-    return torch.cat([indices + start for indices, start in zip(of_classes, starts, strict=False)])
+def _pairs_interval(statistic: Callable[..., float], sets: Sequence[PairScores], sampling: Sampling) -> Interval:
+    if min(len(found.pairs) for found in sets) < FEWEST:  # of however many volumes
+        return TOO_FEW
+    return _interval(statistic, [found.num_units for found in sets], sampling)
 
 
 def _set_interval(
     statistic: Statistic, strata: Strata, sampling: Sampling, least: int, num_slices: int = 1
-) -> tuple[float, float] | None:
+) -> Interval:
     """Interval of a statistic of two sets, by resamples within each class of at most MOST_VECTORS vectors or so.
 
-    None where a class has fewer than three volumes, or a resample fewer than `least`.
+    There is none where a class has fewer than three volumes, or a resample fewer than `least`.
     """
     sizes = [*strata.real, *strata.generated]
     num_classes = len(strata.real)
-    if min(sizes) < 3:
-        return None
+    if min(sizes) < FEWEST:
+        return TOO_FEW
     smallest = []
 
     def of_resample(*chosen: Indices) -> float:
-        a = _joined(chosen[:num_classes], strata.real)
-        b = _joined(chosen[num_classes:], strata.generated)
+        a = joined(chosen[:num_classes], strata.real)
+        b = joined(chosen[num_classes:], strata.generated)
         smallest.append(min(len(a), len(b)))
         return statistic(a, b) if smallest[-1] >= least else 0.0
 
     largest = max(FEWEST_VOLUMES, MOST_VECTORS // num_slices)
     options = {"num_resamples": sampling.num_resamples, "seed": sampling.seed, "largest": largest}
     interval = subsampling_interval(of_resample, sizes, **options)
-    return interval if min(smallest) >= least else None
+    return interval if min(smallest) >= least else TOO_FEW
 
 
 def _distance(
@@ -232,11 +237,9 @@ def _distance(
         values = fmean(of_real(a, b) for a, b, _ in drawn), fmean(statistic(b, part) for _, b, part in drawn)
         floor = Floor(*values, len(drawn[0][0]))
     interval = _set_interval(statistic, strata, sampling, least=2, num_slices=more.get(SLICES, 1))
-    if interval is not None and metric != "MMD":  # which can be negative
-        interval = (max(0.0, interval[0]), interval[1])
     value = statistic(*map(torch.arange, strata.totals))
     num = {"real": strata.totals[0], "generated": strata.totals[1], **more}
-    return Figure(group, metric, value, interval, num, "lower", network=network, floor=floor)
+    return make_figure(group, metric, value, interval, num, network=network, floor=floor)
 
 
 def _halvings(strata: Strata, sampling: Sampling) -> Iterator[tuple[Indices, Indices, Indices]]:
@@ -252,7 +255,7 @@ def _halvings(strata: Strata, sampling: Sampling) -> Iterator[tuple[Indices, Ind
         of_classes.append([(*pair, torch.randperm(generated, generator=generator)[:half]) for pair in pairs])
     for drawn in zip(*of_classes, strict=True):
         first, second, part = zip(*drawn, strict=True)
-        yield _joined(first, strata.real), _joined(second, strata.real), _joined(part, strata.generated)
+        yield joined(first, strata.real), joined(second, strata.real), joined(part, strata.generated)
 
 
 def _manifold_floors(real: Tensor, generated: Tensor, neighbours: int, strata: Strata, sampling: Sampling) -> dict:

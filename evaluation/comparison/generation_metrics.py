@@ -28,12 +28,19 @@ from evaluation.comparison.pairs import PairScores, pair_scores
 from evaluation.comparison.pictures import nearest_picture, side_by_side
 from evaluation.comparison.ranges import check_ranges, sample_ranges
 from evaluation.comparison.sets import ALL, Group, group_volumes, on_one_grid, read_groups
-from evaluation.comparison.warnings import content_warnings, distance_warnings, diversity_warning, memorisation_warnings
+from evaluation.comparison.warnings import (
+    content_warnings,
+    distance_warnings,
+    diversity_warning,
+    memorisation_warnings,
+    noise_warning,
+)
 from evaluation.metrics.reconstruction import num_scales_of
-from evaluation.results.results import Results, TextTable, file_names, make_folders, write_csv
+from evaluation.results.results import Results, TextTable, Warned, file_names, make_folders, write_csv
 
 KIND = "generation"
 MEMORISATION_FILE = "memorisation.csv"
+WITHOUT_INTERVAL = " without interval: there are too few volumes or pairs to resample"
 CLOSEST = 8  # pairs of generated and training volumes in the picture and table
 Sets = dict[str, SetFeatures | None]  # by role; None on ranks other than 0
 MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "distance", "median_held_out_distance")
@@ -76,14 +83,17 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
     settings = {**OmegaConf.to_container(cfg, resolve=True), **describe_networks(networks, place.device)}
     results = Results(KIND, settings, DEFINITIONS, warnings=warnings)
     for name in (network.name for network in networks if network.is_random):
-        results.warnings.append(f"{name} is an untrained network: its distances can't be compared with published ones")
+        meaning = ": distances on random features can't be compared with published ones"
+        results.warnings.append(Warned("", f"{name} is an untrained network", meaning))
     results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
     for network in networks:
         add_distances(cfg, results, network, found[network.name])
     for name, (real, generated) in pairs.items():
         figures = diversity_figures(name, real, generated, Sampling.of(cfg))
         results.figures += figures
-        results.warnings += diversity_warning(name, figures[-1])
+        results.warnings += diversity_warning(name, figures[-1]) + noise_warning(name, figures[-1])
+        if missing := ", ".join(figure.metric for figure in figures if figure.no_interval):
+            results.warnings.append(Warned(name, missing, WITHOUT_INTERVAL))
     if excluded:
         results.warnings.append(f"{len(excluded)} volumes were left out (excluded): the figures are those of the rest")
     of_first = found[networks[0].name]
@@ -153,13 +163,15 @@ def add_distances(cfg: DictConfig, results: Results, network: FeatureNetwork, fo
             x, y = real[VOLUME][:, 0], generated[VOLUME][:, 0]  # (N, F), (M, F)
             figures += manifold_figures(name, network.name, x, y, cfg.neighbours, strata, sampling)
         elif network.takes_volumes:
-            results.warnings.append(
-                f"{name}: precision, recall, density and coverage need more than neighbours={cfg.neighbours} volumes "
-                f"in each set, there are {strata.totals[0]} real and {strata.totals[1]} generated ones"
+            found = f"{strata.totals[0]} real and {strata.totals[1]} generated volumes"
+            meaning = (
+                f": precision, recall, density and coverage need more than neighbours={cfg.neighbours} volumes in each "
+                "set"
             )
+            results.warnings.append(Warned(name, found, meaning))
         results.figures += figures
-        if missing := ", ".join(figure.metric for figure in figures if figure.interval is None):
-            results.warnings.append(f"{name}: {missing} without interval: there are too few volumes to resample")
+        if missing := ", ".join(figure.metric for figure in figures if figure.no_interval):
+            results.warnings.append(Warned(name, missing, WITHOUT_INTERVAL))
 
 
 def _joined(classes: Sequence[Sets], role: str) -> dict[str, Tensor]:

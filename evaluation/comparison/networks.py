@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER
 from common.errors import UserError
 from common.files import file_sha256
+from common.processes import device_name
 from dataset.volumes.pictures import PLANES
 
 VOLUME = "volume"  # the one "plane" of a network that takes volumes
@@ -182,7 +183,7 @@ def build_networks(
 def describe_networks(networks: Sequence[FeatureNetwork], device: torch.device) -> dict[str, Any]:
     """What the settings of results say of them."""
     described = {net.name: {"is": net.description, **net.settings} for net in networks}
-    return {"device": str(device), "feature_networks": described}
+    return {"device": device_name(device), "feature_networks": described}
 
 
 def find_weights(name: str, weights_dir: str | Path | None) -> Path | None:

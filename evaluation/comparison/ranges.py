@@ -8,6 +8,7 @@ from dataclasses import replace
 from common.errors import UserError
 from dataset.volumes.intensity import MODEL_RANGE, RANGE_TOLERANCE
 from evaluation.comparison.sets import Group
+from evaluation.results.results import Warned
 
 SAMPLED = 4  # volumes of a set whose range is looked at before any work
 
@@ -38,12 +39,13 @@ def check_ranges(group: Group, ranges: Mapping[str, Sequence[tuple[float, float]
         if ends[role] - ends[other] <= (MODEL_RANGE[1] - MODEL_RANGE[0]) / 4:
             continue
         found = (
-            f"{group.name}: the {which} voxels of {role} volumes are {ends[role]:.3g}, those of {other} ones "
-            f"{ends[other]:.3g} (of -1 ... 1)"
+            f"the {which} voxels of {role} volumes are {ends[role]:.3g}, those of {other} ones {ends[other]:.3g} "
+            "(of -1 ... 1)"
         )
         if which == "darkest" and role in assumed:
-            raise UserError(f"{found}: their scales differ, {_range_advice(role, ranges)}")
-        warnings.append(f"{found}: sets of other content, or a range that is not the one that was stated")
+            raise UserError(f"{group.name}: {found}: their scales differ, {_range_advice(role, ranges)}")
+        meaning = ": sets of other content, or a range that is not the one that was stated"
+        warnings.append(Warned(group.name, found, meaning))
     middle = sum(MODEL_RANGE) / 2
     for role in assumed:
         if min(low for low, _ in ranges[role]) > middle - RANGE_TOLERANCE < max(high for _, high in ranges[role]):

@@ -22,10 +22,11 @@ from dataset.checking.examine import format_numbers, format_size
 from dataset.order.data_split import check_no_subject_twice, files_of_side, parse_side
 from dataset.preparation.recipe import Recipe, prepare
 from dataset.preparation.sources import Scan
-from dataset.volumes.index import list_volumes, read_dataset_json
+from dataset.volumes.index import is_size_folder, list_volumes, read_dataset_folders, read_dataset_json
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range, to_model_range
 from dataset.volumes.volume_io import Header, nifti_to_tensor, read_header, read_volume, tensor_to_nifti
 from evaluation.generation.record import read_record
+from evaluation.results.results import Warned
 
 Range = Sequence[float]  # lowest and highest intensity
 ALL = "all classes"  # the name of all groups together
@@ -134,10 +135,26 @@ def groups_of_one_set(path: str, option: str, role: str, intensity_range: Range,
     UserError names the option.
     """
     intensity_range = check_intensity_range(intensity_range)
+    classes = list_set(path, option)
+    titles = class_titles(path)
     return [
-        Group(name or folder_name, {role: tuple(SetVolume(file, intensity_range) for file in files)})
-        for name, files in list_set(path, option).items()
+        Group(titles.get(name, folder_name), {role: tuple(SetVolume(file, intensity_range) for file in files)})
+        for name, files in classes.items()
     ]
+
+
+def class_titles(path: str | Path) -> dict[str, str]:
+    """What the classes of a dataset JSON are called for people, by their names there; of a folder there are none.
+
+    An id stands for the folder of its volumes, NAME or NAME/SIZE, where these have one name. No title comes twice, and
+    none is that of all classes together.
+    """
+    titles: dict[str, str] = {}
+    for name, folders in ({} if Path(path).is_dir() else read_dataset_folders(path)).items():
+        found = {(place.parent if is_size_folder(place.name) else place).name for place in map(Path.resolve, folders)}
+        title = found.pop() if name.isdigit() and len(found) == 1 else name
+        titles[name] = f"{title} ({name})" if title in (ALL, *titles.values()) else title
+    return titles
 
 
 def group_volumes(
@@ -167,12 +184,13 @@ def group_volumes(
         )
     if not classes.keys() & real_files.keys():
         raise UserError(f"generated: {generated} has {_names(classes)}, real {_names(real_files)}: no class is in both")
-    groups, notes = [], []
+    groups, notes, titles = [], [], class_titles(real)
     for name, files in real_files.items():
         if name not in classes:
-            notes.append(f"class {name}: there are no generated volumes of it, it is left out")
+            notes.append(Warned(f"class {name}", "there are no generated volumes of it", ", left out"))
             continue
         title, volumes = classes[name]
+        title = titles.get(name, title) if title == name else title
         sets = {"real": [SetVolume(path, real_range) for path in files]}
         sets["generated"] = [_with_range(path, generated_range) for path in volumes]
         if training_files is not None:

@@ -27,7 +27,8 @@ from evaluation.comparison.sets import Group, SetVolume, groups_of_one_set, on_o
 from evaluation.comparison.warnings import diversity_warning, memorisation_warnings
 from evaluation.metrics.distances import frechet_distance
 from evaluation.metrics.intervals import random_halves, subsampling_interval
-from evaluation.results.results import Curves, Figure, Results, Series, TextTable, make_folders
+from evaluation.results.results import Curves, Results, Series, TextTable, Warned, make_folders
+from evaluation.results.scales import make_figure
 
 Planes = dict[str, Tensor]  # features (N, S, F) by plane
 LEAST = 6  # real volumes of a class: three parts of two
@@ -99,13 +100,16 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
         collapsed = pair_scores(cfg, [real[0]] * len(real), f"one volume of {group.name}", place)
         if place.is_main:
             gaps = [diversity_figures(group.name, honest, one, Sampling.of(cfg))[-1] for one in (honest, collapsed)]
-            found = f"gap {gaps[1].value:.3f} (from {gaps[1].interval[0]:.3f}), of real volumes {gaps[0].value:.3f}"
+            lowest = gaps[1].no_interval or f"from {gaps[1].interval[0]:.3f}"
+            found = f"gap {gaps[1].value:.3f} ({lowest}), of real volumes {gaps[0].value:.3f}"
             passed = bool(diversity_warning(group.name, gaps[1])) and not diversity_warning(group.name, gaps[0])
             checks.append(Check(group.name, "", "a generator that repeats one volume is noticed", found, passed))
     results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
     rows = [[c.group, c.network, c.name, c.found, "holds" if c.passed else "FAILS"] for c in checks]
     results.tables.append(TextTable("Checks", ("class", "network", "check", "found", ""), rows))
-    results.warnings += [f"{c.group}: {c.network}: check failed: {c.name} ({c.found})" for c in checks if not c.passed]
+    for check in (check for check in checks if not check.passed):
+        place = ", ".join(filter(None, (check.group, check.network)))
+        results.warnings.append(Warned(place, check.found, f": check failed: {check.name}"))
     return results, checks
 
 
@@ -165,7 +169,7 @@ def add_distances(
     order = [what for what in ("other", "reconstructed", "real") if what in sets]
     halves = {what: halves_distance(cfg, real, sets[what].planes, half) for what in order}
     for what, value in halves.items():
-        figure = Figure(name, f"FID of a half: {what}", value, None, {"of each": half}, "lower", network=network.name)
+        figure = make_figure(name, f"FID of a half: {what}", value, None, {"of each": half}, network=network.name)
         results.figures.append(figure)
     checks = []
     if len(halves) > 1:
@@ -201,9 +205,10 @@ def compare_levels(
         interval = subsampling_interval(to_itself, [count], num_resamples=cfg.num_resamples, seed=cfg.seed)
         values.append(to_itself(torch.arange(count)))
         metric, num = f"FID to itself: {kind} {level:g}", {"real": count}
-        results.figures.append(Figure(name, metric, values[-1], interval, num, "lower", network=network))
-        low.append(max(0.0, interval[0]))
-        high.append(interval[1])
+        figure = make_figure(name, metric, values[-1], interval, num, network=network)
+        results.figures.append(figure)
+        low.append(figure.interval[0])
+        high.append(figure.interval[1])
     passed = all(a < b for a, b in pairwise(values))
     shown = ", ".join(f"{value:.4g}" for value in values)
     curve = Series(kind, [0, *worse], values, low, high)

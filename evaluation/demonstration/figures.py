@@ -29,7 +29,7 @@ from evaluation.metrics.reconstruction import psnr
 
 FEATURE_GRID = 8
 MIN_GENERATED = 16  # volumes, for the figures to be judged
-PICTURED = 4  # volumes of each kind and class in the picture
+PICTURED = 3  # volumes of each kind and class in the picture, each in two planes
 TARGETS = {  # of some figures: in words, and whether a value reaches it
     "PSNR after stage 2, dB": ("at least 26", lambda value: value >= 26),
     "gain of stage 2, dB": ("at least 1", lambda value: value >= 1),

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
-from common.processes import Distributed
+from common.processes import Distributed, device_name
 from dataset.volumes.volume_io import is_whole_volume, read_header
 from ddpm.samplers import get_sampler
 from evaluation.generation.requests import Request
@@ -107,7 +107,7 @@ def describe_run(cfg: DictConfig, place: Distributed, sampling_s: float, decodin
         "sampling_s": round(sampling_s, 3),
         "decoding_s": round(decoding_s, 3),
         "peak_memory_gb": round(_peak_memory_bytes(place.device) / 1e9, 3),
-        "device": _device_name(place.device),
+        "device": device_name(place.device),
         "batch_size": cfg.batch_size,
         "compile": cfg.compile,
         "channels_last": cfg.channels_last,
@@ -123,9 +123,3 @@ def _peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"

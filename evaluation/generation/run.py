@@ -1,7 +1,7 @@
 """Class-conditional generation: noise -> normalised latent -> volume on disk, for every request of a config.
 
     OUT/seed_S/NAME_XxYxZ.nii.gz    in [-1, 1], with `denormalize` in HU (CT) or [0, 1] (MR); float32 or int16; XxYxZ
-                                    voxels in NIfTI order, affine from the spacing
+                                    voxels in NIfTI order, affine from the spacing, the middle at the origin
     OUT/seed_S/NAME_XxYxZ.json      what the volume depends on, and how it was made (evaluation/generation/record.py)
     OUT/seed_S/contact_sheet.png    central slices of the folder's volumes (evaluation/generation/contact_sheet.py)
     OUT/seed_S/config.yaml          the resolved configuration
@@ -31,7 +31,7 @@ from common.precision import autocast, clock
 from common.processes import PATIENCE, Distributed, cleanup, setup
 from config.loading import require, save_config
 from dataset.order.batches import batches_of_one_shape
-from dataset.volumes.geometry import affine_from_spacing
+from dataset.volumes.geometry import centred_affine
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
 from ddpm.checkpoint import load_biflownet
@@ -147,7 +147,8 @@ def _generate_batches(
                 write_record(request, settings, describe_run(cfg, place, sampling_s, decoding_s))
                 values = from_model_range(volume, request.intensity_range)
                 units = (request.intensity_range, request.is_hounsfield)
-                write_volume(request.path, values, affine_from_spacing(request.spacing_mm), cfg.output_dtype, *units)
+                affine = centred_affine(request.spacing_mm, values.shape[-3:])
+                write_volume(request.path, values, affine, cfg.output_dtype, *units)
                 if place.is_main:  # who draws the contact sheets
                     keep_slices(made, request, values, cfg.output_dtype)
             done += len(batch)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from common.errors import UserError
 
 Statistic = Callable[..., float]  # of one index tensor per set
+FEWEST = 3  # volumes, or pairs, of which resamples tell something: of two they are both, or one of them twice
+TOO_FEW = "n too small"
 
 
 def bootstrap_interval(
@@ -36,6 +39,11 @@ def bootstrap_interval(
         return torch.randint(size, (size,), generator=generator)
 
     return _interval(statistic, sizes, draw, num_resamples, confidence, 1.0)
+
+
+def interval_of_enough(statistic: Statistic, sizes: Sequence[int], **options) -> tuple[float, float] | str:
+    """`bootstrap_interval`, or "n too small" where a set has fewer than three volumes."""
+    return TOO_FEW if min(sizes) < FEWEST else bootstrap_interval(statistic, sizes, **options)
 
 
 def subsampling_interval(
@@ -92,6 +100,12 @@ def _interval(
     bounds = np.quantile(resamples, [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull")
     lower, upper = (value + scale * (bounds - resamples.mean())).tolist()
     return lower, upper
+
+
+def joined(of_sets: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Indices within each set, as a statistic gets them, as indices of all sets one after the other."""
+    starts = accumulate(sizes, initial=0)
+    return torch.cat([indices + start for indices, start in zip(of_sets, starts, strict=False)])
 
 
 def random_halves(count: int, half: int, num: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,6 +13,11 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 RANDOM_NOTE = "Distances on random features can't be compared with published ones."
 DEVIATION_NOTE = "±: standard deviation over volumes."
 INTERVAL_NOTE = "In brackets: 95 % interval, by resampling volumes (see the definitions)."
+REASON_NOTE = "n too small: resamples of so few volumes or pairs say nothing of others, so there is no interval."
+REAL_NOTE = "Like real: what real volumes have is best, and both less and more are worse."
+DIFFERENCE_NOTE = (
+    "B minus A: the difference, volume by volume where a figure has one for each; 0 where both do the same."
+)
 FLOOR_NOTE = (
     "A distance depends on the number of volumes: at the same number N, compare this set with real against real, "
     "the mean over random halvings of the real set."
@@ -47,7 +52,10 @@ def figure_table(figures: Sequence[Figure]) -> str:
     has_network = any(figure.network for figure in figures)
     has_floor = any(figure.floor for figure in figures)
     notes = [DEVIATION_NOTE] * any(figure.std is not None for figure in figures)
-    notes += [INTERVAL_NOTE] * any(figure.interval for figure in figures) + [FLOOR_NOTE] * has_floor
+    notes += [INTERVAL_NOTE] * any(figure.interval for figure in figures)
+    notes += [DIFFERENCE_NOTE] * any(" minus " in model for model in models)
+    notes += [REASON_NOTE] * any(figure.no_interval for figure in figures)
+    notes += [REAL_NOTE] * any(figure.better == "real" for figure in figures) + [FLOOR_NOTE] * has_floor
     notes += [RANDOM_NOTE] * any(_is_random(figure.network) for figure in figures)
     note = f'<p class="note">{" ".join(notes)}</p>\n' if notes else ""
     bodies = []
@@ -118,7 +126,8 @@ def _metric_cells(figure: Figure, num_rows: int) -> str:
     scope = "rowgroup" if num_rows > 1 else "row"
     unit = f' <span class="unit">{escape(figure.unit)}</span>' if figure.unit else ""
     name = f'<th scope="{scope}" class="metric"{span}>{escape(figure.metric)}{unit}</th>'
-    return f'{name}<td class="better"{span}>{ARROWS[figure.better]}</td>'
+    meant = f'<span class="like-real">{escape(figure.like_real)}</span>' if figure.like_real else ""
+    return f'{name}<td class="better"{span}>{ARROWS[figure.better]}{meant}</td>'
 
 
 def _cells(row: Row, models: Sequence[str], has_network: bool, has_floor: bool) -> str:
@@ -144,7 +153,7 @@ def _value_cell(figure: Figure | None) -> str:
     """Empty where a checkpoint was not measured, "–" where the measure has no value."""
     if figure is None:
         return "<td></td>"
-    ends = "" if figure.interval is None else f"[{', '.join(map(number, figure.interval))}]"
+    ends = escape(figure.no_interval) if figure.interval is None else f"[{', '.join(map(number, figure.interval))}]"
     interval = f' <span class="interval">{ends}</span>' if ends else ""
     deviation = "" if figure.std is None else f' <span class="std">± {number(figure.std)}</span>'
     return f'<td class="num"><span class="value">{number(figure.value)}</span>{deviation}{interval}</td>'

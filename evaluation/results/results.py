@@ -51,7 +51,8 @@ class Figure:
     group: class of the volumes. metric: its name. value: NaN and infinity are None in JSON. interval: 95 %, by
     bootstrap over volumes. num: volumes by set, e.g. {"real": 100, "generated": 50}. better: "lower", "higher" or
     "real" (the nearer to that of real volumes). network: the features it is measured on. model: the checkpoint.
-    std: standard deviation over volumes, of means.
+    std: standard deviation over volumes, of means. like_real: what "real" means, e.g. "ratio 1". no_interval: why there
+    is none, e.g. "n too small". `evaluation/results/scales.py` makes figures of what it says of their metrics.
     """
 
     group: str
@@ -65,6 +66,8 @@ class Figure:
     model: str = ""
     floor: Floor | None = None
     std: float | None = None
+    like_real: str = ""
+    no_interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,35 @@ class TextTable:
     rows: Sequence[Sequence[str | float | int]]
 
 
+class Warned(str):
+    """A warning "PLACE: FOUND MEANING", of which those with the same meaning become one line.
+
+    place: the class, and what else it is about; may be empty. found: what was found there. meaning: the end of the
+    sentence, the same words for all of a kind, with the space or colon before it.
+    """
+
+    def __new__(cls, place: str, found: str, meaning: str) -> "Warned":
+        self = super().__new__(cls, f"{place}: {found}{meaning}" if place else found + meaning)
+        self.place, self.found, self.meaning = place, found, meaning
+        return self
+
+    def __getnewargs__(self) -> tuple[str, str, str]:  # so that it can be sent to other processes
+        return self.place, self.found, self.meaning
+
+
+def one_line_a_kind(warnings: Sequence[str]) -> list[str]:
+    """Warnings with the same meaning together, at the place of the first; other texts as they are."""
+    kinds: dict[str, dict[str, list[str]]] = {}  # meaning -> what was found -> where
+    for warning in warnings:
+        text = warning if isinstance(warning, Warned) else Warned("", "", warning)
+        kinds.setdefault(text.meaning, {}).setdefault(text.found, []).append(text.place)
+    return [
+        "; ".join(str(Warned(", ".join(filter(None, places)), found, "")) for found, places in of_kind.items())
+        + meaning
+        for meaning, of_kind in kinds.items()
+    ]
+
+
 @dataclass
 class Results:
     """Everything that a script found. definitions: what a metric is here, name -> one sentence with its settings."""
@@ -120,7 +152,11 @@ class Results:
     tables: list[TextTable] = field(default_factory=list)
 
     def write(self, folder: Path) -> Path:
-        """Writes OUT/KIND.json and OUT/KIND.csv (one line per figure); returns the JSON's path."""
+        """Writes OUT/KIND.json and OUT/KIND.csv (one line per figure); returns the JSON's path.
+
+        Warnings of a kind become one line, here too.
+        """
+        self.warnings = one_line_a_kind(self.warnings)
         content = {
             "schema": f"3d-meddiffusion/evaluation/{self.kind}",
             "schema_version": SCHEMA_VERSION,

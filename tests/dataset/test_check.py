@@ -264,8 +264,52 @@ def test_only_sound_files_are_drawn(sound, monkeypatch):
     assert [label for label, _ in drawn].count("turned.nii.gz") == 0
     assert len(drawn) == 5
     assert all(len(pictures) == 3 for _, pictures in drawn)
+    assert options["labels_above"]
     assert options["columns"] == ("axial", "coronal", "sagittal")
     assert "right is right" in options["title"]
+
+
+def test_pictures_name_subjects_and_have_the_right_proportions(sound, monkeypatch):
+    for path in sound.parent.glob("*/*.nii.gz"):
+        path.unlink()
+    save(sound.parent / "CT" / "sub-7" / "ct.nii.gz", 5, shape=(4, 8, 8), affine=np.diag([1.0, 1, 2, 1]))
+    save(sound.parent / "MR" / "sub-8" / "mr.nii.gz", 6)
+    rows = []
+    monkeypatch.setattr(check, "save_slice_grid", lambda path, drawn, **options: rows.append(drawn))
+    main([str(sound), "--num-workers", "0", "--subject-pattern", r"sub-\d"])
+    main([str(sound), "--num-workers", "0"])
+    assert [label for label, _ in rows[0]] == [
+        "CT · subject sub-7 · sub-7/ct.nii.gz",
+        "MR · subject sub-8 · sub-8/mr.nii.gz",
+    ]
+    assert [label for label, _ in rows[1]] == ["CT · sub-7/ct.nii.gz", "MR · sub-8/mr.nii.gz"]
+    assert [picture.shape for picture in rows[0][0][1]] == [(8, 8)] * 3
+
+
+@pytest.mark.parametrize("values", [[-1, 1], [0, 1], [-1, 0, 1], np.linspace(-1, 1, 20)])
+def test_masks_are_warned_of_and_drawn(sound, capsys, monkeypatch, values):
+    """One mask among many images of the same name."""
+    for i in range(3, 12):
+        save(sound.parent / "CT" / f"sub-{i}.nii.gz", seed=90 + i)
+    mask = sound.parent / "CT" / "sub-5.nii.gz"
+    voxels = np.random.default_rng(0).choice(np.float32(values), (8, 8, 8))
+    write_volume(mask, torch.from_numpy(voxels), np.eye(4))
+    rows = []
+    monkeypatch.setattr(check, "save_slice_grid", lambda path, drawn, **options: rows.append(drawn))
+    report = sound.parent / "report.json"
+    options = ["--num-workers", "0", "--patch-size", "8", "--num-pictures", "4", "--report", str(report)]
+    assert main([str(sound), *options]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert f"CT: 1 of 12 files have few distinct values, e.g. {mask}: {len(values)} distinct" in line
+    assert json.loads(report.read_text())["warnings"] == [line.removeprefix("warning: ")]
+    assert len(rows[0]) == 4
+    (drawn,) = [label for label, _ in rows[0] if "sub-5" in label]
+    assert "a label map or mask" in drawn
+
+
+def test_images_are_not_taken_for_masks(sound, capsys):
+    assert "warning" not in output_of(capsys, sound, "--patch-size", "8")[1]
 
 
 def test_nothing_to_draw(tmp_path, capsys):

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from AutoEncoder.model.codebook import codebook_usage, perplexity
 from common.errors import UserError
-from dataset.volumes.pictures import central_slices, save_comparison, save_slice_grid
+from dataset.volumes.pictures import Coloured, central_slices, save_comparison, save_slice_grid
 from evaluation.metrics.reconstruction import l1, psnr
 
 # PSNR ---------------------------------------------------------------------------------------------------------------
@@ -153,6 +153,35 @@ def test_comparison_picture_shows_rows_and_columns(tmp_path):
     upper, lower = np.array_split(is_black, 2)
     assert upper.mean() > 4 * lower.mean()  # four black cells above; below only letters are black
     assert is_black[:, : drawn.shape[1] // 10].mean() < 0.1  # the label's column is paper
+
+
+def test_labels_above_leave_no_column_of_their_own(tmp_path):
+    black = -np.ones((8, 8))
+    long = "a_name_of_a_file_that_is_too_long_for_one_line_of_so_narrow_a_picture.nii.gz"
+    drawn = save_slice_grid(tmp_path / "grid.png", [(long, [black] * 3)] * 2, labels_above=True)
+    beside = save_slice_grid(tmp_path / "beside.png", [(long, [black] * 3)] * 2)
+    short = save_slice_grid(tmp_path / "short.png", [("a", [black] * 3)] * 2)
+    is_black = (drawn == 0).all(-1)
+    assert is_black.any(0)[: drawn.shape[1] // 10].all()
+    assert drawn.shape[1] == pytest.approx(3 * 1.6 * 110, abs=2)
+    assert drawn.shape[0] > short.shape[0]
+    assert beside.shape[1] - short.shape[1] < 2.3 * 110  # wrapped, and no wider than that
+
+
+def test_differences_have_colours_and_a_scale(tmp_path):
+    """Grey up to the column where differences begin; below these alone a bar with all the colours of the scale."""
+    ramp = np.linspace(0, 0.5, 64).reshape(8, 8)
+    scale = Coloured(1, (0.0, 0.5), "difference")
+    drawn = save_slice_grid(tmp_path / "grid.png", [("a", [ramp, ramp])], coloured=scale).astype(int)
+    plain = save_slice_grid(tmp_path / "plain.png", [("a", [ramp, ramp])]).astype(int)
+    is_coloured = drawn.max(-1) - drawn.min(-1) > 30
+    assert not (plain.max(-1) - plain.min(-1) > 30).any()
+    middle = drawn.shape[1] - round(1.6 * 110)
+    assert not is_coloured[:, :middle].any()
+    assert is_coloured[: plain.shape[0], middle:].mean() > 0.3
+    bar = is_coloured[plain.shape[0] :, middle:]
+    assert bar.any(0).mean() > 0.8
+    assert drawn.shape[0] > plain.shape[0]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from reconstruction_runs import (
     SIZES,
     config,
     content_of,
+    figures,
     made_up,
     save_data,
     save_stages,
@@ -88,7 +89,8 @@ def test_results_say_what_they_are(checkpoints, finished):
         assert text in content["definitions"]["MS-SSIM"]
     assert "above the background" in content["definitions"]["L1, foreground"]
     few = [text for text in content["warnings"] if "few" in text]
-    assert [text[:16] for text in few] == ["Chest: 2 volumes", "Head: 2 volumes "]
+    assert [text[:45] for text in few] == ["Chest: 3 volumes; Head: 2 volumes are few (be"]
+    assert content["settings"]["device"].startswith("CPU (")
     with (finished / "reconstruction.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(content["figures"])
@@ -101,23 +103,48 @@ def test_pictures_show_original_reconstructions_and_differences(finished, data, 
     assert all(imread(finished / one["file"]).ndim == 3 for one in content["pictures"])
     drawn = {}
     save = reconstruction_results.save_slice_grid
-    monkeypatch.setattr(
-        reconstruction_results,
-        "save_slice_grid",
-        lambda path, rows, columns: drawn.update({path.name: (rows, columns)}) or save(path, rows, columns=columns),
-    )
+
+    def spy(path, rows, **options):
+        drawn[path.name] = (rows, options)
+        return save(path, rows, **options)
+
+    monkeypatch.setattr(reconstruction_results, "save_slice_grid", spy)
     shutil.copytree(finished / "cache", tmp_path / "cache")
     evaluate(config(data, checkpoints, tmp_path, num_pictures=1))
-    rows, columns = drawn["reconstruction_Head.png"]
-    assert [label for label, _ in rows] == ["scan_0"]
-    assert columns[1::3] == ["original", "stage1", "stage2", "difference of stage1", "difference of stage2"]
-    cells = rows[0][1]
-    assert [cell.shape for cell in cells] == [(24, 24), (48, 24), (48, 24)] * 5  # z is twice as long as x and y
+    rows, options = drawn["reconstruction_Head.png"]
+    assert [label for label, _ in rows] == ["scan_0\noriginal", "stage1", "stage2"]
+    assert len(options["columns"]) == 6  # however many checkpoints there are
+    assert (options["coloured"].first_column, options["coloured"].value_range) == (3, (0, 0.5))
+    original, _, stage2 = (cells for _, cells in rows)
+    assert [cell.shape for cell in original] == [(24, 24), (48, 24), (48, 24)]  # z is twice as long as x and y
+    assert [cell.shape for cell in stage2] == [(24, 24), (48, 24), (48, 24)] * 2
     x = read_volume(data.parent / "Head" / "scan_0.nii.gz").data
     y = load_autoencoder(checkpoints[1]).reconstruct(x[None])[0]
-    np.testing.assert_allclose(cells[0], x[0, 12].T.flip(0), atol=1e-6)
-    np.testing.assert_allclose(cells[6], y[0, 12].T.flip(0), atol=2e-3)
-    np.testing.assert_allclose(cells[12], 4 * (x - y)[0, 12].abs().T.flip(0) - 1, atol=1e-2)
+    np.testing.assert_allclose(original[0], x[0, 12].T.flip(0), atol=1e-6)
+    np.testing.assert_allclose(stage2[0], y[0, 12].T.flip(0), atol=2e-3)
+    np.testing.assert_allclose(stage2[3], (x - y)[0, 12].abs().T.flip(0), atol=2e-3)
+
+
+def test_all_classes_are_summed_up_together(finished):
+    """Means over the volumes of all; what a class lacks, and MS-SSIM of other scales, is left out."""
+    content, found = content_of(finished), figures(finished)
+    rows = [float(row["psnr"]) for row in table(finished) if row["model"] == "stage2"]
+    together = found["all classes", "psnr", "stage2"]
+    assert together["value"] == pytest.approx(sum(rows) / NUM_VOLUMES)
+    assert (together["num"], together["no_interval"]) == ({"volumes": NUM_VOLUMES}, "n too small")  # two of Head
+    assert (
+        found["all classes", "codebook_usage", "stage1"]["value"] >= found["Head", "codebook_usage", "stage1"]["value"]
+    )
+    assert ("all classes", "ssim", "stage1") in found
+    assert ("all classes", "ms_ssim", "stage1") not in found
+    assert [text for text in content["warnings"] if text.startswith("all classes: MS-SSIM left out: classes differ")]
+
+
+def test_classes_with_ids_have_the_names_of_their_folders(data, checkpoints, tmp_path):
+    by_id = tmp_path / "ids.json"
+    by_id.write_text(json.dumps({"0": str(data.parent / "Chest"), "7": [str(data.parent / "Head")]}))
+    evaluate(config(by_id, checkpoints[:1], tmp_path, lpips="off"))
+    assert {figure["group"] for figure in content_of(tmp_path)["figures"]} == {"Chest", "Head", "all classes"}
 
 
 def test_any_class_name_has_a_file():

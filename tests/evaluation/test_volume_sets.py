@@ -194,7 +194,7 @@ def test_resampling_brings_all_to_the_grid_of_most_real_volumes(tmp_path):
 def test_resampling_turns_the_axes_and_loses_nothing(tmp_path):
     """Real volumes with axes (front to back, right to left, head to feet): sides go with their axes."""
     data = np.full((17, 24, 33), -1, np.float32)  # (D, H, W)
-    data[3:14, 4:19, 5:28] = 0.5
+    data[3:14, 4:19, 5:28] = np.arange(11 * 15 * 23).reshape(11, 15, 23) % 61 / 64  # as many values as images have
     affine = np.array([[0, -1.0, 0, 0], [-1.5, 0, 0, 0], [0, 0, -2, 0], [0, 0, 0, 1]])  # x to the back, y to the left
     for i in range(2):
         write_volume(tmp_path / "a" / f"{i}.nii.gz", data, affine)

@@ -41,6 +41,7 @@ def build_datasets(cfg: DictConfig, split: Split, logger: logging.Logger) -> tup
         seed=cfg.model.seed,
         background_keep=cfg.dataset.background_keep,
         check=False,  # rank 0 does so
+        affines=True,  # for pictures
         cache=_cache(cfg, logger),
     )
     train_data = dataset(cfg.dataset.root_dir, cfg.dataset.augmentation, "train", **options)

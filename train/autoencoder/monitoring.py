@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
@@ -17,9 +18,10 @@ from train.loop.metrics_file import JsonLines
 
 
 class TrainingMonitor(Callback):
-    """Logs speed, waiting for data, memory, learning rate and the codebook's use, and gives early warnings.
+    """Logs losses, speed, waiting for data, memory, learning rate and the codebook's use, and gives early warnings.
 
-    All at every `log_every`-th step, as `train/…` beside the losses. Training has to run over `meter.timed(loader)`.
+    All at every `log_every`-th step as `train/…`; losses are means over all ranks and the steps since the last such
+    line, in place of those of one batch that the model logs itself. Training has to run over `meter.timed(loader)`.
     """
 
     def __init__(self, cfg: DictConfig, logger: logging.Logger) -> None:
@@ -34,6 +36,9 @@ class TrainingMonitor(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
         self.meter.restart()
+        pl_module.take_means()
+        if trainer.is_global_zero:
+            self._logger.info("losses in the log have their weights: %s", describe_weights(pl_module.cfg.model))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module, batch, batch_idx: int) -> None:
         # Lightning logs by a count of its own, which is one too many after resuming from a checkpoint that was saved
@@ -48,6 +53,10 @@ class TrainingMonitor(Callback):
         scalars = self.meter.read(strategy.root_device, lambda values: strategy.reduce(values, reduce_op="max"))
         warnings = [self._data_bound.check(scalars["data_wait"])]
 
+        losses = pl_module.take_means()
+        of_all = strategy.reduce(torch.stack(list(losses.values())), reduce_op="mean").tolist()
+        losses = dict(zip(losses, of_all, strict=True))
+
         scalars["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         counts = pl_module.codebook.recent_counts.to("cpu", copy=True)  # since the last logged step, of all ranks
         pl_module.codebook.recent_counts.zero_()
@@ -56,14 +65,26 @@ class TrainingMonitor(Callback):
             warnings.append(self._collapse.check(counts))
 
         names = ("d_volume_loss", "logits_volume_real", "logits_volume_fake")
-        of_discriminator = [trainer.callback_metrics.get(f"train/{name}") for name in names]
-        if all(value is not None for value in of_discriminator):
-            warnings.append(self._discriminator_wins.check(*(value.item() for value in of_discriminator)))
+        of_discriminator = [losses.get(f"train/{name}") for name in names]
+        if None not in of_discriminator:
+            warnings.append(self._discriminator_wins.check(*of_discriminator))
 
-        pl_module.log_dict({f"train/{name}": value for name, value in scalars.items()})
+        pl_module.log_dict({**losses, **{f"train/{name}": value for name, value in scalars.items()}})
         if trainer.is_global_zero:
             for warning in filter(None, warnings):
                 self._logger.warning("step %d: %s", trainer.global_step, warning)
+
+
+def describe_weights(weights: DictConfig) -> str:
+    """What the weighted losses are made of. weights: `model` of the config."""
+    parts = {
+        "recon_loss": (weights.l1_weight, "l1"),
+        "perceptual_loss": (weights.perceptual_weight, "perceptual distance"),
+        "aeloss": (weights.volume_gan_weight, "adversarial loss"),
+        "gan_feat_loss": (weights.gan_feat_weight, "feature matching"),
+        "discloss": (weights.volume_gan_weight, "d_volume_loss"),
+    }
+    return ", ".join(f"{name} = {weight:g} x {what}" for name, (weight, what) in parts.items())
 
 
 class StepProgress(Callback):
@@ -81,7 +102,7 @@ class StepProgress(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         self._bar.update(1)
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            shown = ("train/recon_loss", "train/discloss", "train/perplexity", "val/recon_loss")
+            shown = ("train/recon_loss", "train/discloss", "train/perplexity", "val/recon_loss", "val/psnr")
             metrics = trainer.callback_metrics
             self._bar.set_postfix({name: f"{metrics[name].item():.3f}" for name in shown if name in metrics})
 

@@ -82,8 +82,8 @@ def _callbacks(
         watch,
         RandomState(),
         validations,
+        monitor,  # before what shows its means
         StepProgress(f"stage {cfg.model.stage}"),
-        monitor,
     ]
     if cfg.model.log_volume_every > 0:
         callbacks.append(VolumeLogger(root / "volumes", cfg.model.log_volume_every, work))

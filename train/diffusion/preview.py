@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from AutoEncoder.decoding import decode
 from common.errors import UserError
-from dataset.volumes.geometry import affine_from_spacing
-from dataset.volumes.pictures import central_slices, save_slice_grid
+from dataset.volumes.geometry import centred_affine
+from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import write_volume
 
 FREE_SHARE = 0.5  # of a GPU's memory that training hasn't taken: it may take more while a volume is decoded
@@ -71,9 +71,9 @@ class Previews:
             # A thread has a current GPU and stream of its own; this sets both.
             with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
                 volume = self._decode(self._sample(class_id))
-            write_volume(path, volume, affine_from_spacing((1.0, 1.0, 1.0)))
+            write_volume(path, volume, centred_affine((1.0, 1.0, 1.0), volume.shape[-3:]))
             picture = path.with_name(path.name.replace(".nii.gz", ".png"))
-            save_slice_grid(picture, [(f"class {class_id}", list(central_slices(volume).values()))])
+            save_slice_grid(picture, [(f"class {class_id}", list(central_slices(volume).values()))], columns=PLANES)
             return path
         except torch.OutOfMemoryError:
             self.logger.warning("preview of step %d: not enough memory; say preview=false", step)
