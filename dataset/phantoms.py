@@ -26,11 +26,10 @@ from config.schema.data import PhantomConfig  # noqa: E402
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_command_line(argv, PhantomConfig, None, __doc__)
     require(cfg, "output_dir")
-    from rich.progress import track
-
+    from common.progress import tracked
     from dataset.preparation.phantoms import write_phantoms
 
-    progress = partial(track, description="phantoms")
+    progress = partial(tracked, label="making", unit="phantom")
     write_phantoms(Path(cfg.output_dir), cfg.num_per_class, cfg.num_held_out, cfg.size, cfg.seed, progress)
 
 

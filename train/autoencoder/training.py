@@ -22,14 +22,14 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.compilation import compiling
 from common.errors import UserError
 from common.files import lock_folder
-from common.log import close_logger, get_logger
+from common.log import close_logger, get_logger, process_rank
 from config.loading import require, save_config
 from dataset.order.split import Split, keep_split
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.monitoring import TrainingMonitor
 from train.autoencoder.resume import load_weights
 from train.autoencoder.step_watch import NotFinite, TrainingStopped
-from train.autoencoder.trainer import build_trainer, process_rank, processes_per_node, quiet_lightning
+from train.autoencoder.trainer import build_trainer, processes_per_node, quiet_lightning
 from train.loop.background import BackgroundWork
 from train.loop.signals import close_loader
 

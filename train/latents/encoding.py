@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.latents import codebook_range, normalise_latents
@@ -18,6 +17,7 @@ from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.log import get_logger
 from common.processes import Distributed, cleanup, setup
+from common.progress import Progress, tracked
 from config.loading import require
 from dataset.order.batches import batches_of_one_shape
 from dataset.Singleres_dataset import Singleres_dataset
@@ -95,15 +95,13 @@ def _encode_missing(
     cfg: DictConfig, autoencoder: nn.Module, dataset: Singleres_dataset, batches: list[list[int]], place: Distributed
 ) -> None:
     mine = [index for batch in batches for index in batch]
-    bar = {"unit": "volume", "disable": not place.is_main}
-    missing = {
-        index for index in tqdm(mine, "checking", leave=False, **bar) if not has_latent(index, dataset, autoencoder)
-    }
+    checked = tracked(mine, "checking", "latent", transient=True)
+    missing = {index for index in checked if not has_latent(index, dataset, autoencoder)}
     # A batch of which a part is there is encoded as a whole, so that its rounding is that of an uninterrupted run.
     todo = [batch for batch in batches if not missing.isdisjoint(batch)]
 
     volumes = volumes_in_order([index for batch in todo for index in batch], dataset, cfg.num_workers)
-    with tqdm(total=len(mine), initial=len(mine) - sum(map(len, todo)), desc="encoding", **bar) as progress:
+    with Progress("encoding", len(mine), "volume", done=len(mine) - sum(map(len, todo))) as progress:
         for batch in todo:
             x = torch.stack([next(volumes) for _ in batch]).to(place.device)  # (B, 1, D, H, W)
             latents = encode(autoencoder, x, cfg.sliding_window)  # (B, E, d, h, w)
@@ -113,7 +111,7 @@ def _encode_missing(
                 if not latent.isfinite().all():
                     raise UserError(f"{dataset.files[index]}: {cfg.AE_ckpt} gives NaN or infinite latents: it diverged")
                 write_latent(dataset.latent_paths[index], latent)
-            progress.update(len(batch))
+            progress.advance(len(batch))
 
 
 @torch.inference_mode()
