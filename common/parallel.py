@@ -32,7 +32,6 @@ def map_in_processes(
     label: str,
     unit: str = "volume",
     show: bool = True,
-    transient: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """Yields (index of the item, `function(item)`) for every item, in the order in which they are finished.
 
@@ -40,7 +39,7 @@ def map_in_processes(
     global random state is changed.
 
     num_workers: processes, at most one per core; 0 computes in this one.
-    label, unit, show, transient: as of `Progress`.
+    label, unit, show: as of `Progress`.
     Raises UserError where `function` raises one, or where a process is killed, for instance for want of memory.
     """
     num_workers = min(num_workers, len(items), num_cores())
@@ -49,7 +48,7 @@ def map_in_processes(
     loader = DataLoader(_Calls(function, items), batch_size=None, num_workers=num_workers, collate_fn=_same, **options)
     results = iter(loader)
     try:
-        yield from tracked(results, label, unit, len(items), show=show, transient=transient)
+        yield from tracked(results, label, unit, len(items), show=show)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -20,7 +20,7 @@ class Progress:
         label: what is done. total: how much there is to do, None where that is not known. unit: what is counted.
         done: how much was done before.
         show: whether anything is shown; None: in the first of several processes.
-        transient: a step on the way: its bar goes away in the end, and without a terminal no last line says it is done.
+        transient: a step on the way: its bar comes late and goes away in the end.
         layout: of the bar, as tqdm's `bar_format`.
     """
 
@@ -34,7 +34,7 @@ class Progress:
         transient: bool = False,
         layout: str | None = None,
     ) -> None:
-        self.label, self.total, self.unit, self.done, self.transient = label, total, unit, done, transient
+        self.label, self.total, self.unit, self.done = label, total, unit, done
         show, on_terminal = process_rank() == 0 if show is None else show, sys.stderr.isatty()
         self._writes_lines = show and not on_terminal
         options = {"leave": not transient, "delay": DELAY_S * transient, "bar_format": layout, "dynamic_ncols": True}
@@ -80,9 +80,9 @@ class Progress:
             self._write(note, self._speed, self.left)
 
     def close(self) -> None:
-        """The end. Where all was done, a last line says so."""
+        """The end. Where all was done and it took long enough for a line, a last one says so."""
         self._bar.close()
-        if self._writes_lines and not self.transient and self.total and self.done >= self.total:
+        if self._last_line > self._began and self._writes_lines and self.done == self.total:
             self._write(f"in {tqdm.format_interval(time.monotonic() - self._began)}")
         self._writes_lines = False
 

@@ -155,7 +155,7 @@ class PreparedFolder:
         """`id` of those that have the content which the volume of their name was made from; they are read whole."""
         sources = [source for source in sources if file_name(source) in self.entries]
         show = len(sources) > 0  # no bar of nothing
-        digests = map_in_processes(_sha256, sources, num_workers, "comparing", "source", show, transient=True)
+        digests = map_in_processes(_sha256, sources, num_workers, "comparing", "source", show)
         return {id(sources[i]) for i, found in digests if found == self.entries[file_name(sources[i])]["sha256"]}
 
 

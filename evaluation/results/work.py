@@ -105,7 +105,7 @@ def _do_share(work: Work, items: Mapping[int, Any], num_workers: int, show: bool
             waiting.clear()
 
     read = partial(_read, work.key, work.read, work.cache)
-    found = map_in_processes(read, [*items.values()], num_workers, work.label, show=show, transient=True)
+    found = map_in_processes(read, [*items.values()], num_workers, work.label, show=show)
     for position, (key, tensor, reason) in found:
         if reason is not None:
             refused[numbers[position]] = reason

@@ -79,7 +79,6 @@ def test_parts_of_a_volume_count(clock, capsys):
     ("options", "rank", "expected"),
     [
         ({}, "0", ["reading: 2 of 3 files, 20 s a file, 00:20 left", "reading: 3 of 3 files, in 01:00"]),
-        ({"transient": True}, "0", ["reading: 2 of 3 files, 20 s a file, 00:20 left"]),
         ({}, "1", []),
         ({"show": True}, "1", ["reading: 2 of 3 files, 20 s a file, 00:20 left", "reading: 3 of 3 files, in 01:00"]),
         ({"show": False}, "0", []),
@@ -93,14 +92,21 @@ def test_items_are_counted_in_the_first_process(clock, capsys, monkeypatch, opti
     assert lines(capsys) == expected
 
 
+def test_short_work_is_done_in_silence(clock, capsys):
+    for _ in tracked("abc", "reading", "file"):
+        clock.now += 9.0
+    assert lines(capsys) == []
+
+
 def test_work_that_breaks_off_is_not_said_to_be_done(clock, capsys):
     def break_off() -> None:
         with Progress("encoding", 6, "volume") as progress:
+            clock.now = 40.0
             progress.advance(5)
             raise RuntimeError
 
     pytest.raises(RuntimeError, break_off)
-    assert lines(capsys) == []
+    assert lines(capsys) == ["encoding: 5 of 6 volumes, 8 s a volume, 00:08 left"]
 
 
 def test_a_terminal_has_a_bar_and_no_lines(monkeypatch):
