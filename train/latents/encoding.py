@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
-from AutoEncoder.latents import codebook_range, normalise_latents
+from AutoEncoder.encoding import encode
+from AutoEncoder.latents import codebook_range
 from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.log import get_logger
@@ -103,7 +104,7 @@ def _encode_missing(
     volumes = volumes_in_order([index for batch in todo for index in batch], dataset, cfg.num_workers)
     with Progress("encoding", len(mine), "volume", done=len(mine) - sum(map(len, todo))) as progress:
         for batch in todo:
-            x = torch.stack([next(volumes) for _ in batch]).to(place.device)  # (B, 1, D, H, W)
+            x = torch.stack([next(volumes) for _ in batch])  # (B, 1, D, H, W)
             latents = encode(autoencoder, x, cfg.sliding_window)  # (B, E, d, h, w)
             for index, latent in zip(batch, latents, strict=True):
                 if index not in missing:
@@ -112,13 +113,6 @@ def _encode_missing(
                     raise UserError(f"{dataset.files[index]}: {cfg.AE_ckpt} gives NaN or infinite latents: it diverged")
                 write_latent(dataset.latent_paths[index], latent)
             progress.advance(len(batch))
-
-
-@torch.inference_mode()
-def encode(autoencoder: nn.Module, x: Tensor, sliding_window: int) -> Tensor:
-    """Normalised latents (B, E, d, h, w) of volumes (B, 1, D, H, W), padded where they do not divide into patches."""
-    raw = autoencoder.patch_encode_sliding(x, sliding_window=sliding_window)
-    return normalise_latents(raw, autoencoder.codebook.embeddings)
 
 
 def latent_folders(dataset: Singleres_dataset) -> list[Path]:
