@@ -1,12 +1,25 @@
 """The programs' log: text to the console and, in training, to log.txt."""
 
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 
 LOGGER_NAME = "train"
 # Modules that warn on their own have loggers named after themselves; their warnings go where the program's log goes.
 PACKAGES = ("AutoEncoder", "common", "config", "dataset", "ddpm", "evaluation")
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+def process_rank() -> int:
+    """This process's place among all that a launcher started, before anything else knows it; 0 for a lone process."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+
+
+def stamped(text: str) -> str:
+    """A line as the log has it, for what is shown and not kept."""
+    return f"[{time.strftime(TIME_FORMAT)}] {text}"
 
 
 def get_logger(rank: int = 0, file: str | Path | None = None) -> logging.Logger:
@@ -46,7 +59,7 @@ class _Formatter(logging.Formatter):
     """`[time] message`, with the level where it is not just information."""
 
     def __init__(self, mark: str) -> None:
-        super().__init__("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
+        super().__init__("[%(asctime)s] %(message)s", TIME_FORMAT)
         self.mark = mark
 
     def formatMessage(self, record: logging.LogRecord) -> str:

@@ -1,4 +1,4 @@
-"""Work on many files in several processes, with a progress bar."""
+"""Work on many files in several processes, with its progress."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from common.errors import UserError
+from common.progress import tracked
 
 
 class _Calls(Dataset):
@@ -39,7 +39,7 @@ def map_in_processes(
     global random state is changed.
 
     num_workers: processes, at most one per core; 0 computes in this one.
-    label: text before the progress bar, which is shown on a terminal. unit: what the bar counts. show: False: no bar.
+    label, unit, show: as of `Progress`.
     Raises UserError where `function` raises one, or where a process is killed, for instance for want of memory.
     """
     num_workers = min(num_workers, len(items), num_cores())
@@ -48,7 +48,7 @@ def map_in_processes(
     loader = DataLoader(_Calls(function, items), batch_size=None, num_workers=num_workers, collate_fn=_same, **options)
     results = iter(loader)
     try:
-        yield from tqdm(results, label, total=len(items), unit=unit, disable=None if show else True)
+        yield from tracked(results, label, unit, len(items), show=show)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -2,32 +2,84 @@
 
 import errno
 import io
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from common.errors import UserError
+from common.launched import another_has_left, is_first_to_leave, let_others_leave
+
+MISTAKE = 2  # exit status after a user's mistake; 128 + its number after a signal
+INTERRUPTED = 128 + signal.SIGINT
+# The same order comes twice where a terminal or Slurm sends it to all processes, and torchrun passes its own on.
+SAME_ORDER_S = 2.0
 
 
 def run_script(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Calls `main(argv)` and returns the exit status: what it returns (None: 0), 2 after a UserError, 130 after Ctrl-C.
 
     A full disk is a user's too, whatever was being written, a log for example. Any other exception is a fault of ours
-    and keeps its traceback. What a terminal can't show, such as a file name in Latin-1, is shown as question marks.
+    and keeps its traceback. What a terminal can't show, such as a file name in Latin-1, is shown as question marks. A
+    second Ctrl-C ends the process at once, whatever it still has to close.
+
+    Under torchrun the first to leave says why. The others, with mistakes of their own or because it has left, are
+    silent and return 0: torchrun fails by the first, and would report each of the others at length.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return main(argv) or 0
+        with _interrupts():
+            return main(argv) or 0
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
-        return 2
+        return _leave(f"error: {' '.join(str(error).splitlines())}", MISTAKE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}nothing more can be written ({error.strerror}): make room and start again\n")
-        return 2
+        full = f"nothing more can be written ({error.strerror})"
+        return _leave(f"error: {where}{full}: make room and start again", MISTAKE)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+        return _leave("interrupted", INTERRUPTED)
+    except RuntimeError:  # as of a collective operation whose partner is gone
+        if another_has_left():
+            return 0
+        raise
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt once. Nothing is changed outside the main thread, or where it acts otherwise."""
+    since = None
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal since
+        if since is None:
+            since = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - since > SAME_ORDER_S:
+            os.write(2, b"interrupted again: ending at once\n")
+            os._exit(INTERRUPTED)
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    is_ours = is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(text: str, status: int) -> int:
+    if not is_first_to_leave():
+        return 0
+    sys.stderr.write(f"{text}\n")
+    let_others_leave()
+    return status

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from common.errors import UserError
+from common.progress import tracked
 from dataset.cache.latents import LatentCache
 from dataset.checking.before_training import check_volumes
 from dataset.order.data_split import TRAINING, DataSplit
@@ -82,14 +83,15 @@ class Singleres_dataset(Dataset):
         self.files = [path for path, _, _ in entries]
         self.labels = [class_id for _, class_id, _ in entries]
         self.class_folders = {path: folder for path, _, folder in entries}
+        files = tracked(self.files, "reading headers", "file", transient=True)
         if generate_latents:
             self.latent_paths = [latent_path(path, folder) for path, _, folder in entries]
-            self.headers = [read_header(path) for path in self.files]
+            self.headers = [read_header(path) for path in files]
             self.shapes = [header.tensor_shape for header in self.headers]
             if check:
                 self.check_sample()
         else:
-            self.shapes = [read_latent_header(path).latent_shape for path in self.files]
+            self.shapes = [read_latent_header(path).latent_shape for path in files]
             self._check_shapes()
 
     def __len__(self) -> int:

@@ -27,12 +27,11 @@ from config.schema.data import PhantomConfig  # noqa: E402
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_command_line(argv, PhantomConfig, None, __doc__)
     require(cfg, "output_dir")
-    from rich.progress import track
-
+    from common.progress import tracked
     from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION
     from dataset.preparation.phantoms import write_phantoms
 
-    progress = partial(track, description="phantoms")
+    progress = partial(tracked, label="making", unit="phantom")
     counts = {TRAINING: cfg.num_per_class, VALIDATION: cfg.num_validation, HELD_OUT: cfg.num_held_out}
     write_phantoms(Path(cfg.output_dir), counts, cfg.size, cfg.seed, progress)
 

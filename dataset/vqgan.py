@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.progress import tracked
 from dataset.cache.crops import CroppedVolume
 from dataset.cache.volumes import VolumeCache
 from dataset.checking.before_training import check_volumes
@@ -114,7 +115,8 @@ class VQGANDataset(EpochDataset):
         self.files = select_files(root_dir, split, val_fraction, self.sides)
         folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
         self.class_folders = {path: next(folder for folder in folders if folder in path.parents) for path in self.files}
-        self.headers = [read_header(path) for path in self.files]
+        files = tracked(self.files, "reading headers", "file", transient=True)
+        self.headers = [read_header(path) for path in files]
         self.shapes = [header.tensor_shape for header in self.headers]  # (D, H, W) of each file
         if self.patches:
             self._warn_of_small_volumes()

@@ -20,7 +20,7 @@ from common.errors import UserError  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import parse_command_line  # noqa: E402
 from config.schema.evaluation import DemoConfig  # noqa: E402
-from evaluation.demonstration.stages import DemoPaths, evaluation_stages, training_stages  # noqa: E402
+from evaluation.demonstration.stages import LAUNCHER, DemoPaths, evaluation_stages, training_stages  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,14 +55,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_stage(number: int, title: str, command: Sequence[str]) -> None:
     """Run one command in the project's folder; its failure ends the demo with the command to repeat."""
     announce(f"[{number}] {title}")
-    processes = 2 if "torch.distributed.run" in command else 1
+    processes = 2 if LAUNCHER in command else 1
     threads = max(1, (os.cpu_count() or 1) // processes)
     begin = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": f"{threads}"}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, env=environment)
-    if done.returncode:
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment) as stage:
+        try:
+            status = stage.wait()
+        except KeyboardInterrupt:  # which the stage gets as well, and saves a checkpoint
+            stage.wait()
+            raise
+    if status:
         raise UserError(
-            f"stage {number} ({title}) ended with exit status {done.returncode}; what it said stands above. "
+            f"stage {number} ({title}) ended with exit status {status}; what it said stands above. "
             "`make demo` again goes on with this stage"
         )
     announce(f"[{number}] {time.monotonic() - begin:.0f} s")

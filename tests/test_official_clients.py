@@ -6,6 +6,8 @@ client goes on with the files of the one before, and its results are those of ou
 
 import copy
 import json
+import os
+import pickle
 from pathlib import Path
 
 import nibabel as nib
@@ -207,6 +209,25 @@ def test_a_config_of_other_networks_cannot_be_set(data, stage_1):
     assert (model.cfg.model.lr_schedule, model.cfg.model.l1_weight) == ("constant", 3)  # the default of ours; kept
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         model.load_from_checkpoint(str(stage_1[0]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such checkpoint file"),
+        (b"no checkpoint", "not a readable checkpoint"),
+        (pickle.dumps(os.getcwd, protocol=2), "not a readable checkpoint|could run code"),
+    ],
+    ids=["missing", "junk", "code"],
+)
+def test_a_checkpoint_that_cannot_be_loaded_is_a_users_mistake(tmp_path, content, message):
+    """And nobody is told to let the file run code, as torch advises."""
+    path = tmp_path / "a.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        patchvolumeAE.load_from_checkpoint(str(path))
+    assert "weights_only" not in str(caught.value)
 
 
 def test_encoding(data, stage_1, latents, tmp_path):

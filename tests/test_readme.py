@@ -127,6 +127,9 @@ def test_the_readme_runs_from_top_to_bottom(tree):
     commands = [command for command in commands_of("README.md") if not command.startswith("make ")]
     assert len(commands) == 12
     run_all(commands, tree)
+    (library,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    subprocess.run([sys.executable, "-c", library], cwd=tree, check=True)
+    assert (tree / "decoded.nii.gz").is_file()  # its voxels: tests/AutoEncoder/test_encoding.py
     assert len(read_manifest(tree / "data" / "CTChestAbdomen" / "64x64x64")) == 6
     made = sorted(str(path.relative_to(tree / "generated")) for path in (tree / "generated").rglob("*.nii.gz"))
     assert made == ["seed_0/CTChestAbdomen_64x64x64.nii.gz"] + [

@@ -41,7 +41,7 @@ def train(cfg: DictConfig) -> dict:
     from train.loop.session import session
 
     with session(cfg.device) as here:
-        checks.check_options(cfg, here.logger)
+        checks.check_options(cfg, here)
         cache = make_cache(cfg, here.logger)
         split = checks.find_training_split(cfg)
         dataset = Singleres_dataset(cfg.data_path, cfg.resolution, vq_size=cfg.vq_size, split=split, cache=cache)

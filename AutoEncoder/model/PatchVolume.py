@@ -4,6 +4,7 @@ Stage 1 trains on patches, each decoded alone. Stage 2 freezes encoder and codeb
 of a whole volume and trains the decoder to decode them in one pass: that is what removes the seams.
 """
 
+import pickle
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,7 +19,7 @@ from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, NLayerDiscrimi
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.MedicalNetPerceptual import MedicalNetPerceptual
 from AutoEncoder.model.networks import ResBlock
-from common.checkpoint_files import only_safe_types
+from common.checkpoint_files import load_checkpoint, only_safe_types
 
 
 class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the public name
@@ -56,10 +57,18 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
         return [self.encoder, self.pre_vq_conv, self.codebook]
 
     @_restricted_classmethod  # as Lightning's own: on an instance, which it would leave as it is, it is an error
-    def load_from_checkpoint(cls, *args, **options) -> "patchvolumeAE":
-        """As in Lightning, which by itself refuses the config in a file or, with `weights_only=False`, runs code."""
-        with only_safe_types():
-            return super().load_from_checkpoint(*args, **options)
+    def load_from_checkpoint(cls, checkpoint_path, *args, **options) -> "patchvolumeAE":
+        """As in Lightning, which by itself refuses the config in a file or, with `weights_only=False`, runs code.
+
+        Raises:
+            UserError: a file that can't be read, or that would run code.
+        """
+        try:
+            with only_safe_types():
+                return super().load_from_checkpoint(checkpoint_path, *args, **options)
+        except (OSError, RuntimeError, pickle.UnpicklingError):
+            load_checkpoint(checkpoint_path)  # says what is wrong with it; torch advises to let it run code
+            raise
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As in torch; the perceptual network that official checkpoints carry is passed over."""

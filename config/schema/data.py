@@ -128,7 +128,7 @@ class CheckConfig:
 
     json: str | None = key(None, "dataset JSON: name or class id -> folder(s)", flag="JSON")
     intensity_range: list[float] = flag([-1.0, 1.0], "lowest and highest intensity of the files", interval)
-    patch_size: int = flag(64, "edge of a patch, for notes", at_least(1))
+    patch_size: int = flag(64, "edge of a patch, for notes; 64 = that of the latents, where there are any", at_least(1))
     subject_pattern: str | None = flag(None, "regular expression, as dataset.subject_pattern", regex)
     num_workers: int = flag(min(8, os.cpu_count() or 1), "processes that read; 0 = this one", not_negative)
     seed: int = flag(0, "seed of the choice of pictures", not_negative)

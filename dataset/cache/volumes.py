@@ -23,6 +23,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import lock
 from common.parallel import map_in_processes
+from common.progress import tracked
 from dataset.cache.crops import STORED, CroppedVolume
 from dataset.cache.entry import CachedVolume, CacheEntry, entry_bytes, read_entry, read_volume_for_cache, write_entry
 from dataset.volumes.index import VOLUME_SUFFIX, cache_folder, cache_path
@@ -122,7 +123,7 @@ class FileCache:
     def _load(self, folders: Mapping[Path, Path]) -> list[CacheEntry]:
         """Takes up the sound entries; returns the others."""
         missing = []
-        for path, folder in folders.items():
+        for path, folder in tracked(folders.items(), "looking into the cache", self.noun, transient=True):
             entry = CacheEntry(path, cache_path(path, folder, self.settings, self.cache_dir), self.dtype)
             found = read_entry(entry, self.of_record)
             if found is None:

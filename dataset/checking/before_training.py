@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common.errors import UserError
+from common.progress import tracked
 from dataset.checking import examine
 from dataset.checking.examine import FileFacts, Problem, examine_latent, examine_volume
 from dataset.volumes.intensity import MODEL_RANGE
@@ -78,7 +79,8 @@ def _read(
     """The facts of the sample, by name."""
     begin = time.monotonic()
     facts: dict[Hashable, list[FileFacts]] = {}
-    for name, path in examine.choose_sample(files, SAMPLE_SIZE):
+    sample = list(examine.choose_sample(files, SAMPLE_SIZE))
+    for name, path in tracked(sample, "checking", "file", transient=True):
         facts.setdefault(name, []).append(function(path))
     count, total = sum(map(len, facts.values())), sum(map(len, files.values()))
     logger.info("read %d of %d files whole as a check (%.1f s)", count, total, time.monotonic() - begin)

@@ -283,18 +283,18 @@ def volume_set_warnings(facts: Mapping[str, Sequence[FileFacts]]) -> list[str]:
     return warnings
 
 
-def volume_set_notes(facts: Mapping[str, Sequence[FileFacts]], patch_size: int) -> list[str]:
-    """What is worth knowing of the volumes of each name and is no problem."""
+def volume_set_notes(facts: Mapping[str, Sequence[FileFacts]], patch_size: int, whose: str = "") -> list[str]:
+    """What is worth knowing of the volumes of each name and is no problem. whose: patches of that size, in words."""
     notes = []
     for name, files in facts.items():
         headers = [file.header for file in files if file.header]
         small = sum(min(header.shape) < patch_size for header in headers)
         uneven = sum(any(extent % patch_size for extent in header.shape) for header in headers)
         if small:
-            notes.append(f"{name}: {small} smaller than a patch of {patch_size}: padded with background")
+            notes.append(f"{name}: {small} smaller than a patch of {patch_size}{whose}: padded with background")
         if uneven:
             where = "padded in validation and encoding"
-            notes.append(f"{name}: {uneven} do not divide into patches of {patch_size}: {where}")
+            notes.append(f"{name}: {uneven} do not divide into patches of {patch_size}{whose}: {where}")
         for note, count in Counter(note for header in headers for note in header.notes).items():
             notes.append(f"{name}: {count} headers: {note}")
         if (sizes := len({header.shape for header in headers})) > 1:

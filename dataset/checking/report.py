@@ -21,13 +21,14 @@ from common.parallel import map_in_processes
 from dataset.checking import examine
 from dataset.checking.examine import FileFacts, Problem, examine_latent, examine_volume
 from dataset.order.split import find_subject
-from dataset.volumes.index import describe_others, look_into, read_dataset_folders
-from dataset.volumes.latent_record import RECORD_NAME
+from dataset.volumes.index import describe_others, latent_folder, look_into, read_dataset_folders
+from dataset.volumes.latent_record import RECORD_NAME, read_latent_record
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import read_latent, read_model_volume
 
 SHOWN = 5  # files of each kind of problem on the screen
 SHOWN_VALUES = 3  # sizes and spacings of each name
+PATCH_SIZE = 64  # of the published autoencoders
 KIND_SAMPLE = 8  # headers that decide whether files are latents
 VOLUME_TITLE = "Patient's right is right, front or head is up; sagittal: front is right"
 LATENT_TITLE = "Channel 0 of the latents, -1 black, 1 white"
@@ -53,7 +54,7 @@ def check(cfg: DictConfig) -> bool:
         problems, notes = problems + examine.latent_set_problems(facts), examine.latent_set_notes(facts)
     else:
         problems += examine.volume_set_problems(facts, list(cfg.intensity_range))
-        notes = examine.volume_set_notes(facts, cfg.patch_size)
+        notes = examine.volume_set_notes(facts, *find_patch_size(folders, cfg.patch_size))
 
     summaries = {name: summarise(of_name, is_latents) for name, of_name in facts.items()}
     for name, count in subjects.items():
@@ -93,6 +94,16 @@ def list_files(folders: Mapping[str, Sequence[Path]]) -> tuple[dict[str, list[Pa
         for name, of_name in folders.items()
     }
     return files, problems
+
+
+def find_patch_size(folders: Mapping[str, Sequence[Path]], given: int) -> tuple[int, str]:
+    """Edge of a patch, and whose that is: as latents of these volumes say, unless another is given."""
+    if given != PATCH_SIZE:
+        return given, ""
+    for folder in (folder for of_name in folders.values() for folder in of_name):
+        if size := (read_latent_record(latent_folder(folder)) or {}).get("patch_size"):
+            return size, f" (those of {latent_folder(folder)})"
+    return PATCH_SIZE, " (the published size; --patch-size says another)"
 
 
 def find_subjects(folders: Mapping[str, Sequence[Path]], pattern: str | None) -> tuple[dict[str, int], list[Problem]]:

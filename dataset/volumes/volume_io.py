@@ -118,7 +118,7 @@ def read_model_volume(path: str | Path, intensity_range: Sequence[float]) -> Vol
 def write_volume(
     path: str | Path,
     data: torch.Tensor | np.ndarray,
-    affine: np.ndarray | torch.Tensor,
+    affine: "np.ndarray | torch.Tensor | Volume",
     dtype: str = "float32",
     value_range: Sequence[float] | None = None,
     is_whole_units: bool = False,
@@ -128,6 +128,8 @@ def write_volume(
     The file appears under its name only when it is whole. UserError if it cannot be written.
 
     Args:
+        affine: or the volume whose place the data take, e.g. the one that was encoded; ValueError for data of another
+            size, such as those whose axes are not (D, H, W).
         dtype: "float32": values as they are; "int16": half the size, values within half a code.
         value_range: lowest and highest value that the data can have; needed for int16, whose codes depend on it alone
             and not on the data.
@@ -139,6 +141,13 @@ def write_volume(
         array = array[0]
     if array.ndim != 3:
         raise ValueError(f"{path}: a volume (D, H, W) or (1, D, H, W) is needed, got shape {tuple(array.shape)}")
+    if isinstance(affine, Volume):
+        if array.shape != affine.header.tensor_shape:
+            raise ValueError(
+                f"{path}: data {tuple(array.shape)}, but {affine.path} has (D, H, W) = {affine.header.tensor_shape}, "
+                "D = z, H = x, W = y: crop what was padded (crop_to), or turn NIfTI's X, Y, Z (nifti_to_tensor)"
+            )
+        affine = affine.affine
     array = tensor_to_nifti(array)
     if dtype == "float32":
         write_nifti(path, array, affine)

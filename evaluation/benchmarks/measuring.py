@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from common.precision import clock
+from common.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ class Report:
 def in_turn(ways: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
     """Seconds of each way, each called in turn `repetitions` times: what slows the machine down hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repetitions):
-        for name, way in ways.items():
-            seconds[name].append(way())
+    with Progress("timing", repetitions * len(ways), "run", transient=True) as progress:
+        for _ in range(repetitions):
+            for name, way in ways.items():
+                seconds[name].append(way())
+                progress.advance()
     return seconds
 
 

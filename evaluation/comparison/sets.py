@@ -18,6 +18,7 @@ import torch
 
 from common.errors import UserError
 from common.files import file_sha256
+from common.progress import tracked
 from dataset.checking.examine import format_numbers, format_size
 from dataset.order.data_split import check_no_subject_twice, files_of_side, parse_side
 from dataset.preparation.recipe import Recipe, prepare
@@ -264,7 +265,8 @@ def _check_group(group: Group) -> None:
 def read_headers(groups: Sequence[Group]) -> tuple[dict[Path, Grid], dict[Path, str]]:
     """The grid of every file, and why those without one can't be read."""
     grids, problems = {}, {}
-    for path in dict.fromkeys(v.path for group in groups for volumes in group.sets.values() for v in volumes):
+    paths = dict.fromkeys(v.path for group in groups for volumes in group.sets.values() for v in volumes)
+    for path in tracked(paths, "reading headers", "file", transient=True):
         try:
             grids[path] = Grid.of(read_header(path))
         except UserError as error:

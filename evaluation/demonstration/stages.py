@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+LAUNCHER = "train/launch.py"
 PHANTOMS = {False: (40, 4, 16), True: (6, 1, 6)}  # short? -> phantoms per class to train, validate and hold out
 # What --short changes; everything else is as in the demo proper.
 SHORT = {
@@ -34,7 +35,7 @@ def training_stages(paths: DemoPaths, short: bool) -> Stages:
     training, validation, held_out = PHANTOMS[short]
     changed = SHORT if short else {name: [] for name in SHORT}
     data = f"dataset.root_dir={paths.phantoms / 'PatchVolume_data.json'}"
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    launch = [LAUNCHER, "--standalone", "--nproc-per-node", "2"]
     return {
         "phantoms: chests as CT, heads as MR": (
             ["dataset/phantoms.py", "--output-dir", f"{paths.phantoms}"]
@@ -53,8 +54,8 @@ def training_stages(paths: DemoPaths, short: bool) -> Stages:
             ["train/generate_training_latent.py", "--data-path", f"{paths.phantoms / 'Singleres_dataset.json'}"]
             + ["--AE-ckpt", f"{paths.stage2_ckpt}", "--batch-size", "4", "--num-workers", "0", "--device", "cpu"]
         ),
-        "BiFlowNet, two processes under torchrun": (
-            [*torchrun, "train/train_BiFlowNet_SingleRes.py", "--config", "config/demo/BiFlowNet.yaml"]
+        "BiFlowNet, two processes": (
+            [*launch, "train/train_BiFlowNet_SingleRes.py", "--config", "config/demo/BiFlowNet.yaml"]
             + ["--AE-ckpt", f"{paths.stage2_ckpt}", "--data-path", f"{paths.phantoms / 'Singleres_latents.json'}"]
             + ["--results-dir", f"{paths.output}", "--run-name", paths.biflownet.name, *changed["biflownet"]]
         ),

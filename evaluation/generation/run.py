@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.decoding import check_memory, decode
@@ -29,6 +28,7 @@ from common.errors import UserError
 from common.log import get_logger
 from common.precision import autocast, clock
 from common.processes import PATIENCE, Distributed, cleanup, setup
+from common.progress import Progress, tracked
 from config.loading import require, save_config
 from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.geometry import centred_affine
@@ -36,7 +36,7 @@ from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
 from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
-from ddpm.schedule import Progress
+from ddpm.schedule import Progress as StepsDone
 from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
 from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
 from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder
@@ -92,8 +92,8 @@ def generate(cfg: DictConfig) -> list[Path]:
 def _missing(requests: Sequence[Request], settings: dict[str, Any], place: Distributed) -> list[Request]:
     """The volumes that are not done, on every rank; each rank reads its share of what is there."""
     mine = range(place.rank, len(requests), place.world_size)
-    bar = tqdm(mine, desc="reading what is there", unit="volume", delay=3, leave=False, disable=not place.is_main)
-    missing = place.on_all(lambda: [i for i in bar if not is_done(requests[i], settings)])
+    read = tracked(mine, "reading what is there", "volume", transient=True)
+    missing = place.on_all(lambda: [i for i in read if not is_done(requests[i], settings)])
     return [requests[i] for i in sorted(i for part in missing for i in part)]
 
 
@@ -119,16 +119,14 @@ def _generate_batches(
 ) -> None:
     """Samples, decodes and writes this process's volumes; on rank 0 their slices go to `made`."""
     diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(place.device)
-    # The bar counts volumes, and moves with every sampling step of a batch.
+    # Volumes are counted, and every sampling step of a batch is a part of them.
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} volumes [{elapsed}<{remaining}{postfix}]"
-    bar = tqdm(total=sum(map(len, batches)), desc="generating", bar_format=layout, disable=not place.is_main)
-    with bar:
+    with Progress("generating", sum(map(len, batches)), "volume", layout=layout) as progress:
         done = 0
         for batch in batches:
 
             def show(step: int, num_steps: int, done: int = done, size: int = len(batch)) -> None:
-                bar.set_postfix_str(f"step {step}/{num_steps}", refresh=False)
-                bar.update(done + size * step / num_steps - bar.n)
+                progress.reach(done + size * step / num_steps, f"step {step}/{num_steps}")
 
             begin = clock(place.device)
             latents = sample_latents(cfg, model, diffusion, batch, place.device, show)  # (B, C, d, h, w)
@@ -195,7 +193,12 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
 
 
 def sample_latents(
-    cfg: DictConfig, model, diffusion, batch: Sequence[Request], device: torch.device, progress: Progress | None = None
+    cfg: DictConfig,
+    model,
+    diffusion,
+    batch: Sequence[Request],
+    device: torch.device,
+    progress: StepsDone | None = None,
 ) -> Tensor:
     """Normalised latents (B, C, d, h, w) of requests that all have the grid (d, h, w)."""
     generators = [noise_generator(request) for request in batch]

@@ -14,13 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from AutoEncoder.decoding import decode
 from common.checkpoint_files import newest_checkpoint
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.processes import choose_device
+from common.progress import Progress
 from config.loading import load_config
 from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
@@ -59,10 +59,9 @@ def run_study(cfg: DictConfig) -> None:
 
     todo = [run for run in runs if run not in study.results]
     study.write()
-    with tqdm(total=sum(run.steps for run in todo), desc="sampling", unit="step") as bar:
+    with Progress("sampling", sum(run.steps for run in todo), "step") as progress:
         for run in todo:
-            bar.set_postfix_str(f"{run.strategy} {run.steps}, seed {run.seed}")
-            study.results[run] = study.measure(run, bar)
+            study.results[run] = study.measure(run, progress)
             study.write()
 
 
@@ -100,18 +99,18 @@ class Study:
         self.autoencoder, self.model = load_models(self.cfg, device)
         self.diffusion = GaussianDiffusion(self.cfg.volume_channels, self.cfg.timesteps, self.cfg.loss_type).to(device)
 
-    def measure(self, run: Run, bar: tqdm) -> dict[str, float]:
+    def measure(self, run: Run, progress: Progress) -> dict[str, float]:
         """Sample, decode and compare one set of volumes."""
         values = {"sampling_strategy": run.strategy, "ddim_steps": run.steps, "seed": run.seed, "eta": 0.0}
         cfg = load_config(GenerationConfig, None, values={**OmegaConf.to_container(self.cfg), **values})
         requests = list_requests(cfg)
         found: dict[Request, Tensor] = {}
-        begin, start = time.monotonic(), bar.n
+        begin, start, name = time.monotonic(), progress.done, f"{run.strategy} {run.steps}, seed {run.seed}"
         for batch in batches_of_one_shape(requests, [request.grid for request in requests], BATCH_SIZE):
             done = len(found)
 
             def show(step: int, num_steps: int, done: int = done, size: int = len(batch)) -> None:
-                bar.update(start + round(run.steps * (done + size * step / num_steps) / len(requests)) - bar.n)
+                progress.reach(start + round(run.steps * (done + size * step / num_steps) / len(requests)), name)
 
             latents = sample_latents(cfg, self.model, self.diffusion, batch, self.device, show)  # (B, C, d, h, w)
             found |= dict(zip(batch, latents, strict=True))

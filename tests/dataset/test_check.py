@@ -149,6 +149,17 @@ def test_notes_are_no_problems(sound, capsys):
     assert "note: MR" not in out
 
 
+def test_notes_know_the_size_of_patches(sound, capsys):
+    published = "patch of 64 (the published size; --patch-size says another): padded with background"
+    assert f"note: CT: 3 smaller than a {published}" in output_of(capsys, sound)[1].replace("\n", " ")
+    record = sound.parent / "CT_latents" / "latents.json"
+    record.parent.mkdir()
+    record.write_text(json.dumps({"patch_size": 3}))
+    out = output_of(capsys, sound)[1].replace("\n", "")
+    assert f"note: CT: 3 do not divide into patches of 3 (those of {record.parent}): padded" in out
+    assert "note: CT: 3 do not divide into patches of 5: padded" in output_of(capsys, sound, "--patch-size", "5")[1]
+
+
 def test_copies_across_names(sound, capsys):
     (sound.parent / "MR" / "copy.nii.gz").write_bytes((sound.parent / "CT" / "sub-0.nii.gz").read_bytes())
     status, out = output_of(capsys, sound)

@@ -9,9 +9,10 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
-from tqdm import tqdm
+from torch import Tensor
 
 from AutoEncoder.model.codebook import codebook_usage, perplexity
+from common.progress import Progress
 from train.loop.early_warnings import CodebookCollapse, DataBound, DiscriminatorWins
 from train.loop.meter import LoopMeter
 from train.loop.metrics_file import JsonLines
@@ -88,27 +89,45 @@ def describe_weights(weights: DictConfig) -> str:
 
 
 class StepProgress(Callback):
-    """One progress bar over all optimiser steps, with the last losses; nothing where there is no terminal."""
+    """How far training is, in optimiser steps and with the last losses, told at least at each logged step.
+
+    A validation that lasts tells the same of its batches.
+    """
+
+    SHOWN = ("train/recon_loss", "train/discloss", "train/perplexity", "val/recon_loss", "val/psnr")
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self._bar: tqdm | None = None
+        self._steps: Progress | None = None
+        self._validation: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
         total = trainer.max_steps if trainer.max_steps >= 0 else None
-        shown = dict(dynamic_ncols=True, disable=None if trainer.is_global_zero else True)
-        self._bar = tqdm(desc=self.label, total=total, initial=trainer.global_step, unit="step", **shown)
+        self._steps = Progress(self.label, total, "step", trainer.global_step, show=trainer.is_global_zero)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        self._bar.update(1)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            shown = ("train/recon_loss", "train/discloss", "train/perplexity", "val/recon_loss", "val/psnr")
-            metrics = trainer.callback_metrics
-            self._bar.set_postfix({name: f"{metrics[name].item():.3f}" for name in shown if name in metrics})
+        is_logged = trainer.global_step % trainer.log_every_n_steps == 0
+        note = self._losses(trainer.callback_metrics) if is_logged or self._steps.is_due else ""
+        self._steps.reach(trainer.global_step, note, line=is_logged or None)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module) -> None:
+        options = {"show": trainer.is_global_zero, "transient": True}
+        self._validation = Progress("validation", trainer.num_val_batches[0], "volume", **options)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._validation.reach(batch_idx + 1)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module) -> None:
+        self._validation.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module, stage: str) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        for progress in filter(None, (self._steps, self._validation)):
+            progress.close()
+
+    def _losses(self, metrics: dict[str, Tensor]) -> str:
+        return ", ".join(f"{name} {metrics[name].item():.4g}" for name in self.SHOWN if name in metrics)
 
 
 class JsonLinesLogger(Logger):

@@ -92,11 +92,6 @@ def _callbacks(
     return [*callbacks, StopWhenAsked(watch)]
 
 
-def process_rank() -> int:
-    """This process's place among all, before the trainer knows it."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
-
-
 def processes_per_node(cfg: DictConfig) -> int:
     """Under torchrun the number of processes is its own; otherwise Lightning starts `gpus` of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", cfg.model.gpus))

@@ -23,14 +23,14 @@ from common.checkpoint_files import copy_checkpoint
 from common.compilation import compiling
 from common.errors import UserError
 from common.files import check_still_there, lock_folder, remove_leftovers
-from common.log import close_logger, get_logger
+from common.log import close_logger, get_logger, process_rank
 from config.loading import require, save_config
 from dataset.order.split import Split, keep_split
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.monitoring import TrainingMonitor
 from train.autoencoder.resume import has_begun, load_weights, take_up
 from train.autoencoder.step_watch import NotFinite, TrainingStopped
-from train.autoencoder.trainer import build_trainer, process_rank, processes_per_node, quiet_lightning
+from train.autoencoder.trainer import build_trainer, processes_per_node, quiet_lightning
 from train.autoencoder.validation import Validations
 from train.loop.background import BackgroundWork
 from train.loop.continuing import CONFIG_FILE, read_config

@@ -19,7 +19,7 @@ from train.loop.session import Session
 MODELS = ("BiFlowNet",)
 
 
-def check_options(cfg: DictConfig, logger: logging.Logger) -> None:
+def check_options(cfg: DictConfig, here: Session) -> None:
     """The options that the schema leaves open, and a warning for each that has no effect.
 
     A checkpoint file as `continue_from` becomes `ckpt`: a run of its own goes on from it.
@@ -31,8 +31,8 @@ def check_options(cfg: DictConfig, logger: logging.Logger) -> None:
         raise UserError(f"model={cfg.model}: there is no such model, expected {' or '.join(MODELS)}; give --model")
     if cfg.ckpt and not Path(cfg.ckpt).is_file():
         raise UserError(f"ckpt: {cfg.ckpt}: no such checkpoint file; give an existing one with --ckpt, or leave it out")
-    if cfg.preview and not cfg.AE_ckpt:
-        logger.warning("preview has no effect: it needs the autoencoder, give --AE-ckpt (or say preview=false)")
+    if here.is_main and cfg.preview and not cfg.AE_ckpt:
+        here.logger.warning("preview has no effect: it needs the autoencoder, give --AE-ckpt (or say preview=false)")
 
 
 def find_training_split(cfg: DictConfig) -> DataSplit | None:

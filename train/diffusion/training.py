@@ -7,8 +7,6 @@ import signal
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.compilation import compiling
 from common.optimiser import clip_gradients, learning_rate_factor
@@ -95,10 +93,7 @@ def fit(
         folder, batches.num_samples, distributed.world_size, cfg.batch_size, batches.steps_per_epoch, steps_to_do,
         device,
     )  # fmt: skip
-    run_log = here.closing.enter_context(RunLog(folder, state.step, here, batches.remedy_for_waiting))
-    here.closing.enter_context(logging_redirect_tqdm([logger]))
-    hidden = None if here.is_main else True  # None: shown where stderr is a terminal
-    progress = here.closing.enter_context(tqdm(total=steps_to_do, initial=state.step, disable=hidden, unit="step"))
+    run_log = here.closing.enter_context(RunLog(folder, state.step, steps_to_do, here, batches.remedy_for_waiting))
     if cfg.compile:
         model.compile(dynamic=False)  # in place: names stay as they are, and the averaged weights' copy is plain
     denoiser = here.parallel(model.train())
@@ -139,7 +134,6 @@ def fit(
         state.ema.update(step)
         state.advance(batches.global_batch, batches.num_samples)
         is_finished = state.is_finished(cfg.epochs, cfg.max_steps)
-        progress.update()
 
         # Nothing is written of a step that may be bad
         is_due = step % cfg.ckpt_every == 0 or is_finished
@@ -155,6 +149,8 @@ def fit(
             scalars |= meter.read(device, distributed.maximum) | state.loss_scale()
             run_log.write(step, epoch, scalars)
             losses, steps_logged = torch.zeros_like(losses), 0
+        else:
+            run_log.tick(step, loss)
 
         # Checkpoint and preview, beside the next steps
         if here.is_main and (is_due or agreement.signal_number):

@@ -12,15 +12,16 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
-from AutoEncoder.latents import codebook_range, normalise_latents
+from AutoEncoder.encoding import encode
+from AutoEncoder.latents import codebook_range
 from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.files import check_still_there, folder_locked
 from common.log import get_logger
 from common.processes import Distributed, cleanup, setup
+from common.progress import Progress, tracked
 from config.loading import require
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import SIDES, find_split
@@ -124,17 +125,15 @@ def _encode_missing(
     cfg: DictConfig, autoencoder: nn.Module, dataset: Singleres_dataset, batches: list[list[int]], place: Distributed
 ) -> None:
     mine = [index for batch in batches for index in batch]
-    bar = {"unit": "volume", "disable": not place.is_main}
-    missing = {
-        index for index in tqdm(mine, "checking", leave=False, **bar) if not has_latent(index, dataset, autoencoder)
-    }
+    checked = tracked(mine, "checking", "latent", transient=True)
+    missing = {index for index in checked if not has_latent(index, dataset, autoencoder)}
     # A batch of which a part is there is encoded as a whole, so that its rounding is that of an uninterrupted run.
     todo = [batch for batch in batches if not missing.isdisjoint(batch)]
 
     volumes = volumes_in_order([index for batch in todo for index in batch], dataset, cfg.num_workers)
-    with tqdm(total=len(mine), initial=len(mine) - sum(map(len, todo)), desc="encoding", **bar) as progress:
+    with Progress("encoding", len(mine), "volume", done=len(mine) - sum(map(len, todo))) as progress:
         for batch in todo:
-            x = torch.stack([next(volumes) for _ in batch]).to(place.device)  # (B, 1, D, H, W)
+            x = torch.stack([next(volumes) for _ in batch])  # (B, 1, D, H, W)
             latents = encode(autoencoder, x, cfg.sliding_window)  # (B, E, d, h, w)
             for index, latent in zip(batch, latents, strict=True):
                 if index not in missing:
@@ -142,14 +141,7 @@ def _encode_missing(
                 if not latent.isfinite().all():
                     raise UserError(f"{dataset.files[index]}: {cfg.AE_ckpt} gives NaN or infinite latents: it diverged")
                 write_latent(dataset.latent_paths[index], latent)
-            progress.update(len(batch))
-
-
-@torch.inference_mode()
-def encode(autoencoder: nn.Module, x: Tensor, sliding_window: int) -> Tensor:
-    """Normalised latents (B, E, d, h, w) of volumes (B, 1, D, H, W), padded where they do not divide into patches."""
-    raw = autoencoder.patch_encode_sliding(x, sliding_window=sliding_window)
-    return normalise_latents(raw, autoencoder.codebook.embeddings)
+            progress.advance(len(batch))
 
 
 def latent_folders(dataset: Singleres_dataset) -> list[Path]:

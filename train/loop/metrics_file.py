@@ -4,7 +4,11 @@ import json
 import math
 from pathlib import Path
 
+from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from common.files import write_atomically
+from common.progress import Progress
 from train.loop.deletion import check_not_deleted
 from train.loop.early_warnings import DataBound
 from train.loop.session import Session
@@ -57,30 +61,41 @@ class MetricsWriter:
 
 
 class RunLog:
-    """What a training loop tells of its logged steps: numbers to the files, a line to the log, a warning of waiting.
+    """What a training loop tells of its steps: how far it is, and of those that are logged numbers to the files, a line
+    to the log, a warning of waiting.
 
     On rank 0 alone; elsewhere nothing is told. To be used in a `with` block.
     """
 
-    def __init__(self, folder: Path, start_step: int, here: Session, remedy_for_waiting: str) -> None:
+    def __init__(self, folder: Path, start_step: int, last_step: int, here: Session, remedy_for_waiting: str) -> None:
         self._writer = MetricsWriter(folder, start_step) if here.is_main else None
+        self._progress = Progress("training", last_step, "step", start_step, show=here.is_main)
         self._logger = here.logger
+        self._redirected = logging_redirect_tqdm([here.logger])  # lines of the log above the bar
         self._data_bound = DataBound(remedy_for_waiting)
 
     def __enter__(self) -> "RunLog":
+        self._redirected.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._progress.close()
+        self._redirected.__exit__(*error)
         if self._writer is not None:
             self._writer.close()
+
+    def tick(self, step: int, loss: Tensor) -> None:
+        """Optimiser step `step`, which isn't logged, is done; `loss` () is read where a line of progress is due."""
+        self._progress.reach(step, f"loss {loss.item():.4g}" if self._progress.is_due else "")
 
     def write(self, step: int, epoch: int, scalars: dict[str, float]) -> None:
         """Record `scalars` of optimiser step `step`; `data_wait` is among them."""
         if self._writer is None:
             return
         self._writer.write(step, scalars)
+        self._progress.reach(step, line=False)
         shown = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        self._logger.info("step %07d epoch %d %s", step, epoch, shown)
+        self._logger.info("step %07d epoch %d %s, %s", step, epoch, shown, self._progress.left)
         if warning := self._data_bound.check(scalars["data_wait"]):
             self._logger.warning("step %d: %s", step, warning)
 
