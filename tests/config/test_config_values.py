@@ -129,7 +129,7 @@ CONTINUABLE = [
         BiFlowNetConfig,
         CHANGES,
         "loss_type label_dropout batch_size lr adam_betas lr_schedule lr_warmup grad_clip enable_amp amp_dtype "
-        "ema_decay ema_every ema_start global_seed",
+        "ema_decay ema_every ema_start global_seed split",
     ),
     (
         AutoencoderConfig,
