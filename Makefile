@@ -35,7 +35,7 @@ format: $(READY) ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(READY) ## phantoms to generated volumes in about 17 minutes, with picture and report (DEMO_DIR=demo)
+demo: $(READY) ## phantoms to generated volumes in a quarter of an hour, with picture and report (DEMO_DIR=demo)
 	@$(BIN)/python evaluation/demo.py --output-dir $(DEMO_DIR)
 
 demo-short: $(READY) ## the same stages with a few steps each: shows that they run, not what they reach
