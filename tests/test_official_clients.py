@@ -211,6 +211,15 @@ def test_a_config_of_other_networks_cannot_be_set(data, stage_1):
         model.load_from_checkpoint(str(stage_1[0]))
 
 
+def test_damaged_weights_are_noticed(stage_1, tmp_path):
+    content = bytearray(stage_1[0].read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(255 - byte for byte in content[middle : middle + 64])
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.ckpt: damaged: .* is no longer what was saved"):
+        patchvolumeAE.load_from_checkpoint(str(tmp_path / "a.ckpt"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

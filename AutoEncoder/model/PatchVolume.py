@@ -19,7 +19,7 @@ from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, NLayerDiscrimi
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.MedicalNetPerceptual import MedicalNetPerceptual
 from AutoEncoder.model.networks import ResBlock
-from common.checkpoint_files import load_checkpoint, only_safe_types
+from common.checkpoint_files import check_sums, load_checkpoint, only_safe_types
 
 
 class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the public name
@@ -61,9 +61,11 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
         """As in Lightning, which by itself refuses the config in a file or, with `weights_only=False`, runs code.
 
         Raises:
-            UserError: a file that can't be read, or that would run code.
+            UserError: a file that can't be read, is damaged, or would run code.
         """
         try:
+            if not hasattr(checkpoint_path, "read"):
+                check_sums(checkpoint_path)
             with only_safe_types():
                 return super().load_from_checkpoint(checkpoint_path, *args, **options)
         except (OSError, RuntimeError, pickle.UnpicklingError):
