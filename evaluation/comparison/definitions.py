@@ -27,7 +27,8 @@ DEFINITIONS = {
     "without replacement, their spread scaled to all of them (m out of n bootstrap; within each class); of pairs and "
     "nearest distances by bootstrap over volumes, or over pairs that share none. Percentiles are shifted to lie "
     "around the value: the spread at this N, no correction of a bias, and within the figure's bounds. Distances near "
-    "the floor: wider than due. None (n too small) of fewer than 3 volumes or pairs",
+    "the floor: wider than due. Of shares that are 0 or 1 in all resamples the exact one (Clopper and "
+    "Pearson). None (n too small) of fewer than 3 volumes or pairs",
     "floor": "real against real: mean over random halvings of the real set; beside it the same figure of as many "
     "generated volumes against such a half, since distances fall with N",
 }

@@ -17,6 +17,7 @@ from evaluation.metrics.intervals import (
     interval_of_enough,
     joined,
     random_halves,
+    share_interval,
     subsampling_interval,
 )
 from evaluation.metrics.manifolds import precision_recall_density_coverage
@@ -136,6 +137,8 @@ def manifold_figures(
     for metric in MANIFOLD_METRICS:
         value = measure(metric, *map(torch.arange, strata.totals))
         interval = _set_interval(partial(measure, metric), strata, sampling, least=neighbours + 1)
+        if metric != "density":
+            interval = share_interval(interval, counts["generated" if metric == "precision" else "real"])
         floor = floors.get(metric)
         figures.append(make_figure(group, metric, value, interval, counts, network=network, floor=floor))
     return figures
@@ -184,6 +187,8 @@ def memorisation_figures(
         value, interval = float("nan"), None  # no ratio to a real volume that is a training volume
         if statistic is nearer or found.held_out.min() > 0:
             value, interval = statistic(*map(torch.arange, sizes)), _interval(statistic, sizes, sampling)
+        if statistic is nearer:
+            interval = share_interval(interval, min(sizes))
         figures.append(make_figure(group, metric, value, interval, num, network=network))
     return figures
 

@@ -65,7 +65,8 @@ def memorisation_warnings(group: str, network: str, found: Memorisation, figures
     nearer, ratio = figures
     if min(len(found.generated), len(found.held_out)) < FEWEST:
         return warnings
-    if nearer.interval[0] > 0.5 and ratio.interval is not None and ratio.interval[1] < 1:
+    is_nearer = nearer.value == 1 or nearer.interval[0] > 0.5  # of five and five, 1 is one order in 252
+    if is_nearer and ratio.interval is not None and ratio.interval[1] < 1:
         shown = (
             "generated volumes lie nearer to training volumes than real ones do that were not trained on "
             f"(on {network}, probability {nearer.value:.2f}, distance ratio {ratio.value:.2f})"

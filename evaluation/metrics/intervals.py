@@ -46,6 +46,17 @@ def interval_of_enough(statistic: Statistic, sizes: Sequence[int], **options) ->
     return TOO_FEW if min(sizes) < FEWEST else bootstrap_interval(statistic, sizes, **options)
 
 
+def share_interval(interval: tuple[float, float] | str, count: int) -> tuple[float, float] | str:
+    """Interval of a share of `count` volumes that is 0 or 1 in all resamples: those tell nothing of the next volume.
+
+    The exact 95 % interval in its place (Clopper and Pearson, Biometrika 26, 1934); any other one as it is.
+    """
+    if interval not in ((0.0, 0.0), (1.0, 1.0)):
+        return interval
+    lowest = 0.025 ** (1 / count)
+    return (lowest, 1.0) if interval[0] else (0.0, 1 - lowest)
+
+
 def subsampling_interval(
     statistic: Statistic, sizes: Sequence[int], *, num_resamples=200, seed=0, confidence=0.95, share=0.8, largest=1000
 ) -> tuple[float, float]:

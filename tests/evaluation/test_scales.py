@@ -20,6 +20,7 @@ from evaluation.comparison.figures import (
 )
 from evaluation.comparison.pairs import PairScores, choose_pairs
 from evaluation.comparison.warnings import diversity_warning, noise_warning
+from evaluation.metrics.intervals import share_interval
 from evaluation.report_page.tables import figure_table
 from evaluation.results.scales import SCALES, make_figure
 
@@ -97,6 +98,30 @@ def test_nearest_distances_of_two_volumes_have_no_interval(num_generated, num_re
     for figure in memorisation_figures("CT", "net", found, 9, SAMPLING):
         assert (figure.interval is None) == (min(num_generated, num_real) < 3)
         assert figure.no_interval == ("" if figure.interval else "n too small")
+
+
+@pytest.mark.parametrize(
+    ("interval", "count", "expected"),
+    [
+        ((1.0, 1.0), 8, (0.025**0.125, 1)),
+        ((0.0, 0.0), 8, (0, 1 - 0.025**0.125)),
+        ((0.5, 1.0), 8, (0.5, 1)),
+        ("n too small", 2, "n too small"),
+    ],
+)
+def test_a_share_of_all_or_none_has_the_exact_interval(interval, count, expected):
+    assert share_interval(interval, count) == expected
+
+
+def test_no_figure_of_sets_at_its_bound_has_an_interval_of_no_width():
+    """Sets far apart: nothing is in the other's balls; training volumes copied: all are nearer."""
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    found = Memorisation(torch.zeros(9), torch.rand(12) + 1, torch.zeros(9).long())
+    figures = manifold_figures("CT", "net", x, x[:9] + 99, 3, Strata((12,), (9,)), SAMPLING)[:2]
+    figures.append(memorisation_figures("CT", "net", found, 20, SAMPLING)[0])
+    assert [figure.value for figure in figures] == [0, 0, 1]
+    for figure, count in zip(figures, (9, 12, 9), strict=True):
+        assert figure.interval[1] - figure.interval[0] == pytest.approx(1 - 0.025 ** (1 / count))
 
 
 def test_shares_at_their_bounds_do_not_exceed_them():
