@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.parallel import map_in_processes
 from dataset.preparation.dicom_series import NotAVolume
 from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manifest, write_manifest
+from dataset.preparation.measured import check_is_image
 from dataset.preparation.recipe import Recipe, describe, prepare
 from dataset.preparation.sources import Source, fingerprint, read_source, source_sha256
 from dataset.volumes.index import VOLUME_SUFFIX
@@ -167,6 +168,7 @@ def _prepare_source(folder: Path, input_folder: Path, recipe: Recipe, threads: i
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     try:
         scan = read_source(source, recipe.assume_orientation)
+        check_is_image(scan.data)
         prepared = prepare(scan, recipe)
         identity = {"sha256": source_sha256(source), **fingerprint(source)}
     except NotAVolume as error:

@@ -15,7 +15,7 @@ import torchio as tio
 
 from common.errors import UserError
 from dataset.preparation.manifest import Intensity
-from dataset.preparation.measured import check_hounsfield, check_is_image, coarse, find_padding, measured_values
+from dataset.preparation.measured import check_hounsfield, coarse, find_padding, measured_values
 from dataset.preparation.sources import Scan
 from dataset.volumes.geometry import SHEAR, mm_text, orientation_of, shear_of, size_text, spacing_of
 from dataset.volumes.intensity import MODEL_RANGE
@@ -64,12 +64,11 @@ class Prepared:
 def prepare(scan: Scan, recipe: Recipe) -> Prepared:
     """Applies a recipe.
 
-    NotAVolume: a label map or mask. UserError: too few voxels, nothing to see in the window or between the percentiles,
-    a window in HU for voxels that are none.
+    UserError: too few voxels, nothing to see in the window or between the percentiles, a window in HU for voxels that
+    are none.
     """
     if min(scan.data.shape) < MIN_VOXELS:
         raise UserError(f"size {size_text(scan.data.shape)}: at least {MIN_VOXELS} voxels along each axis are needed")
-    check_is_image(scan.data)
     padding = find_padding(scan.data)
     intensity = find_intensity(scan.data, recipe, padding)
     steps = [*scan.notes, f"{intensity} mapped to [{MODEL_RANGE[0]:g}, {MODEL_RANGE[1]:g}]"]
