@@ -71,7 +71,7 @@ class Singleres_dataset(Dataset):
         self.resolution = tuple(int(extent) for extent in resolution)
         if len(self.resolution) != 3 or min(self.resolution) < 1:
             raise UserError(f"resolution {list(resolution)}: three positive numbers are needed, the latent grid z x y")
-        self.vq_size, self.generate_latents, self.cache = vq_size, generate_latents, cache
+        self.vq_size, self.generate_latents, self.cache, self.split = vq_size, generate_latents, cache, split
         self.intensity_range = check_intensity_range(intensity_range)
         self.folders = read_class_folders(root_dir)
         entries = [
@@ -80,6 +80,8 @@ class Singleres_dataset(Dataset):
             for folder in folders
             for path in (list_volumes(folder) if split is None else split.select(folder, TRAINING))
         ]
+        if split is not None:
+            _check_sides(split, root_dir, set(self.folders), {class_id for _, class_id, _ in entries})
         self.files = [path for path, _, _ in entries]
         self.labels = [class_id for _, class_id, _ in entries]
         self.class_folders = {path: folder for path, _, folder in entries}
@@ -161,3 +163,12 @@ class Singleres_dataset(Dataset):
             f"{path}: a latent of size {size_text(grid)}, but {size_text(self.resolution)} is needed: "
             f"give --resolution {' '.join(map(str, grid))}"
         )
+
+
+def _check_sides(split: DataSplit, root_dir: str | Path, classes: set[int], trained: set[int]) -> None:
+    """UserError where nobody is left to train on; a warning for classes of which nobody is."""
+    missing = ", ".join(map(str, sorted(classes - trained)))
+    if not trained:
+        raise UserError(f"{split.path}: no subject of {root_dir} is on the side {TRAINING}: draw other shares")
+    if missing:
+        logger.warning("%s: no subject of class %s is on the side %s: it is not trained", split.path, missing, TRAINING)

@@ -22,7 +22,7 @@ from config.schema.data import SplitConfig  # noqa: E402
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_command_line(argv, SplitConfig, None, __doc__)
     require(cfg, "json")
-    from dataset.order.data_split import keep_or_draw, show_split
+    from dataset.order.draw_split import keep_or_draw, show_split
 
     wanted = {key: cfg[key] for key in ("subject_pattern", "validation", "held_out", "seed")}
     show_split(keep_or_draw(cfg.json, wanted, cfg.anew), cfg.json)

@@ -175,9 +175,11 @@ def select_files(root_dir: str | Path, split: str, val_fraction: float, sides: S
     """The files of one side of the split, over all names of a dataset JSON."""
     training = [path for files in sides.training.values() for path in files]
     validation = [path for files in sides.validation.values() for path in files]
+    if sides.source is not None and not training:
+        raise UserError(f"{sides.source}: no subject of {root_dir} is on the side training: draw other shares")
     if split == "train":
         return training
-    if val_fraction > 0 and not validation:
+    if val_fraction > 0 and not validation and sides.source is None:
         logger.warning("%s: no name has a second subject to validate on: validation uses the training files", root_dir)
         return training
     return validation

@@ -9,24 +9,23 @@ A subject stays where it is: files that come later go to the side of their subje
 the old ones. Latents carry a copy in their folder.
 """
 
-import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.order.split import Split, SplitFile, choose_subjects, find_subject, split_dataset
-from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, is_size_folder, list_volumes, read_dataset_folders
+from dataset.order.split import Split, find_subject, is_run_record, split_dataset
+from dataset.volumes.index import (
+    LATENT_SUFFIX,
+    VOLUME_SUFFIX,
+    is_size_folder,
+    list_volumes,
+    read_dataset_folders,
+    read_json_object,
+)
 
 SPLIT_NAME = "split.json"
 TRAINING, VALIDATION, HELD_OUT = SIDES = ("training", "validation", "held_out")
@@ -47,13 +46,18 @@ class Shares:
 
 @dataclass(frozen=True)
 class DataSplit:
-    """The sides of a data set's subjects. path: of its `split.json`; dataset: of the dataset JSON it was drawn for."""
+    """The sides of a data set's subjects.
+
+    path: of its `split.json`; dataset: name of the dataset JSON it was drawn for; class_names: of folders of latents,
+    by the copies that lie in them, whatever the folders are called now.
+    """
 
     path: Path
     shares: Shares
     dataset: str
     files_sha256: str
     subjects: Mapping[str, str]
+    class_names: Mapping[Path, str] = field(default_factory=dict)
 
     def side_of(self, path: Path, folder: Path) -> str:
         """Of a volume or latent below its folder in a dataset JSON. UserError: its subject has no side yet."""
@@ -61,16 +65,16 @@ class DataSplit:
         if subject not in self.subjects:
             raise UserError(
                 f"{path}: its subject {subject} is not in {self.path}: give it a side, which leaves all others where "
-                f"they are, by python dataset/split.py {self.path.with_name(self.dataset)}"
+                "they are (python dataset/split.py with the dataset JSON of its volumes; then encode again)"
             )
         return self.subjects[subject]
 
     def subject_of(self, path: Path, folder: Path) -> str:
         """As `subjects` has it. UserError: the pattern is not found."""
-        return self._subject_of(path, folder)
+        return self._subject_of(path, folder, self.class_names.get(folder))
 
     @cached_property
-    def _subject_of(self) -> Callable[[Path, Path], str]:
+    def _subject_of(self) -> Callable[..., str]:
         return subject_finder(self.shares.subject_pattern)
 
     def select(self, folder: Path, side: str) -> list[Path]:
@@ -88,26 +92,33 @@ class DataSplit:
             self.path,
         )
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, class_name: str | None = None) -> None:
+        """Writes it into a folder. class_name: of the class whose latents lie there."""
         record = {**vars(self.shares), "dataset": self.dataset, "files_sha256": self.files_sha256}
+        record |= {} if class_name is None else {"class": class_name}
         record["subjects"] = dict(sorted(self.subjects.items()))
         write_atomically(folder / SPLIT_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def subject_finder(pattern: str | None) -> Callable[[Path, Path], str]:
+def class_name_of(folder: Path) -> str:
+    """The class whose volumes or latents lie in a folder CLASS or CLASS/SIZE, by its name."""
+    place = folder.absolute()
+    name = place.name.removesuffix(LATENT_SUFFIX)
+    return place.parent.name if is_size_folder(name) else name
+
+
+def subject_finder(pattern: str | None) -> Callable[..., str]:
     """A function (file, its folder in a dataset JSON) -> subject, the same for a volume, its other sizes and latents.
 
-    Without a pattern it is the name of the class folder with the file's path below it.
+    Without a pattern it is the name of the class with the file's path below the folder.
     """
     find = None if pattern is None else find_subject(pattern)
 
-    def subject_of(path: Path, folder: Path) -> str:
+    def subject_of(path: Path, folder: Path, class_name: str | None = None) -> str:
         below = path.relative_to(folder).as_posix()
         if find is not None:
             return find(path, below)
-        place = folder.absolute()
-        name = place.name.removesuffix(LATENT_SUFFIX)
-        return f"{place.parent.name if is_size_folder(name) else name}/{below.removesuffix(VOLUME_SUFFIX)}"
+        return f"{class_name or class_name_of(folder)}/{below.removesuffix(VOLUME_SUFFIX)}"
 
     return subject_of
 
@@ -119,49 +130,70 @@ def find_split(root_dir: str | Path, wanted: str | None = None) -> DataSplit | N
     """The split that the files of a dataset JSON have.
 
     Arguments:
-        wanted: a `split.json`; "none": without one; None: that beside the JSON, else the copies in all its folders.
+        wanted: a `split.json`; "none": without one; None: that beside the JSON, else that of its folders, which lies in
+            them (latents) or above them (volumes of a data set that the JSON names from elsewhere).
 
-    UserError: a file that is no split, folders with copies of different splits, or some without.
+    UserError: a file that is no split, folders with different ones, or some without.
     """
     if wanted is not None:
         return None if wanted == NO_SPLIT else read_split(wanted)
     beside = Path(root_dir).parent / SPLIT_NAME
-    if beside.is_file():
-        return read_split(beside)
     folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
+    if beside.is_file():
+        return replace(read_split(beside), class_names=_class_names(folders))
     return _common_split(folders, root_dir)
 
 
 def _common_split(folders: Sequence[Path], root_dir: str | Path) -> DataSplit | None:
-    copies = {folder: folder / SPLIT_NAME for folder in folders}
-    found = [path for path in copies.values() if path.is_file()]
-    if not found:
+    places = {folder: place for folder in folders if (place := split_near(folder)) is not None}
+    if not places:
         return None
-    splits = [read_split(path) for path in found]
-    if len(found) < len(folders) or any(split.subjects != splits[0].subjects for split in splits):
-        odd = next((path for path in copies.values() if path not in found), found[-1])
+    first, splits = next(iter(places.values())), {place: read_split(place) for place in places.values()}
+    odd = next((folder for folder in folders if folder not in places), None)
+    odd = odd or next((place for place, split in splits.items() if split.subjects != splits[first].subjects), None)
+    if odd is not None:
         raise UserError(
-            f"{odd}: the folders of {root_dir} don't have the same split as {found[0]}: encode again, which brings it "
-            f"up to date, or give the split to take, e.g. split={found[0]}"
+            f"{odd}: the folders of {root_dir} don't have the same split as {first}: encode again, which brings it up "
+            f"to date, or say which one to take, e.g. split={first}, or split=none"
         )
-    return splits[0]
+    return replace(splits[first], class_names=_class_names(folders))
+
+
+def split_near(folder: Path) -> Path | None:
+    """The `split.json` of the data set that a folder belongs to: in it, or above CLASS or CLASS/SIZE."""
+    place = folder.absolute()
+    files = (parent / SPLIT_NAME for parent in (place, *place.parents[:2]))
+    return next((file for file in files if file.is_file() and not is_run_record(file)), None)
+
+
+def _class_names(folders: Iterable[Path]) -> dict[Path, str]:
+    copies = {folder: folder / SPLIT_NAME for folder in folders}
+    names = {folder: read_json_object(copy).get("class") for folder, copy in copies.items() if copy.is_file()}
+    return {folder: name for folder, name in names.items() if isinstance(name, str)}
 
 
 def read_split(path: str | Path) -> DataSplit:
     """UserError: no such file, or none of this form."""
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: make it with dataset/split.py")
+    record = read_json_object(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not record.keys() >= KEYS:
-            raise ValueError("it has no " + ", ".join(sorted(KEYS - set(record))))
-        if strange := set(record["subjects"].values()) - set(SIDES):
-            raise ValueError(f"a side {strange.pop()!r}, expected {', '.join(SIDES)}")
+        if missing := sorted(KEYS - set(record)):
+            raise ValueError("it has no " + ", ".join(missing))
         shares = Shares(*(record[key] for key in ("subject_pattern", "validation", "held_out", "seed")))
+        kinds = {"subject_pattern": str | None, "validation": float | int, "held_out": float | int, "seed": int}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(record[key], kind)]:
+            raise ValueError(f"{wrong[0]} is {record[wrong[0]]!r}")
+        if not isinstance(record["dataset"], str) or not Path(record["dataset"]).name:
+            raise ValueError(f"dataset is {record['dataset']!r}")
+        if strange := [side for side in record["subjects"].values() if side not in SIDES]:
+            raise ValueError(f"a side {strange[0]!r}, expected {', '.join(SIDES)}")
         return DataSplit(path, shares, record["dataset"], record["files_sha256"], record["subjects"])
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file: make it with dataset/split.py") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as the split of a data set ({error}): make it anew") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as the split of a data set ({error}): draw it anew (dataset/split.py --anew)"
+        ) from error
 
 
 # One side
@@ -173,19 +205,21 @@ def parse_side(text: str) -> tuple[str, str | None]:
     return (path, side) if side in SIDES else (text, None)
 
 
+def dataset_of(text: str) -> Path:
+    """The dataset JSON, or folder, behind what a set is given by: a folder, JSON, JSON:SIDE or split.json:SIDE."""
+    path = Path(parse_side(text)[0])
+    return path.with_name(read_split(path).dataset) if path.name == SPLIT_NAME and path.is_file() else path
+
+
 def files_of_side(json_file: str | Path, side: str) -> dict[str, list[Path]]:
     """Name -> files on a side, of a dataset JSON with a split, or of the one that a `split.json` was drawn for.
 
     Names without any are left out. UserError: there is no split, or nothing on that side.
     """
-    path = Path(json_file)
-    if path.name == SPLIT_NAME:
-        split = read_split(path)
-        path = path.with_name(split.dataset)
-    elif (split := find_split(path)) is None:
-        raise UserError(
-            f"{path}: has no {SPLIT_NAME} beside it, so that {side} is nothing: python dataset/split.py {path}"
-        )
+    path = dataset_of(str(json_file))
+    split = read_split(json_file) if path != Path(json_file) else find_split(path)
+    if split is None:
+        raise UserError(f"{path}: has no {SPLIT_NAME}, so that {side} is nothing: python dataset/split.py {path}")
     found = {
         name: sorted({file for folder in folders for file in split.select(folder, side)})
         for name, folders in read_dataset_folders(path).items()
@@ -196,20 +230,31 @@ def files_of_side(json_file: str | Path, side: str) -> dict[str, list[Path]]:
 
 
 def check_no_subject_twice(sets: Mapping[str, tuple[str, Iterable[Path]]]) -> None:
-    """UserError: a subject is in two sets, as far as there is a split that tells subjects.
+    """UserError: a subject is in two sets, as far as the split of one of them tells subjects.
 
     sets: option -> (folder, dataset JSON or JSON:SIDE, its files).
     """
+    splits = [split for text, _ in sets.values() if (split := _split_of(Path(parse_side(text)[0]))) is not None]
+    known: dict[Path, DataSplit] = {}
+    for split in splits:
+        json_file = split.path.with_name(split.dataset)
+        if json_file.is_file():
+            folders = read_dataset_folders(json_file).values()
+            known |= {folder.resolve(): split for of_name in folders for folder in of_name}
     subjects: dict[str, tuple[str, Path]] = {}
-    for option, (text, files) in sets.items():
-        split = _split_of(Path(parse_side(text)[0]))
+    for option, (_, files) in sets.items():
         own = {}
-        for path, subject in _subjects(split, files) if split else ():
+        for path in files:
+            place = path.resolve()
+            folder = next((parent for parent in place.parents if parent in known), None)
+            if folder is None:
+                continue
+            subject = known[folder].subject_of(place, folder)
             if subject in subjects:
                 other, first = subjects[subject]
                 raise UserError(
                     f"{option}: {path} is of subject {subject}, as {first} of {other} is: give sets without common "
-                    f"subjects, e.g. {split.path}:{HELD_OUT} and {split.path}:{TRAINING}"
+                    f"subjects, e.g. {known[folder].path}:{HELD_OUT} and {known[folder].path}:{TRAINING}"
                 )
             own[subject] = (option, path)
         subjects |= own
@@ -221,73 +266,11 @@ def _split_of(path: Path) -> DataSplit | None:
         return read_split(path)
     if path.is_file():
         return find_split(path)
-    place = path.absolute()  # CLASS/SIZE, CLASS, or the folder of the JSONs
-    beside = next((p / SPLIT_NAME for p in (place, *place.parents[:2]) if (p / SPLIT_NAME).is_file()), None)
-    return read_split(beside) if beside else None
+    near = split_near(path)
+    return read_split(near) if near else None
 
 
-def _subjects(split: DataSplit, files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """The files that the split's data set knows, each with its subject."""
-    json_file = split.path.with_name(split.dataset)
-    if json_file.is_file():
-        named = {folder.absolute() for folders in read_dataset_folders(json_file).values() for folder in folders}
-        for path in files:
-            folder = next((parent for parent in path.absolute().parents if parent in named), None)
-            if folder is not None:
-                yield path, split.subject_of(path.absolute(), folder)
-
-
-# Drawing
-
-
-def draw_split(root_dir: str | Path, shares: Shares, before: DataSplit | None = None) -> DataSplit:
-    """Draws a side for each subject in the files of a dataset JSON; those in `before` keep theirs.
-
-    First the share that is held out, then that of validation, each as `split_dataset` does: of every name at least one
-    subject, and never its last one in training.
-
-    UserError: shares that leave nothing to train on, a file without subject.
-    """
-    if not 0 <= shares.validation + shares.held_out < 1 or min(shares.validation, shares.held_out) < 0:
-        raise UserError(
-            f"validation {shares.validation:g} and held-out {shares.held_out:g}: shares from 0 on are needed that "
-            "leave something to train on"
-        )
-    subject_of = subject_finder(shares.subject_pattern)
-    files = []
-    for name, folders in read_dataset_folders(root_dir).items():
-        for folder in folders:
-            for path in list_volumes(folder):
-                subject = subject_of(path, folder)
-                files.append(SplitFile(name, path, subject, subject))
-    known = dict(before.subjects) if before else {}
-    sides = {file.subject: known.get(file.subject) for file in files}
-    for side in (HELD_OUT, VALIDATION):
-        share = getattr(shares, side)
-        # A share of what is left once the larger side has gone.
-        left = [file for file in files if side == HELD_OUT or sides[file.subject] != HELD_OUT]
-        fraction = share if side == HELD_OUT else share / (1 - shares.held_out)
-        chosen = {subject for subject, of in sides.items() if of == side}
-        others = {subject for subject, of in sides.items() if of not in (None, side)}
-        if fraction > 0:
-            chosen = choose_subjects(left, fraction, shares.seed, chosen, others)
-        sides |= dict.fromkeys(chosen, side)
-    subjects = known | {subject: side or TRAINING for subject, side in sides.items()}
-    return _split_for(root_dir, shares, [file.path for file in files], subjects)
-
-
-def given_split(root_dir: str | Path, shares: Shares, sides: Mapping[Path, str]) -> DataSplit:
-    """The split of a data set each of whose files has its side by what it is. sides: file below CLASS -> side."""
-    subject_of = subject_finder(shares.subject_pattern)
-    return _split_for(root_dir, shares, sides, {subject_of(path, path.parent): side for path, side in sides.items()})
-
-
-def _split_for(root_dir: str | Path, shares: Shares, files: Iterable[Path], subjects: Mapping[str, str]) -> DataSplit:
-    path = Path(root_dir)
-    place = path.absolute().parent
-    names = sorted(os.path.relpath(file.absolute(), place) + "\n" for file in files)
-    digest = hashlib.sha256(os.fsencode("".join(names))).hexdigest()
-    return DataSplit(path.with_name(SPLIT_NAME), shares, path.name, digest, subjects)
+# One data set
 
 
 def sides_of(
@@ -307,53 +290,3 @@ def sides_of(
             "without it (dataset.split=none)"
         )
     return split.split(root_dir)
-
-
-def agreed_shares(root_dir: str | Path, wanted: Mapping[str, Any], anew: bool = False) -> Shares:
-    """What the split beside a dataset JSON has, or is to be drawn with.
-
-    wanted: the fields of `Shares` that are asked for; None: what the split has, else the default.
-
-    UserError: the split was drawn with other values, and `anew` is not said.
-    """
-    path = Path(root_dir).with_name(SPLIT_NAME)
-    asked = {key: value for key, value in wanted.items() if value is not None}
-    shares = read_split(path).shares if path.is_file() else Shares(**DEFAULTS)
-    if anew or not path.is_file():
-        return replace(shares, **asked)
-    for key, value in asked.items():
-        if getattr(shares, key) != value:
-            raise UserError(
-                f"{path}: was drawn with {key} {getattr(shares, key)!r}, not {value!r}: leave it out, or draw anew "
-                f"(python dataset/split.py {root_dir} --anew ...), after which models that are there have seen "
-                "subjects that are held out then"
-            )
-    return shares
-
-
-def keep_or_draw(root_dir: str | Path, wanted: Mapping[str, Any], anew: bool = False) -> DataSplit:
-    """The split beside a dataset JSON, with a side for every file; drawn and written as far as it is missing.
-
-    Arguments and UserError as `agreed_shares`.
-    """
-    path = Path(root_dir).with_name(SPLIT_NAME)
-    before = read_split(path) if path.is_file() and not anew else None
-    split = draw_split(root_dir, agreed_shares(root_dir, wanted, anew), before)
-    split.write(path.parent)
-    return split
-
-
-def show_split(split: DataSplit, root_dir: str | Path) -> None:
-    """Prints how many subjects and volumes of each name of a dataset JSON are on each side."""
-    console = Console(stderr=True)
-    pattern = split.shares.subject_pattern
-    console.print(
-        f"{split.path}: {'every file is a subject' if pattern is None else f'subjects by {pattern}'}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
-    table = Table("name", *(f"{side.replace('_', ' ')}: subjects, volumes" for side in SIDES))
-    for name, folders in read_dataset_folders(root_dir).items():
-        found = [(split.subject_of(p, f), split.side_of(p, f)) for f in folders for p in list_volumes(f)]
-        files, subjects = Counter(side for _, side in found), Counter(side for _, side in set(found))
-        table.add_row(Text(name), *(f"{subjects[side]}, {files[side]}" for side in SIDES))
-    console.print(table)

@@ -210,6 +210,14 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def is_run_record(path: Path) -> bool:
+    """Whether a `split.json` is the record of a run, not the split of a data set."""
+    try:
+        return "files" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def began_by_itself(folder: str | Path) -> bool:
     """Whether a run with checkpoints in this folder drew its split itself, as all did before there was one for all."""
     path = Path(folder) / RECORD_NAME

@@ -10,7 +10,8 @@ from scipy import ndimage
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, Shares, given_split
+from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, Shares
+from dataset.order.draw_split import given_split
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX
@@ -208,6 +209,11 @@ def field_of_view(rng: np.random.Generator, size: int, lengths_mm: tuple[int, in
 
 
 CLASSES = (("CTChest", chest_phantom), ("MRBrain", brain_phantom))
+
+
+def only_training(count: int) -> dict[str, int]:
+    """Counts for `write_phantoms`."""
+    return {TRAINING: count, VALIDATION: 0, HELD_OUT: 0}
 
 
 def write_phantoms(

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.files import lock, lock_folder
-from dataset.order.data_split import SPLIT_NAME, agreed_shares, keep_or_draw, show_split, subject_finder
+from dataset.order.data_split import SPLIT_NAME, subject_finder
+from dataset.order.draw_split import agreed_shares, keep_or_draw, show_split, subjects_of
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes, check_place, choose_class_id
 from dataset.preparation.manifest import read_manifest
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder, file_name
@@ -60,9 +61,7 @@ def preprocess(cfg: DictConfig) -> bool:
     other_sizes = count_other_sizes(class_folder, folder)
 
     selected, passed_over, outcomes = _find(cfg, target.modality)
-    subject_of = subject_finder(agreed_shares(output_dir / AUTOENCODER_JSON, _shares(cfg)).subject_pattern)
-    for source in selected:  # while nothing has been done
-        subject_of(folder / file_name(source), folder)
+    _check_split(cfg, output_dir / AUTOENCODER_JSON, folder, selected)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "preparing volumes"):
         prepared = PreparedFolder(folder, source_folder, target.recipe)
@@ -113,9 +112,24 @@ def _shares(cfg: DictConfig) -> dict[str, str | float | None]:
     return {key: cfg[key] for key in ("subject_pattern", "validation", "held_out")}
 
 
+def _has_split(cfg: DictConfig, json_file: Path) -> bool:
+    return json_file.with_name(SPLIT_NAME).is_file() or any(value is not None for value in _shares(cfg).values())
+
+
+def _check_split(cfg: DictConfig, json_file: Path, folder: Path, sources: Sequence[Source]) -> None:
+    """UserError, while nothing has been done, where the split could not be drawn with the volumes to come."""
+    if _has_split(cfg, json_file):
+        shares = agreed_shares(json_file, _shares(cfg))
+        if json_file.is_file():
+            subjects_of(json_file, shares)
+        subject_of = subject_finder(shares.subject_pattern)
+        for source in sources:
+            subject_of(folder / file_name(source), folder)
+
+
 def _keep_split(cfg: DictConfig, json_file: Path, console: Console) -> None:
     """Gives new subjects a side, in the split that is there or that is asked for."""
-    if json_file.with_name(SPLIT_NAME).is_file() or any(value is not None for value in _shares(cfg).values()):
+    if _has_split(cfg, json_file):
         show_split(keep_or_draw(json_file, _shares(cfg)), json_file)
     else:
         console.print(

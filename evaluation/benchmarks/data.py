@@ -28,7 +28,7 @@ from common.errors import UserError
 from dataset.cache.latents import LatentCache
 from dataset.cache.volumes import FileCache, VolumeCache
 from dataset.order.epochs import SampleKey, sample_generator
-from dataset.preparation.phantoms import write_phantoms
+from dataset.preparation.phantoms import only_training, write_phantoms
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_latent
 from dataset.vqgan import VQGANDataset
@@ -80,7 +80,7 @@ def measure(cfg: DictConfig) -> Report:
 
 def _measure_patches(cfg: DictConfig, folder: Path, cache_dir: Path) -> Report:
     scale = SCALES[cfg.size]
-    write_phantoms(folder, NUM_PER_CLASS, 0, scale.volume, seed=0)
+    write_phantoms(folder, only_training(NUM_PER_CLASS), scale.volume, seed=0)
     root = folder / "PatchVolume_data.json"
     uncached = _patches(root, scale, None)
     caches = {dtype: VolumeCache(dtype, cache_dir=cache_dir / dtype) for dtype in ("int16", "float32")}

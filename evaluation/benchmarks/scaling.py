@@ -25,7 +25,7 @@ from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.diffusion import BiFlowNetConfig
-from dataset.preparation.phantoms import write_phantoms
+from dataset.preparation.phantoms import only_training, write_phantoms
 from dataset.volumes.volume_io import write_latent
 from evaluation.benchmarks.measuring import Report, Row, in_turn
 
@@ -70,7 +70,8 @@ def _autoencoder(folder: Path, config: str | None, steps: int, device: torch.dev
     """The command without its run folder, on phantoms."""
     config = config or CONFIG_FOLDER / "demo" / "PatchVolume.yaml"
     batch_size = load_config(AutoencoderConfig, config).model.batch_size
-    write_phantoms(folder, batch_size * processes, 0, 64, seed=0)  # of each of two classes: whole batches everywhere
+    counts = only_training(batch_size * processes)  # of each of two classes: whole batches everywhere
+    write_phantoms(folder, counts, 64, seed=0)
     data = f"dataset.root_dir={folder}/PatchVolume_data.json"
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     command = ["train/train_PatchVolume.py", "--config", str(config), data, f"model.accelerator={accelerator}"]

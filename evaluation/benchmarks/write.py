@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from common.errors import UserError
-from dataset.preparation.phantoms import write_phantoms
+from dataset.preparation.phantoms import only_training, write_phantoms
 from dataset.volumes.volume_io import int16_scale, read_volume, write_volume
 from evaluation.benchmarks.measuring import Report, Row, in_turn, timed
 
@@ -48,7 +48,7 @@ def measure(cfg: DictConfig) -> Report:
 
 
 def _volume(folder: Path, edge: int) -> Tensor:
-    write_phantoms(folder, 1, 0, edge, seed=0)
+    write_phantoms(folder, only_training(1), edge, seed=0)
     phantom = read_volume(sorted(folder.rglob("*.nii.gz"))[0]).data
     noise = NOISE * torch.randn(phantom.shape, generator=torch.Generator().manual_seed(0))
     return (phantom + noise).clamp(*RANGE)

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import file_sha256
 from common.progress import tracked
 from dataset.checking.examine import format_numbers, format_size
-from dataset.order.data_split import check_no_subject_twice, files_of_side, parse_side
+from dataset.order.data_split import check_no_subject_twice, dataset_of, files_of_side, parse_side
 from dataset.preparation.recipe import Recipe, prepare
 from dataset.preparation.sources import Scan
 from dataset.volumes.index import is_size_folder, list_volumes, read_dataset_folders, read_dataset_json
@@ -151,7 +151,8 @@ def class_titles(path: str | Path) -> dict[str, str]:
     none is that of all classes together.
     """
     titles: dict[str, str] = {}
-    for name, folders in ({} if Path(path).is_dir() else read_dataset_folders(path)).items():
+    path = dataset_of(str(path))
+    for name, folders in ({} if path.is_dir() else read_dataset_folders(path)).items():
         found = {(place.parent if is_size_folder(place.name) else place).name for place in map(Path.resolve, folders)}
         title = found.pop() if name.isdigit() and len(found) == 1 else name
         titles[name] = f"{title} ({name})" if title in (ALL, *titles.values()) else title

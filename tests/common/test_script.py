@@ -30,6 +30,14 @@ def break_off(argv) -> None:
     raise RuntimeError("Connection closed by peer")
 
 
+@pytest.fixture(autouse=True)
+def heed_ctrl_c():
+    """Whatever started the tests: a shell's background job ignores Ctrl-C, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def torchrun(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / "1" / "error.json"))

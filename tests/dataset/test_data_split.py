@@ -19,13 +19,13 @@ from dataset.order.data_split import (
     VALIDATION,
     Shares,
     check_no_subject_twice,
-    draw_split,
     files_of_side,
     find_split,
     parse_side,
     read_split,
     sides_of,
 )
+from dataset.order.draw_split import draw_split
 from dataset.order.split import keep_split
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_latent
@@ -93,7 +93,7 @@ def test_new_files_go_to_their_subject_and_new_subjects_leave_the_others(tmp_pat
     make_set(tmp_path, patients=40, scans=3)
     new = tmp_path / "CT" / "8x8x8" / "p39" / "scan2.nii.gz"
     with pytest.raises(
-        UserError, match="p39 is not in .*split.json: give it a side.*dataset/split.py .*PatchVolume_data"
+        UserError, match="p39 is not in .*split.json: give it a side.*dataset/split.py with the dataset JSON"
     ):
         find_split(path).side_of(new, tmp_path / "CT" / "8x8x8")
     draw(path)  # with the values that it has
@@ -136,8 +136,11 @@ def test_shares_that_leave_nothing(tmp_path, validation, held_out):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("no JSON", "cannot be read as the split of a data set"),
-        ("[]", "it has no dataset, files_sha256"),
+        ("no JSON", "not a JSON file"),
+        ("[]", "a JSON object .* is needed"),
+        ("no seed", "it has no seed"),
+        ("no name", "dataset is ''"),
+        ("text", "validation is '0.1'"),
         ('{"files": {}}', "it has no dataset, files_sha256"),
         ("other side", "a side 'test', expected training, validation, held_out"),
     ],
@@ -145,12 +148,18 @@ def test_shares_that_leave_nothing(tmp_path, validation, held_out):
 def test_files_that_are_no_split(tmp_path, content, message):
     path = make_set(tmp_path)
     draw(path)
-    text = (
-        path.with_name(SPLIT_NAME).read_text().replace('"training"', '"test"') if content == "other side" else content
-    )
-    path.with_name(SPLIT_NAME).write_text(text)
+    changed = {
+        "other side": ('"training"', '"test"'),
+        "no seed": ('"seed"', '"sead"'),
+        "no name": ('"PatchVolume_data.json"', '""'),
+        "text": ('"validation": 0.1', '"validation": "0.1"'),
+    }
+    text = path.with_name(SPLIT_NAME).read_text()
+    path.with_name(SPLIT_NAME).write_text(text.replace(*changed[content]) if content in changed else content)
     with pytest.raises(UserError, match=message):
         find_split(path)
+    draw(path, "--anew")
+    assert find_split(path) is not None
 
 
 # What keeps to it
@@ -206,7 +215,7 @@ def test_latents_carry_it_wherever_they_go(real, tmp_path_factory):
     folder = real / "CT" / "12x10x8_latents"
     for path in volumes.latent_paths:
         write_latent(path, np.zeros((2, 8, 8, 8), np.float32))
-    encoding.copy_split(real / "Singleres_dataset.json", volumes, [folder], encoding.get_logger(0))
+    encoding.copy_split(real / "Singleres_dataset.json", volumes, encoding.get_logger(0))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     folder.rename(elsewhere / "chests_latents")
     (elsewhere / "latents.json").write_text('{"0": "chests_latents"}')
@@ -216,7 +225,7 @@ def test_latents_carry_it_wherever_they_go(real, tmp_path_factory):
 
     touch(elsewhere / "more_latents", "p0/scan.nii.gz")
     (elsewhere / "latents.json").write_text('{"0": ["chests_latents", "more_latents"]}')
-    assert "more_latents/split.json: the folders of" in error_of(find_split, elsewhere / "latents.json")
+    assert "more_latents: the folders of" in error_of(find_split, elsewhere / "latents.json")
 
 
 def test_sets_of_one_side(real):
@@ -227,8 +236,48 @@ def test_sets_of_one_side(real):
         assert patients(files) == of_side(real, HELD_OUT)
     assert parse_side("a:b/held_out") == ("a:b/held_out", None)
     (real / SPLIT_NAME).rename(real / "old.json")
-    assert "has no split.json beside it, so that held_out is nothing" in error_of(files_of_side, json_file, HELD_OUT)
+    assert "has no split.json, so that held_out is nothing" in error_of(files_of_side, json_file, HELD_OUT)
     assert read_split(real / "old.json").dataset == "PatchVolume_data.json"
+
+
+def test_a_json_elsewhere_keeps_to_the_split_of_its_folders(real, tmp_path_factory):
+    place = tmp_path_factory.mktemp("config")
+    (place / "volumes.json").write_text(json.dumps({"mine": str(real / "CT" / "12x10x8")}))
+    assert patients(VQGANDataset(place / "volumes.json", check=False).files) == of_side(real, TRAINING)
+    touch(place / "other", "p9/scan.nii.gz")
+    (place / "volumes.json").write_text(json.dumps({"mine": str(real / "CT" / "12x10x8"), "other": "other"}))
+    assert "other: the folders of" in error_of(find_split, place / "volumes.json")
+
+
+def test_latents_without_a_pattern_are_known_under_any_name(real, tmp_path_factory):
+    draw(real / "PatchVolume_data.json", "--anew", "--subject-pattern", "(.+)")
+    record = json.loads((real / SPLIT_NAME).read_text()) | {"subject_pattern": None}
+    record["subjects"] = {f"CT/{name.removesuffix('.nii.gz')}": side for name, side in record["subjects"].items()}
+    (real / SPLIT_NAME).write_text(json.dumps(record))
+    place = tmp_path_factory.mktemp("fast")
+    find_split(real / "PatchVolume_data.json").write(place / "chests", "CT")
+    touch(place / "chests", *[f"p{p}/scan.nii.gz" for p in range(8)])
+    (place / "latents.json").write_text('{"0": "chests"}')
+    found = find_split(place / "latents.json").select(place / "chests", TRAINING)
+    assert {f"CT/{path.parent.name}/scan" for path in found} == of_side(real, TRAINING)
+
+
+def test_a_class_keeps_someone_to_train_on(tmp_path):
+    path = make_set(tmp_path, patients=2, sizes=("8x8x8",))
+    draw(path, "--subject-pattern", PATIENT, "--validation", 0.5, "--held-out", 0)
+    (both,) = [subject for subject, side in sides(path).items() if side == VALIDATION]
+    touch(tmp_path / "MR", f"{both}/a.nii.gz", "p77/a.nii.gz")
+    path.write_text(json.dumps({"CT": "CT/8x8x8", "MR": "MR"}))
+    split = draw_split(path, Shares(PATIENT, 0.3, 0.3, 0), find_split(path))
+    assert split.subjects["p77"] == TRAINING
+
+
+def test_nobody_to_train_on(real):
+    record = json.loads((real / SPLIT_NAME).read_text())
+    record["subjects"] = dict.fromkeys(record["subjects"], HELD_OUT)
+    (real / SPLIT_NAME).write_text(json.dumps(record))
+    for data in (VQGANDataset, lambda path: Singleres_dataset(path, split=find_split(path))):
+        assert "no subject of" in error_of(data, real / "Singleres_dataset.json")
 
 
 @pytest.mark.parametrize("training", ["PatchVolume_data.json", "CT", "CT/12x10x8", "split.json:validation"])

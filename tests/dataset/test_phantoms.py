@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, files_of_side
-from dataset.preparation.phantoms import CLASSES, make_phantom, write_phantoms
+from dataset.preparation.phantoms import CLASSES, make_phantom, only_training, write_phantoms
 from dataset.volumes.index import read_class_json, read_dataset_json
 from dataset.volumes.volume_io import read_header, read_model_volume, tensor_to_nifti
 
@@ -62,10 +62,6 @@ def test_anatomy_is_where_it_belongs():
 def test_texture_is_about_one_percent_of_the_range():
     liver = make_phantom(0, 0, 64).data[44:50, 28:36, 2:8]
     assert 0.01 < liver.std() < 0.03
-
-
-def only_training(count: int) -> dict[str, int]:
-    return {TRAINING: count, VALIDATION: 0, HELD_OUT: 0}
 
 
 def test_folders_and_jsons(tmp_path):

@@ -162,8 +162,8 @@ def test_the_pattern_sees_only_the_path_below_the_class_folder(tmp_path):
     [
         (-0.1, None, r"dataset\.val_fraction is -0\.1"),
         (1.0, None, r"dataset\.val_fraction is 1\.0"),
-        (0.1, "sub-(", r"dataset\.subject_pattern 'sub-\(': not a regular expression"),
-        (0.1, "pat-(.)", r"sub-00/ses-0\.nii\.gz: dataset\.subject_pattern 'pat-\(\.\)' finds no subject"),
+        (0.1, "sub-(", r"subject_pattern 'sub-\(': not a regular expression"),
+        (0.1, "pat-(.)", r"sub-00/ses-0\.nii\.gz: subject_pattern 'pat-\(\.\)' finds no subject"),
         (0.1, "(x)?sub", "finds no subject"),
         (0.0, "pat-(.)", "finds no subject"),
     ],

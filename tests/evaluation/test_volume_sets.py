@@ -9,6 +9,8 @@ import torch
 from evaluation_sets import blob, write_json, write_record, write_set
 
 from common.errors import UserError
+from dataset.order.data_split import SIDES
+from dataset.order.draw_split import keep_or_draw
 from dataset.volumes.geometry import affine_from_spacing
 from dataset.volumes.volume_io import read_volume, write_volume
 from evaluation.comparison.ranges import check_ranges, sample_ranges
@@ -17,6 +19,7 @@ from evaluation.comparison.sets import (
     Group,
     SetVolume,
     group_volumes,
+    groups_of_one_set,
     list_refused,
     on_one_grid,
     read_headers,
@@ -63,6 +66,30 @@ def test_two_classes_of_one_name_stay_apart(tmp_path):
         write_record(path, i % 2, "CT")
     groups, _ = groups_of(write_json(tmp_path / "d.json", **folders), made)
     assert [group.name for group in groups] == ["CT", "CT (1)"]
+
+
+@pytest.mark.parametrize("by", ["split.json", "PatchVolume_data.json", "Singleres_dataset.json"])
+def test_one_side_of_the_split(tmp_path, by):
+    """Groups have the names of classes, and a set of another side's subjects is refused as training set."""
+    write_set(tmp_path / "CT" / "8x8x8", range(8))
+    made = write_set(tmp_path / "made", range(10, 14))
+    for path in made.glob("*.nii.gz"):
+        write_record(path, 0, "CT")
+    for name, key in (("PatchVolume_data.json", "CT"), ("Singleres_dataset.json", "0")):
+        write_json(tmp_path / name, **{key: "CT/8x8x8"})
+    split = keep_or_draw(tmp_path / "PatchVolume_data.json", {"validation": 0.25, "held_out": 0.25})
+    sides = {side: f"{tmp_path / by}:{side}" for side in SIDES}
+    ((group,), notes) = groups_of(sides["held_out"], made, sides["training"])
+    assert (group.name, notes) == ("CT", [])
+    for role, side in (("real", "held_out"), ("training", "training")):
+        found = {f"CT/{volume.path.name.removesuffix('.nii.gz')}" for volume in group.sets[role]}
+        assert found == {subject for subject, of in split.subjects.items() if of == side}
+    (alone,) = groups_of_one_set(sides["held_out"], "data", "held-out", RANGE, "?")
+    assert (alone.name, len(alone.sets["held-out"])) == ("CT", 2)
+    if by != "split.json":
+        everybody = tmp_path / by
+        with pytest.raises(UserError, match="training: .* is of subject CT/.*, as .* of real is"):
+            groups_of(sides["held_out"], made, everybody)
 
 
 def test_classes_on_one_side_only_are_left_out_with_a_note(tmp_path):

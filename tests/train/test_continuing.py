@@ -16,7 +16,7 @@ from common.checkpoint_files import load_checkpoint
 from config.cli import parse_command_line
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.diffusion import BiFlowNetConfig
-from dataset.order.data_split import keep_or_draw
+from dataset.order.draw_split import keep_or_draw
 from train.autoencoder.training import train as train_autoencoder
 from train.diffusion import run_folder
 from train.loop.continuing import changes, news_of
@@ -116,7 +116,12 @@ def test_a_split_that_came_later_begins_another_run_and_says_so(tmp_path):
     assert f"there are {results}/000-BiFlowNet (split: None -> {data.parent}/split.json): to go on" in log
     assert checkpoint(run, 1)["num_samples"] == 6  # of ten, two for validation and two held out
     assert train(runs.config(data, results, max_steps=2))["folder"] == run
-    assert train(runs.config(data, results, max_steps=2, split="none"))["folder"].name == "000-BiFlowNet"
+    first = results / "000-BiFlowNet"
+    assert train(runs.config(data, results, max_steps=2, split="none"))["folder"] == first
+    assert train(runs.config(data, results, max_steps=3, continue_from=str(first)))["folder"] == first
+    assert checkpoint(first, 3)["num_samples"] == 10
+    keep_or_draw(data, {"seed": 1}, anew=True)
+    assert "on another side" in error_of(train, runs.config(data, results, max_steps=3, run_name=run.name))
 
 
 @pytest.mark.parametrize("way", ["run_name", "continue_from"])

@@ -19,6 +19,12 @@ from train.train_BiFlowNet_SingleRes import train
 DELETED = "the run folder was deleted during training, which ends here: start anew"
 
 
+def remove(folder: Path) -> None:
+    """Also while something is being written there."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class DeleteAt(pl.Callback):
     """Deletes a folder before a step."""
 
@@ -27,7 +33,7 @@ class DeleteAt(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step:
-            shutil.rmtree(self.folder)
+            remove(self.folder)
 
 
 def delete_at_logged(monkeypatch, step: int, folder: Path) -> None:
@@ -36,7 +42,7 @@ def delete_at_logged(monkeypatch, step: int, folder: Path) -> None:
     def write_and_delete(self, logged: int, scalars: dict) -> None:
         write(self, logged, scalars)
         if logged == step:
-            shutil.rmtree(folder)
+            remove(folder)
 
     monkeypatch.setattr(MetricsWriter, "write", write_and_delete)
 

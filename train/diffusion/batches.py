@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from common.files import check_still_there
 from dataset.cache.latents import LatentCache
 from dataset.order.epochs import EpochSampler, SampleKey
 from dataset.Singleres_dataset import Singleres_dataset
+from train.diffusion.checks import check_split_of_run
 from train.loop.session import Session
 from train.loop.signals import close_loader, ignore_signals
 
@@ -196,6 +198,10 @@ class LatentBatches:
         """What to change where training waits for batches."""
         cache = "none" if self._dataset.cache is None else "float32"
         return f"raise num_workers (now {self._num_workers}), or set cache=float32 (now {cache}) with a fast cache_dir"
+
+    def check_run(self, folder: Path) -> None:
+        """UserError where a run's folder says that it trains on other data. To be called on rank 0."""
+        check_split_of_run(self._dataset, folder)
 
     def build_cache(self, logger: logging.Logger) -> None:
         """Copy into the cache what is not there yet, if there is one. Errors as of `LatentCache.build`."""

@@ -10,10 +10,10 @@ from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common.errors import UserError
 from config.loading import require
 from dataset.checking.before_training import check_latents
-from dataset.order.data_split import DataSplit, find_split
+from dataset.order.data_split import NO_SPLIT, SPLIT_NAME, TRAINING, DataSplit, find_split, read_split
 from dataset.Singleres_dataset import Singleres_dataset
 from train.diffusion.state import Origin
-from train.loop.continuing import is_run_folder
+from train.loop.continuing import is_run_folder, read_config
 from train.loop.session import Session
 
 MODELS = ("BiFlowNet",)
@@ -36,10 +36,35 @@ def check_options(cfg: DictConfig, here: Session) -> None:
 
 
 def find_training_split(cfg: DictConfig) -> DataSplit | None:
-    """The split of the data, which `cfg.split` names from now on, as the run's record does; null without one."""
-    split = find_split(cfg.data_path, cfg.split)
+    """The split of the data, which `cfg.split` names from now on, as the run's record does; null without one.
+
+    A run that is named keeps what it began with where nothing else is said.
+    """
+    run = cfg.continue_from or (cfg.run_name and Path(cfg.results_dir) / cfg.run_name)
+    began = read_config(Path(run)) if run else None
+    wanted = cfg.split or (None if began is None else began.get("split") or NO_SPLIT)
+    split = find_split(cfg.data_path, wanted)
     cfg.split = None if split is None else str(split.path)
     return split
+
+
+def check_split_of_run(dataset: Singleres_dataset, folder: Path) -> None:
+    """Notes in a run's folder who it trains on. UserError where a subject has changed sides since the run began.
+
+    To be called on rank 0. Subjects that are new since then are no matter.
+    """
+    if dataset.split is None:
+        return
+    record = folder / SPLIT_NAME
+    if record.is_file():
+        before, now = read_split(record).subjects, dataset.split.subjects
+        moved = [s for s, side in before.items() if (side == TRAINING) != (now.get(s, side) == TRAINING)]
+        if moved:
+            raise UserError(
+                f"{folder}: {len(moved)} subject(s) are on another side of {dataset.split.path} than when this run "
+                f"began, e.g. {moved[0]}: begin another run (another --run-name), or bring back the split"
+            )
+    dataset.split.write(folder)
 
 
 def check_data(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> None:

@@ -63,6 +63,7 @@ def fit(
     if cfg.ckpt:
         state.check_fits(cfg.ckpt)  # before a folder is made
     folder, news = distributed.on_main(lambda: run_folder.open_run_folder(config, here.closing, cfg.model))
+    distributed.on_main(lambda: batches.check_run(folder))
     here.log_to(folder / "log.txt")
     for line in news:
         logger.info("%s: %s", folder, line)

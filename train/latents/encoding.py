@@ -24,7 +24,7 @@ from common.processes import Distributed, cleanup, setup
 from common.progress import Progress, tracked
 from config.loading import require
 from dataset.order.batches import batches_of_one_shape
-from dataset.order.data_split import SIDES, find_split
+from dataset.order.data_split import SIDES, class_name_of, find_split
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import latent_folder
 from dataset.volumes.latent_record import start_folder
@@ -53,7 +53,7 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         distributed.on_main(lambda: dataset.check_sample(logger), share=False)
         record = make_record(autoencoder, cfg.AE_ckpt, intensity_range)
         distributed.on_main(lambda: [_take_folder(folder, record, closing) for folder in folders])
-        distributed.on_main(lambda: copy_split(cfg.data_path, dataset, folders, logger), share=False)
+        distributed.on_main(lambda: copy_split(cfg.data_path, dataset, logger), share=False)
         _log_plan(logger, dataset, folders, autoencoder.patch_size)
 
         batches = batches_of_one_shape(range(len(dataset)), dataset.shapes, cfg.batch_size)
@@ -75,16 +75,18 @@ def _check_still_there(dataset: Singleres_dataset) -> None:
     check_still_there(dataset.latent_paths, "latents", "start again to make them anew")
 
 
-def copy_split(data_path: str, dataset: Singleres_dataset, folders: Sequence[Path], logger: Logger) -> None:
+def copy_split(data_path: str, dataset: Singleres_dataset, logger: Logger) -> None:
     """Copies the data set's split into the folders of latents, so that they say wherever they go who is held out."""
     split = find_split(data_path)
-    if split is not None:
+    if split is None:
+        logger.info("%s has no split.json (dataset/split.py): nobody is held out from training", data_path)
+    else:
         sides = Counter(split.side_of(path, folder) for path, folder in dataset.class_folders.items())
         logger.info(
             "%s: %s", split.path, ", ".join(f"{sides[side]} volumes {side.replace('_', ' ')}" for side in SIDES)
         )
-        for folder in folders:
-            split.write(folder)
+        for volumes in {folder for of_class in dataset.folders.values() for folder in of_class}:
+            split.write(latent_folder(volumes), class_name_of(volumes))
 
 
 def make_record(autoencoder: nn.Module, checkpoint: str | Path, intensity_range: Sequence[float]) -> dict[str, Any]:
