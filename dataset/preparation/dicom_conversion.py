@@ -1,11 +1,12 @@
 """The voxels of a DICOM series, converted by dcm2niix (Li et al., J. Neurosci. Methods 2016).
 
 dcm2niix takes files as they are where it can. What it can't read (no preamble, deflated), would sort into several
-volumes (by series number or time of the study, say) or would scale by one slope where each frame has its own is written
-again, a file a slice, with what the volume needs alone. So is what is compressed, unpacked by SimpleITK: dcm2niix
-doesn't extend the sign of JPEG 2000 and JPEG-LS voxels of fewer bits than are stored (a CT's mean became 4438 in place
-of -658) and refuses JPEG of 12 bits. Where slices lie is what their headers say: dcm2niix's affine of a tilted stack is
-without the tilt (29 HU off in a ramp of 4 HU/mm).
+volumes (by series number or time of the study, say) or would scale by one slope where each slice has its own is written
+again, a file a slice, with what the volume needs alone. So are files of several frames, which it takes in the file's
+order wherever they lie, and tilted stacks, which it turns around where they are numbered against their normal. So is
+what is compressed, unpacked by SimpleITK: dcm2niix doesn't extend the sign of JPEG 2000 and JPEG-LS voxels of fewer
+bits than are stored (a CT's mean became 4438 in place of -658) and refuses JPEG of 12 bits. Where slices lie is what
+their headers say: dcm2niix's affine of a tilted stack is without the tilt (29 HU off in a ramp of 4 HU/mm).
 """
 
 import io

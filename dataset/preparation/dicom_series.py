@@ -27,6 +27,7 @@ from dataset.preparation.dicom_places import (
     step_of,
     unevenness,
 )
+from dataset.volumes.geometry import SHEAR, shear_of
 
 SAME_PIXEL_SPACING = 1e-3  # relative; a smaller difference is rounding
 UNIT_TOLERANCE = 0.02  # of a direction's length and of the cosine between two; what is less is rounding
@@ -214,9 +215,13 @@ class Stack:
 
     @property
     def is_plain(self) -> bool:
-        """Whether any program reads its voxels, and that they have one scale."""
+        """Whether any program reads its voxels, that they have one scale, and that their order can't be mistaken.
+
+        dcm2niix takes frames in the file's order, wherever they lie, and turns tilted stacks around by their numbers.
+        """
         scales = {(image.slope, image.intercept) for image in self.slices}
-        return len(scales) == 1 and all(image.is_plain for image in self.slices)
+        is_upright = self.affine is not None and shear_of(self.affine) < SHEAR
+        return is_upright and len(scales) == 1 and all(image.is_plain and image.frames == 1 for image in self.slices)
 
 
 def _files_of(slices: Iterable[Slice]) -> tuple[Path, ...]:
