@@ -145,6 +145,18 @@ def test_every_voxel_has_its_value_at_its_place(tmp_path, change):
     assert ramp_error(scan.data, scan.affine) <= 0.5001  # stored values are whole
 
 
+@pytest.mark.parametrize("bits_stored", [8, 7])
+@pytest.mark.parametrize("change", [lambda header, k: None, rle, gzipped], ids=["as it is", "rle", "gzipped"])
+def test_signed_bytes(tmp_path, change, bits_stored):
+    volume, geometry = ramp_volume((7, 7, 8), origin_mm=(-8, -8, -9))  # an odd number of bytes in a slice
+    tags = {"RescaleSlope": 10, "RescaleIntercept": 0, "BitsStored": bits_stored, "HighBit": bits_stored - 1}
+    paths = write_series(tmp_path, volume, modality="MR", slope=10, intercept=0, dtype=np.int8, tags=tags, **geometry)
+    edit(paths, change)
+    scan = read_only_volume(tmp_path)
+    assert scan.data.min() < 0 < scan.data.max()
+    assert ramp_error(scan.data, scan.affine) <= 5.001
+
+
 @pytest.mark.parametrize("frames_per_file", [None, 1])
 @pytest.mark.parametrize("modality", ["CT", "MR"])
 @pytest.mark.parametrize("step_mm", [(0, 0, 2.5), (0, 0.7, 2.5), (0, 0, -2.5)])
