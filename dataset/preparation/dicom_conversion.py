@@ -4,7 +4,7 @@ dcm2niix takes files as they are where it can. What it can't read (no preamble, 
 volumes (by series number or time of the study, say) or would scale by one slope where each slice has its own is written
 again, a file a slice, with what the volume needs alone. So are files of several frames, which it takes in the file's
 order wherever they lie, and tilted stacks, which it turns around where they are numbered against their normal. Signed
-bytes, which it takes for unsigned ones, are written as 16 bits. So is what is compressed, unpacked by SimpleITK:
+bytes, which it takes for unsigned ones, are written as 16 bits. What is compressed is unpacked by SimpleITK before:
 dcm2niix doesn't extend the sign of JPEG 2000 and JPEG-LS voxels of fewer bits than are stored (a CT's mean became 4438
 in place of -658) and refuses JPEG of 12 bits. Where slices lie is what their headers say: dcm2niix's affine of a tilted
 stack is without the tilt (29 HU off in a ramp of 4 HU/mm).
