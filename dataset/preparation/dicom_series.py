@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ UNIT_TOLERANCE = 0.02  # of a direction's length and of the cosine between two; 
 SHEAR_TOLERANCE_DEG = 0.5  # a smaller angle between slice direction and slice normal is rounding
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 HOUNSFIELD = ("", "HU", "US")  # of CT: not said, said, and "unspecified"; values are checked in any case
+ECHO, KERNEL = attrgetter("echo_time"), attrgetter("kernel")
 # What tells images of one series apart that are volumes of their own: echoes, water and fat, exports in which different
-# people's series got the same identifier, phases, reconstructions.
+# people's series got the same identifier, phases, reconstructions. Echo and kernel do
+# so even where all positions together are an even stack; the others may differ within a volume.
 SPLITS: tuple[Callable[[Slice], Any], ...] = (
-    lambda image: image.echo_time,
+    ECHO,
     lambda image: image.image_type,
     lambda image: (image.echo_time, image.image_type),
     lambda image: image.path.parent,
     lambda image: image.acquisition,
-    lambda image: image.kernel,
+    KERNEL,
     lambda image: (image.number, image.description),
 )
 
@@ -174,10 +177,11 @@ def _split(slices: list[Slice]) -> list[tuple[tuple, list[Slice]]]:
     """The stacks in images of one series, each with what tells it apart; copies of the same image stay together."""
     by_position = group_by_position(slices)
     is_repeated = not all(map(are_copies, by_position.values()))
-    if not is_repeated and is_even([images[0] for images in by_position.values()]):
-        return [((), slices)]
-    for is_stack in (is_even, has_no_position_twice) if is_repeated else (is_even,):
+    is_whole = not is_repeated and _is_even_but_for_copies(slices)
+    for is_stack in (is_even, has_no_position_twice) if is_repeated else (_is_even_but_for_copies,):
         for number, kind in enumerate(SPLITS):
+            if is_whole and kind not in (ECHO, KERNEL):
+                continue
             parts = defaultdict(list)
             for image in slices:
                 parts[kind(image)].append(image)
@@ -185,6 +189,10 @@ def _split(slices: list[Slice]) -> list[tuple[tuple, list[Slice]]]:
                 # `key` and the folder tell the parts of the first four apart
                 return [((value,) if number >= 4 else (), part) for value, part in parts.items()]
     return [((), slices)]
+
+
+def _is_even_but_for_copies(slices: Sequence[Slice]) -> bool:
+    return is_even([images[0] for images in group_by_position(slices).values()])
 
 
 # Whether they are a volume
