@@ -100,17 +100,24 @@ def group_series(slices: Iterable[Slice]) -> list[Series]:
     """Sorts images into stacks: by patient, study and series, and within one by size, orientation and purpose.
 
     Identifiers that say nothing (missing, or one for every image) give way to folder, number and description of the
-    series. A series that holds different images of each position (see SPLITS) gives a stack for each kind.
+    series. A series that holds different images of each position (see SPLITS) gives a stack for each kind. Patient
+    and study enter the key only where identifier and folder don't tell people apart, so that a person who comes into a
+    folder of their own renames nobody.
     """
     series = []
     for images in _by_identifier(slices):
-        people = _tell_apart(images)
-        for person, own in people.items():
-            is_named = own[0].series_uid and len(people) == 1
-            for stack in _stacks(own):
-                for kind, part in _split(sorted(stack, key=place_of)):
-                    told_apart_by = (*(() if is_named else person), *kind)
-                    series.append(Series(_common_folder(part), tuple(part), told_apart_by))
+        found = [
+            (person, Series(_common_folder(part), tuple(part), kind))
+            for person, own in _tell_apart(images).items()
+            for stack in _stacks(own)
+            for kind, part in _split(sorted(stack, key=place_of))
+        ]
+        people = defaultdict(set)
+        for person, one in found:
+            people[one.folder, one.key].add(person)
+        for person, one in found:
+            is_named = images[0].series_uid and len(people[one.folder, one.key]) == 1
+            series.append(one if is_named else replace(one, kind=(*person, *one.kind)))
     return sorted(series, key=lambda one: (str(one.folder), one.slices[0].number, one.key))
 
 

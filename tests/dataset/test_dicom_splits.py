@@ -1,5 +1,8 @@
 """Which images of one DICOM series are volumes of their own, by value, and what they are called."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from dicom_files import ramp_error, ramp_volume, write_series
 from pydicom.uid import generate_uid
@@ -63,3 +66,21 @@ def test_volumes_whose_places_together_are_even(tmp_path, tag, of_slice, num_vol
     assert sorted(scan.data.shape[2] for scan in scans) == [20 // num_volumes] * num_volumes
     assert max(ramp_error(scan.data, scan.affine) for scan in scans) <= 0.5001
     assert sum(scan.notes == ("1 duplicate slice(s) left out",) for scan in scans) == has_copy
+
+
+def person(folder: Path, name: str, uid: str, value: int) -> None:
+    tags = {"PatientID": name, "PatientName": name, "StudyInstanceUID": f"1.2.{value}"}
+    write_series(folder, np.full((7, 6, 8), float(value)), uid=uid, prefix=name, tags=tags)
+
+
+@pytest.mark.parametrize("uid", [generate_uid(), ""], ids=["one identifier", "none"])
+@pytest.mark.parametrize("second", ["A", "B"])
+def test_a_second_person_in_another_folder_renames_nobody(tmp_path, second, uid):
+    person(tmp_path / "A", "one", uid, 100)
+    (alone,) = find_sources(tmp_path).sources
+    person(tmp_path / second, "two", uid, 200)
+    values = {source.name: np.unique(read_source(source).data).tolist() for source in find_sources(tmp_path).sources}
+    assert sorted(values.values()) == [[100], [200]]
+    assert {name.split("/")[0] for name in values} == {"A", second}
+    if second == "B" or not uid:
+        assert values[alone.name] == [100]
