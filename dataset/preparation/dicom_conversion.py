@@ -1,11 +1,13 @@
 """The voxels of a DICOM series, converted by dcm2niix (Li et al., J. Neurosci. Methods 2016).
 
 dcm2niix takes files as they are where it can. What it can't read (no preamble, deflated), would sort into several
-volumes (by series number or time of the study, say) or would scale by one slope where each frame has its own is written
-again, a file a slice, with what the volume needs alone. So is what is compressed, unpacked by SimpleITK: dcm2niix
-doesn't extend the sign of JPEG 2000 and JPEG-LS voxels of fewer bits than are stored (a CT's mean became 4438 in place
-of -658) and refuses JPEG of 12 bits. Where slices lie is what their headers say: dcm2niix's affine of a tilted stack is
-without the tilt (29 HU off in a ramp of 4 HU/mm).
+volumes (by series number or time of the study, say) or would scale by one slope where each slice has its own is written
+again, a file a slice, with what the volume needs alone. So are files of several frames, which it takes in the file's
+order wherever they lie, and tilted stacks, which it turns around where they are numbered against their normal. Signed
+bytes, which it takes for unsigned ones, are written as 16 bits. What is compressed is unpacked by SimpleITK before:
+dcm2niix doesn't extend the sign of JPEG 2000 and JPEG-LS voxels of fewer bits than are stored (a CT's mean became 4438
+in place of -658) and refuses JPEG of 12 bits. Where slices lie is what their headers say: dcm2niix's affine of a tilted
+stack is without the tilt (29 HU off in a ramp of 4 HU/mm).
 """
 
 import io
@@ -34,7 +36,14 @@ from pydicom.uid import (
 from pydicom.valuerep import DSfloat
 
 from common.errors import UserError
-from dataset.preparation.dicom_header import DAMAGED_HEADER, Slice, is_compressed, open_dicom, voxel_bytes
+from dataset.preparation.dicom_header import (
+    DAMAGED_HEADER,
+    Slice,
+    has_signed_bytes,
+    is_compressed,
+    open_dicom,
+    voxel_bytes,
+)
 from dataset.preparation.dicom_places import MIN_SLICES
 from dataset.preparation.dicom_series import NotAVolume, Stack
 from dataset.volumes.geometry import size_text, spacing_of
@@ -188,6 +197,9 @@ def _plain_slice(one: Slice, image: FileDataset, voxels: bytes, number: int, uid
             part[name] = image[name]
     size = voxel_bytes(image) // one.frames
     part.PixelData = voxels[one.frame * size : (one.frame + 1) * size]
+    if has_signed_bytes(image):
+        part.PixelData = np.frombuffer(part.PixelData, np.int8).astype("<i2").tobytes()
+        part.BitsAllocated = 16
     part.PhotometricInterpretation = "MONOCHROME2"  # how values are shown, not what they are
     part.Modality = one.modality
     part.SOPClassUID = CTImageStorage if one.modality == "CT" else MRImageStorage

@@ -35,8 +35,9 @@ UNKNOWN_LENGTH = 0xFFFFFFFF  # of compressed voxels
 HEADER_TAGS = (
     "SOPClassUID PatientID PatientName StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription Modality "
     "ImageType InstanceNumber AcquisitionNumber EchoTime ConvolutionKernel Rows Columns NumberOfFrames BitsAllocated "
-    "SamplesPerPixel PhotometricInterpretation ImagePositionPatient ImageOrientationPatient PixelSpacing "
-    "RescaleIntercept RescaleSlope RescaleType SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
+    "PixelRepresentation SamplesPerPixel PhotometricInterpretation ImagePositionPatient ImageOrientationPatient "
+    "PixelSpacing RescaleIntercept RescaleSlope RescaleType SharedFunctionalGroupsSequence "
+    "PerFrameFunctionalGroupsSequence"
 ).split()
 
 
@@ -138,6 +139,11 @@ def is_compressed(header: pydicom.FileDataset) -> bool:
     return syntax.is_transfer_syntax and not syntax.is_private and syntax.is_encapsulated
 
 
+def has_signed_bytes(header: pydicom.Dataset) -> bool:
+    """Whether voxels are bytes from -128 to 127, which dcm2niix takes for 0 to 255."""
+    return header.get("BitsAllocated") == 8 and header.get("PixelRepresentation") == 1
+
+
 def _fault_of_voxels(header: pydicom.FileDataset, lengths: Sequence[int], num_bytes: int) -> str:
     """What is wrong with the voxels, "" if nothing. num_bytes: what the file has of them and of what follows."""
     if not lengths:
@@ -195,7 +201,7 @@ def _slices_of(path: Path, header: pydicom.FileDataset, fault: str) -> Iterator[
             spacing=_numbers(find("PixelMeasuresSequence", "PixelSpacing"), 2),
             slope=factor or 1.0,
             intercept=(_numbers([find("PixelValueTransformationSequence", "RescaleIntercept")], 1) or [None])[0],
-            is_plain=factor != 0 and not is_compressed(header),
+            is_plain=factor != 0 and not is_compressed(header) and not has_signed_bytes(header),
             unit=str(find("PixelValueTransformationSequence", "RescaleType") or ""),
             **common,
         )

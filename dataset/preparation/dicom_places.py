@@ -68,10 +68,12 @@ def group_by_position(slices: Sequence[Slice]) -> dict[Any, list[Slice]]:
 
 
 def are_copies(images: Sequence[Slice]) -> bool:
-    """Whether the voxels of all these images are the same. Images without a position are not compared."""
+    """Whether the voxels of all these images are the same in real units. Images without a position are not compared."""
     if len(images) == 1 or images[0].position is None:
         return True
-    return images[0].frames == 1 and len({_pixel_digest(image.path) for image in images}) == 1
+    if images[0].frames > 1 or len({(image.slope, image.intercept or 0.0) for image in images}) > 1:
+        return False
+    return len({_pixel_digest(image.path) for image in images}) == 1
 
 
 def _pixel_digest(path: Path) -> bytes:

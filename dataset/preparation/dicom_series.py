@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,24 @@ from dataset.preparation.dicom_places import (
     step_of,
     unevenness,
 )
+from dataset.volumes.geometry import SHEAR, shear_of
 
 SAME_PIXEL_SPACING = 1e-3  # relative; a smaller difference is rounding
 UNIT_TOLERANCE = 0.02  # of a direction's length and of the cosine between two; what is less is rounding
 SHEAR_TOLERANCE_DEG = 0.5  # a smaller angle between slice direction and slice normal is rounding
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 HOUNSFIELD = ("", "HU", "US")  # of CT: not said, said, and "unspecified"; values are checked in any case
+ECHO, KERNEL = attrgetter("echo_time"), attrgetter("kernel")
 # What tells images of one series apart that are volumes of their own: echoes, water and fat, exports in which different
-# people's series got the same identifier, phases, reconstructions.
+# people's series got the same identifier, phases, reconstructions. Echo and kernel do
+# so even where all positions together are an even stack; the others may differ within a volume.
 SPLITS: tuple[Callable[[Slice], Any], ...] = (
-    lambda image: image.echo_time,
+    ECHO,
     lambda image: image.image_type,
     lambda image: (image.echo_time, image.image_type),
     lambda image: image.path.parent,
     lambda image: image.acquisition,
-    lambda image: image.kernel,
+    KERNEL,
     lambda image: (image.number, image.description),
 )
 
@@ -96,17 +100,24 @@ def group_series(slices: Iterable[Slice]) -> list[Series]:
     """Sorts images into stacks: by patient, study and series, and within one by size, orientation and purpose.
 
     Identifiers that say nothing (missing, or one for every image) give way to folder, number and description of the
-    series. A series that holds different images of each position (see SPLITS) gives a stack for each kind.
+    series. A series that holds different images of each position (see SPLITS) gives a stack for each kind. Patient
+    and study enter the key only where identifier and folder don't tell people apart, so that a person who comes into a
+    folder of their own renames nobody.
     """
     series = []
     for images in _by_identifier(slices):
-        people = _tell_apart(images)
-        for person, own in people.items():
-            is_named = own[0].series_uid and len(people) == 1
-            for stack in _stacks(own):
-                for kind, part in _split(sorted(stack, key=place_of)):
-                    told_apart_by = (*(() if is_named else person), *kind)
-                    series.append(Series(_common_folder(part), tuple(part), told_apart_by))
+        found = [
+            (person, Series(_common_folder(part), tuple(part), kind))
+            for person, own in _tell_apart(images).items()
+            for stack in _stacks(own)
+            for kind, part in _split(sorted(stack, key=place_of))
+        ]
+        people = defaultdict(set)
+        for person, one in found:
+            people[one.folder, one.key].add(person)
+        for person, one in found:
+            is_named = images[0].series_uid and len(people[one.folder, one.key]) == 1
+            series.append(one if is_named else replace(one, kind=(*person, *one.kind)))
     return sorted(series, key=lambda one: (str(one.folder), one.slices[0].number, one.key))
 
 
@@ -173,10 +184,11 @@ def _split(slices: list[Slice]) -> list[tuple[tuple, list[Slice]]]:
     """The stacks in images of one series, each with what tells it apart; copies of the same image stay together."""
     by_position = group_by_position(slices)
     is_repeated = not all(map(are_copies, by_position.values()))
-    if not is_repeated and is_even([images[0] for images in by_position.values()]):
-        return [((), slices)]
-    for is_stack in (is_even, has_no_position_twice) if is_repeated else (is_even,):
+    is_whole = not is_repeated and _is_even_but_for_copies(slices)
+    for is_stack in (is_even, has_no_position_twice) if is_repeated else (_is_even_but_for_copies,):
         for number, kind in enumerate(SPLITS):
+            if is_whole and kind not in (ECHO, KERNEL):
+                continue
             parts = defaultdict(list)
             for image in slices:
                 parts[kind(image)].append(image)
@@ -184,6 +196,10 @@ def _split(slices: list[Slice]) -> list[tuple[tuple, list[Slice]]]:
                 # `key` and the folder tell the parts of the first four apart
                 return [((value,) if number >= 4 else (), part) for value, part in parts.items()]
     return [((), slices)]
+
+
+def _is_even_but_for_copies(slices: Sequence[Slice]) -> bool:
+    return is_even([images[0] for images in group_by_position(slices).values()])
 
 
 # Whether they are a volume
@@ -214,9 +230,13 @@ class Stack:
 
     @property
     def is_plain(self) -> bool:
-        """Whether any program reads its voxels, and that they have one scale."""
+        """Whether any program reads its voxels, that they have one scale, and that their order can't be mistaken.
+
+        dcm2niix takes frames in the file's order, wherever they lie, and turns tilted stacks around by their numbers.
+        """
         scales = {(image.slope, image.intercept) for image in self.slices}
-        return len(scales) == 1 and all(image.is_plain for image in self.slices)
+        is_upright = self.affine is not None and shear_of(self.affine) < SHEAR
+        return is_upright and len(scales) == 1 and all(image.is_plain and image.frames == 1 for image in self.slices)
 
 
 def _files_of(slices: Iterable[Slice]) -> tuple[Path, ...]:

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import ramp_error, ramp_volume, write_enhanced, write_series
+from dicom_files import ramp, ramp_error, ramp_volume, write_enhanced, write_series
 from nibabel.nicom.dicomwrappers import wrapper_from_file
 from pydicom import dcmread
 from pydicom.dataset import Dataset
@@ -145,6 +145,18 @@ def test_every_voxel_has_its_value_at_its_place(tmp_path, change):
     assert ramp_error(scan.data, scan.affine) <= 0.5001  # stored values are whole
 
 
+@pytest.mark.parametrize("bits_stored", [8, 7])
+@pytest.mark.parametrize("change", [lambda header, k: None, rle, gzipped], ids=["as it is", "rle", "gzipped"])
+def test_signed_bytes(tmp_path, change, bits_stored):
+    volume, geometry = ramp_volume((7, 7, 8), origin_mm=(-8, -8, -9))  # an odd number of bytes in a slice
+    tags = {"RescaleSlope": 10, "RescaleIntercept": 0, "BitsStored": bits_stored, "HighBit": bits_stored - 1}
+    paths = write_series(tmp_path, volume, modality="MR", slope=10, intercept=0, dtype=np.int8, tags=tags, **geometry)
+    edit(paths, change)
+    scan = read_only_volume(tmp_path)
+    assert scan.data.min() < 0 < scan.data.max()
+    assert ramp_error(scan.data, scan.affine) <= 5.001
+
+
 @pytest.mark.parametrize("frames_per_file", [None, 1])
 @pytest.mark.parametrize("modality", ["CT", "MR"])
 @pytest.mark.parametrize("step_mm", [(0, 0, 2.5), (0, 0.7, 2.5), (0, 0, -2.5)])
@@ -173,6 +185,33 @@ def test_enhanced_slices_with_slopes_of_their_own(tmp_path):
     write_enhanced(paths, tmp_path / "enhanced")
     scan = read_only_volume(tmp_path)
     assert ramp_error(scan.data, scan.affine) <= max(slopes) / 2
+
+
+@pytest.mark.parametrize("frames_per_file", [None, 4, 1])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+@pytest.mark.parametrize("order", [(0, 2, 4, 6, 1, 3, 5, 7), (1, 0, 2, 3, 4, 5, 6, 7), (0, 7, 6, 5, 4, 3, 2, 1)])
+def test_frames_in_any_order(tmp_path, order, modality, frames_per_file):
+    volume, geometry = ramp_volume(origin_mm=(4, 5, 9))  # positive all over, as MR is
+    paths = write_series(tmp_path, volume, modality=modality, intercept=-1024 * (modality == "CT"), **geometry)
+    write_enhanced([paths[k] for k in order], tmp_path / "enhanced", frames_per_file)
+    scan = read_only_volume(tmp_path)
+    assert ramp_error(scan.data, scan.affine) <= 0.5001
+
+
+@pytest.mark.parametrize("is_tagged", [True, False])
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("tilt_deg", [-18, -5, 5, 18])
+def test_tilted_stacks_numbered_either_way(tmp_path, tilt_deg, direction, is_tagged):
+    tilt = np.radians(tilt_deg)
+    column, step = np.array([0, np.cos(tilt), np.sin(tilt)]), np.array([0, 0, 5.0 * direction])  # the table moves in z
+    r, c, k = np.meshgrid(*map(np.arange, (7, 6, 20)), indexing="ij")
+    places = c[..., None] * [2, 0, 0] + r[..., None] * 2 * column + k[..., None] * step - 50 * np.sign(step)
+    tags = {"GantryDetectorTilt": float(tilt_deg)} if is_tagged else {}
+    write_series(tmp_path, ramp(places), orientation=(1, 0, 0, *column), spacing_mm=(2, 2, 5), step_mm=step,
+                 origin_mm=-50 * np.sign(step), tags=tags)  # fmt: skip
+    scan = read_only_volume(tmp_path)
+    assert ramp_error(scan.data, scan.affine) <= 0.501
+    assert scan.notes == (f"gantry tilt of {abs(tilt_deg)}.0 degrees",)
 
 
 # Real files, which nibabel and pydicom bring along
