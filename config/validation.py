@@ -81,6 +81,9 @@ def _preprocess(cfg: DictConfig) -> Iterator[str]:
     if cfg.window is not None and cfg.percentiles is not None:
         yield "window and percentiles exclude each other: give one of them"
     yield from _classes(cfg)
+    names = [row.name for row in cfg.classes]
+    if len(set(names)) < len(names):  # each is a folder
+        yield f"classes must have different names, got {names}"
 
 
 def _classes(cfg: DictConfig) -> Iterator[str]:

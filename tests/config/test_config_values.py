@@ -6,6 +6,7 @@ from user_errors import error_of
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, require
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
+from config.schema.data import PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from config.schema.option import BEGINNING, CHANGES, EXTENDS, FREE, options_of
 
@@ -100,6 +101,8 @@ def test_all_problems_are_reported_together():
 
 def test_same_class_twice_is_refused():
     row = "{id:0,name:a,grids:[[8,8,8]],spacings_mm:[[1,1,1]]}"
+    named_twice = f"classes=[{row},{row.replace('id:0', 'id:1')}]"
+    assert "different names" in error_of(load_config, PreprocessConfig, None, [named_twice])
     assert "different ids" in error_of(load_config, GenerationConfig, None, [f"classes=[{row},{row}]"])
 
 
