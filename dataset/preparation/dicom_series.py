@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ from dataset.preparation.dicom_places import (
     step_of,
     unevenness,
 )
-from dataset.volumes.geometry import SHEAR, shear_of
 
 SAME_PIXEL_SPACING = 1e-3  # relative; a smaller difference is rounding
 UNIT_TOLERANCE = 0.02  # of a direction's length and of the cosine between two; what is less is rounding
+SMALL_DRIFT = 0.1  # voxels over a whole stack; more is a tilt, however small
 SHEAR_TOLERANCE_DEG = 0.5  # a smaller angle between slice direction and slice normal is rounding
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 HOUNSFIELD = ("", "HU", "US")  # of CT: not said, said, and "unspecified"; values are checked in any case
@@ -229,14 +230,25 @@ class Stack:
         return _files_of(self.slices)
 
     @property
+    def _drift(self) -> float:
+        """By how many voxels the last slice lies beside the first one's normal."""
+        if self.affine is None:
+            return inf
+        in_plane, step = self.affine[:3, :2], self.affine[:3, 2]
+        return float(np.abs(in_plane.T @ step / np.sum(in_plane**2, axis=0)).max()) * (len(self.slices) - 1)
+
+    @property
     def is_plain(self) -> bool:
         """Whether any program reads its voxels, that they have one scale, and that their order can't be mistaken.
 
         dcm2niix takes frames in the file's order, wherever they lie, and turns tilted stacks around by their numbers.
         """
         scales = {(image.slope, image.intercept) for image in self.slices}
-        is_upright = self.affine is not None and shear_of(self.affine) < SHEAR
-        return is_upright and len(scales) == 1 and all(image.is_plain and image.frames == 1 for image in self.slices)
+        return (
+            self._drift < SMALL_DRIFT
+            and len(scales) == 1
+            and all(image.is_plain and image.frames == 1 for image in self.slices)
+        )
 
 
 def _files_of(slices: Iterable[Slice]) -> tuple[Path, ...]:
