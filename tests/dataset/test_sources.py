@@ -60,8 +60,8 @@ def test_links_in_circles_end(tmp_path):
     [
         ("slice.dcm", b"", "an empty file"),
         ("SLICE.IMA", b"no DICOM", "named as DICOM, but its content is not"),
-        ("slice.dcm.gz", gzip.compress(b"no DICOM"), "named as DICOM, but its content is not"),
-        ("brain.mgz", gzip.compress(b"any"), "volumes of this format are not read: convert it to .nii.gz"),
+        ("slice.dcm.gz", gzip.compress(b"no DICOM", mtime=0), "named as DICOM, but its content is not"),
+        ("brain.mgz", gzip.compress(b"any", mtime=0), "volumes of this format are not read: convert it to .nii.gz"),
         ("chest.nrrd", b"NRRD0004", "volumes of this format are not read: convert it to .nii.gz"),
         ("pair.img", b"voxels", "volumes of this format are not read: convert it to .nii.gz"),
         ("report.pdf", b"", None),
