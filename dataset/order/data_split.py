@@ -4,6 +4,7 @@
     dataset        name of the dataset JSON whose files it was drawn for
     files_sha256   of the names of these files
     subjects       subject -> training | validation | held_out
+    class          in a copy beside latents, the name of their class
 
 A subject stays where it is: files that come later go to the side of their subject, and new subjects are drawn beside
 the old ones. Latents carry a copy in their folder.
@@ -31,7 +32,6 @@ SPLIT_NAME = "split.json"
 TRAINING, VALIDATION, HELD_OUT = SIDES = ("training", "validation", "held_out")
 KEYS = {"subject_pattern", "validation", "held_out", "seed", "dataset", "files_sha256", "subjects"}
 NO_SPLIT = "none"
-DEFAULTS = {"subject_pattern": None, "validation": 0.1, "held_out": 0.1, "seed": 0}
 
 
 @dataclass(frozen=True)
