@@ -35,8 +35,8 @@ ADDED = {
     "generation_metrics.py": [*EVALUATION, "--slices", "2", "--num-pairs", "3", "--ignore-spacing"],
     "validity.py": [*EVALUATION, "--slices", "2", "--num-pairs", "3"],
     "report.py": [],
-    "preprocess.py": "--size 64 64 64 --spacing 2 2 2 --validation 0.17 --held-out 0.34".split(),
-    "split.py": "--validation 0.17 --held-out 0.34".split(),
+    "preprocess.py": "--size 64 64 64 --spacing 2 2 2 --validation 0.1 --held-out 0.6".split(),
+    "split.py": "--validation 0.1 --held-out 0.6".split(),
     "check.py": [],
     "phantoms.py": ["--num-held-out", "6", "--size", "64"],
     "train_PatchVolume.py": TINY_AUTOENCODER,
@@ -103,11 +103,11 @@ def run_all(commands: list[str], tree: Path, allowed: frozenset[int] = frozenset
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A copy of the project with raw/ct and raw/mr of the same six patients, as scanners export them."""
+    """A copy of the project with raw/ct and raw/mr of the same ten patients, as scanners export them."""
     for name in ("AutoEncoder", "common", "config", "dataset", "ddpm", "evaluation", "train"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 44)] * 3, indexing="ij"))
-    for i in range(6):
+    for i in range(10):
         rng = np.random.default_rng(i)
         body = (grid[0] ** 2 + grid[1] ** 2 / 0.6 + grid[2] ** 2 / 2 < 0.7) * 1.0
         ct = np.round(1050 * body - 1000 + rng.normal(size=body.shape) * 8).clip(-1024)
@@ -130,7 +130,7 @@ def test_the_readme_runs_from_top_to_bottom(tree):
     (library,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     subprocess.run([sys.executable, "-c", library], cwd=tree, check=True)
     assert (tree / "decoded.nii.gz").is_file()  # its voxels: tests/AutoEncoder/test_encoding.py
-    assert len(read_manifest(tree / "data" / "CTChestAbdomen" / "64x64x64")) == 6
+    assert len(read_manifest(tree / "data" / "CTChestAbdomen" / "64x64x64")) == 10
     made = sorted(str(path.relative_to(tree / "generated")) for path in (tree / "generated").rglob("*.nii.gz"))
     assert made == ["seed_0/CTChestAbdomen_64x64x64.nii.gz"] + [
         f"seed_{seed}/CTChestAbdomen_64x64x64_{i}.nii.gz" for seed in (1, 2) for i in (0, 1)
@@ -153,7 +153,7 @@ def test_the_worked_example_runs_from_dicom_to_training(tree):
     assert "t1_mprage_sag" in said[commands[1]]
     for name, scale in (("CTChestAbdomen", (-1000, 1000)), ("MRT1Brain", None)):
         entries = read_manifest(tree / "data" / name / "64x64x64").values()
-        assert len(entries) == 6
+        assert len(entries) == 10
         for entry in entries:
             assert entry["size"] == [64, 64, 64]
             assert (entry["intensity"]["low"], entry["intensity"]["high"]) == scale or scale is None
@@ -161,7 +161,7 @@ def test_the_worked_example_runs_from_dicom_to_training(tree):
     split = json.loads((tree / "results" / "PatchVolume_8x" / "split.json").read_text())["files"]
     sides = {side: {file.split("/")[0] for name in split for file in split[name][side]} for side in split["MRT1Brain"]}
     subjects = json.loads((tree / "data" / "split.json").read_text())["subjects"]
-    assert sorted(subjects.values()) == ["held_out"] * 2 + ["training"] * 3 + ["validation"]
+    assert sorted(subjects.values()) == ["held_out"] * 6 + ["training"] * 3 + ["validation"]
     assert sides == {side: {s for s, of in subjects.items() if of == side} for side in ("training", "validation")}
     assert list((tree / "results").glob("000-BiFlowNet/checkpoints/BiFlowNet_0000002.pt"))
 
