@@ -56,13 +56,18 @@ def draw_split(root_dir: str | Path, shares: Shares, before: DataSplit | None = 
     return replace(split, dataset=before.dataset) if before else split
 
 
-def subjects_of(root_dir: str | Path, shares: Shares) -> list[SplitFile]:
-    """The files of a dataset JSON with their subjects. UserError: as `draw_split`."""
+def check_shares(shares: Shares) -> None:
+    """UserError: shares that leave nothing to train on."""
     if not 0 <= shares.validation + shares.held_out < 1 or min(shares.validation, shares.held_out) < 0:
         raise UserError(
             f"validation {shares.validation:g} and held-out {shares.held_out:g}: shares from 0 on are needed that "
             "leave something to train on"
         )
+
+
+def subjects_of(root_dir: str | Path, shares: Shares) -> list[SplitFile]:
+    """The files of a dataset JSON with their subjects. UserError: as `draw_split`."""
+    check_shares(shares)
     subject_of = subject_finder(shares.subject_pattern)
     files = []
     for name, folders in read_dataset_folders(root_dir).items():

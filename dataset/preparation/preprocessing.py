@@ -14,7 +14,7 @@ from rich.table import Table
 from common.errors import UserError
 from common.files import lock, lock_folder
 from dataset.order.data_split import SPLIT_NAME, subject_finder
-from dataset.order.draw_split import agreed_shares, keep_or_draw, show_split, subjects_of
+from dataset.order.draw_split import agreed_shares, check_shares, keep_or_draw, show_split, subjects_of
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes, check_place, choose_class_id
 from dataset.preparation.manifest import read_manifest
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder, file_name
@@ -120,6 +120,7 @@ def _check_split(cfg: DictConfig, json_file: Path, folder: Path, sources: Sequen
     """UserError, while nothing has been done, where the split could not be drawn with the volumes to come."""
     if _has_split(cfg, json_file):
         shares = agreed_shares(json_file, _shares(cfg))
+        check_shares(shares)
         if json_file.is_file():
             subjects_of(json_file, shares)
         subject_of = subject_finder(shares.subject_pattern)

@@ -209,6 +209,11 @@ def test_a_run_that_drew_its_own_split_goes_on_with_it(real, was_own):
     keep_split(root, json_file, split, options, True)  # else a UserError
 
 
+def test_no_validation_is_none(real):
+    draw(real / "PatchVolume_data.json", "--anew", "--validation", 0)
+    assert len(VQGANDataset(real / "PatchVolume_data.json", split="val", check=False)) == 0
+
+
 def test_latents_carry_it_wherever_they_go(real, tmp_path_factory):
     volumes = Singleres_dataset(real / "Singleres_dataset.json", generate_latents=True, check=False)
     assert patients(volumes.files) == {f"p{p}" for p in range(8)}  # all are encoded
@@ -291,3 +296,17 @@ def test_a_subject_in_two_sets_is_refused(real, training):
     assert f"training: {files[0]} is of subject" in error_of(check_no_subject_twice, sets)
     sets["training"] = (str(real / training), files_of_side(real / SPLIT_NAME, TRAINING)["CT"])
     check_no_subject_twice(sets)
+
+
+@pytest.mark.parametrize("place", ["JSON elsewhere", "folder below", "record of a run above"])
+def test_the_split_of_one_set_tells_the_subjects_of_both(real, tmp_path_factory, place):
+    held_out = files_of_side(real / SPLIT_NAME, HELD_OUT)["CT"]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    text = held_out[0].parent if place == "folder below" else elsewhere / "own.json"
+    (elsewhere / "own.json").write_text(json.dumps({"mine": str(held_out[0].parent)}))
+    if place == "record of a run above":
+        text = elsewhere / "volumes"
+        text.mkdir()
+        (elsewhere / SPLIT_NAME).write_text('{"files": {}}')
+    sets = {"real": (f"{real / SPLIT_NAME}:held_out", held_out), "training": (str(text), held_out[:1])}
+    assert f"training: {held_out[0]} is of subject" in error_of(check_no_subject_twice, sets)

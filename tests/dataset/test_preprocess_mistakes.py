@@ -262,3 +262,15 @@ def test_full_disk_ends_the_run_with_one_line(raw):
     assert not list(folder.rglob("*.tmp"))
     assert run(raw, *CT) == 0
     assert len(times(folder)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--validation", 0.6, "--held-out", 0.5), "leave something to train on"),
+        (("--subject-pattern", "patient"), "finds no subject in 'p1/a.nii.gz'"),
+    ],
+)
+def test_a_split_that_cannot_be_drawn_is_said_before_any_work(raw, options, message):
+    assert message in error_of(run, raw, *CT, *options)
+    assert not list((raw.parent / "data").rglob("*.nii.gz"))
