@@ -22,7 +22,7 @@ from dataset.order.split import Split, find_subject, is_run_record, split_datase
 from dataset.volumes.index import (
     LATENT_SUFFIX,
     VOLUME_SUFFIX,
-    is_size_folder,
+    class_folder,
     list_volumes,
     read_dataset_folders,
     read_json_object,
@@ -102,9 +102,7 @@ class DataSplit:
 
 def class_name_of(folder: Path) -> str:
     """The class whose volumes or latents lie in a folder CLASS or CLASS/SIZE, by its name."""
-    place = folder.absolute()
-    name = place.name.removesuffix(LATENT_SUFFIX)
-    return place.parent.name if is_size_folder(name) else name
+    return class_folder(Path(str(folder.absolute()).removesuffix(LATENT_SUFFIX))).name
 
 
 def subject_finder(pattern: str | None) -> Callable[..., str]:

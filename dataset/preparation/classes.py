@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.volumes.index import LATENT_SUFFIX, is_size_folder, read_json_object
+from dataset.volumes.index import LATENT_SUFFIX, class_folder, read_json_object
 
 AUTOENCODER_JSON = "PatchVolume_data.json"  # name -> folder or folders
 VOLUMES_JSON = "Singleres_dataset.json"  # class id -> folder or folders, to make latents from
@@ -90,8 +90,7 @@ def add_classes(folder: str | Path, places: Mapping[int, str]) -> None:
 
 def _class_name(place: str) -> str:
     """NAME of a folder NAME or NAME/SIZE."""
-    path = PurePosixPath(place)
-    return str(path.parent) if is_size_folder(path.name) and path.parent.name else str(path)
+    return str(class_folder(PurePosixPath(place)))
 
 
 def _places(path: Path) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import permutations
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn
 
 from common.errors import UserError
@@ -161,6 +161,11 @@ def size_folder(size: Sequence[int] | None) -> str:
 
 def is_size_folder(name: str) -> bool:
     return name == NATIVE_SIZES or re.fullmatch(r"\d+x\d+x\d+", name) is not None
+
+
+def class_folder(folder: PurePath) -> PurePath:
+    """CLASS of a folder of volumes CLASS or CLASS/SIZE."""
+    return folder.parent if is_size_folder(folder.name) and folder.parent.name else folder
 
 
 def _is_folder(path: Path) -> bool:

@@ -23,7 +23,7 @@ from dataset.checking.examine import format_numbers, format_size
 from dataset.order.data_split import check_no_subject_twice, dataset_of, files_of_side, parse_side
 from dataset.preparation.recipe import Recipe, prepare
 from dataset.preparation.sources import Scan
-from dataset.volumes.index import is_size_folder, list_volumes, read_dataset_folders, read_dataset_json
+from dataset.volumes.index import class_folder, list_volumes, read_dataset_folders, read_dataset_json
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range, to_model_range
 from dataset.volumes.volume_io import Header, nifti_to_tensor, read_header, read_volume, tensor_to_nifti
 from evaluation.generation.record import read_record
@@ -153,7 +153,7 @@ def class_titles(path: str | Path) -> dict[str, str]:
     titles: dict[str, str] = {}
     path = dataset_of(str(path))
     for name, folders in ({} if path.is_dir() else read_dataset_folders(path)).items():
-        found = {(place.parent if is_size_folder(place.name) else place).name for place in map(Path.resolve, folders)}
+        found = {class_folder(place).name for place in map(Path.resolve, folders)}
         title = found.pop() if name.isdigit() and len(found) == 1 else name
         titles[name] = f"{title} ({name})" if title in (ALL, *titles.values()) else title
     return titles
