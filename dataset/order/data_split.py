@@ -133,13 +133,15 @@ def find_split(root_dir: str | Path, wanted: str | None = None) -> DataSplit | N
 
     UserError: a file that is no split, folders with different ones, or some without.
     """
-    if wanted is not None:
-        return None if wanted == NO_SPLIT else read_split(wanted)
+    if wanted == NO_SPLIT:
+        return None
     beside = Path(root_dir).parent / SPLIT_NAME
     folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
-    if beside.is_file():
-        return replace(read_split(beside), class_names=_class_names(folders))
-    return _common_split(folders, root_dir)
+    if wanted is not None or beside.is_file():
+        split = read_split(beside if wanted is None else wanted)
+    else:
+        split = _common_split(folders, root_dir)
+    return None if split is None else replace(split, class_names=_class_names(folders))
 
 
 def _common_split(folders: Sequence[Path], root_dir: str | Path) -> DataSplit | None:
@@ -154,7 +156,7 @@ def _common_split(folders: Sequence[Path], root_dir: str | Path) -> DataSplit | 
             f"{odd}: the folders of {root_dir} don't have the same split as {first}: encode again, which brings it up "
             f"to date, or say which one to take, e.g. split={first}, or split=none"
         )
-    return replace(splits[first], class_names=_class_names(folders))
+    return splits[first]
 
 
 def split_near(folder: Path) -> Path | None:

@@ -263,8 +263,9 @@ def test_latents_without_a_pattern_are_known_under_any_name(real, tmp_path_facto
     find_split(real / "PatchVolume_data.json").write(place / "chests", "CT")
     touch(place / "chests", *[f"p{p}/scan.nii.gz" for p in range(8)])
     (place / "latents.json").write_text('{"0": "chests"}')
-    found = find_split(place / "latents.json").select(place / "chests", TRAINING)
-    assert {f"CT/{path.parent.name}/scan" for path in found} == of_side(real, TRAINING)
+    for wanted in (None, str(real / SPLIT_NAME)):  # a run that goes on names its split
+        found = find_split(place / "latents.json", wanted).select(place / "chests", TRAINING)
+        assert {f"CT/{path.parent.name}/scan" for path in found} == of_side(real, TRAINING)
 
 
 def test_a_class_keeps_someone_to_train_on(tmp_path):
