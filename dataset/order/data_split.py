@@ -81,16 +81,18 @@ class DataSplit:
         """The files below a folder of a dataset JSON that are on a side, sorted."""
         return [path for path in list_volumes(folder) if self.side_of(path, folder) == side]
 
+    def by_side(self, root_dir: str | Path) -> dict[str, dict[str, list[Path]]]:
+        """Side -> name -> files of a dataset JSON, sorted. UserError: as `side_of`."""
+        found = {
+            name: sorted({(path, self.side_of(path, folder)) for folder in folders for path in list_volumes(folder)})
+            for name, folders in read_dataset_folders(root_dir).items()
+        }
+        return {side: {name: [p for p, of in files if of == side] for name, files in found.items()} for side in SIDES}
+
     def split(self, root_dir: str | Path) -> Split:
         """Training and validation files of a dataset JSON, by name; those held out are on neither side."""
-        folders = read_dataset_folders(root_dir)
-        return Split(
-            *(
-                {name: sorted({path for one in of for path in self.select(one, side)}) for name, of in folders.items()}
-                for side in (TRAINING, VALIDATION)
-            ),
-            self.path,
-        )
+        sides = self.by_side(root_dir)
+        return Split(sides[TRAINING], sides[VALIDATION], self.path)
 
     def write(self, folder: Path, class_name: str | None = None) -> None:
         """Writes it into a folder. class_name: of the class whose latents lie there."""
@@ -220,10 +222,7 @@ def files_of_side(json_file: str | Path, side: str) -> dict[str, list[Path]]:
     split = read_split(json_file) if path != Path(json_file) else find_split(path)
     if split is None:
         raise UserError(f"{path}: has no {SPLIT_NAME}, so that {side} is nothing: python dataset/split.py {path}")
-    found = {
-        name: sorted({file for folder in folders for file in split.select(folder, side)})
-        for name, folders in read_dataset_folders(path).items()
-    }
+    found = split.by_side(path)[side]
     if not any(found.values()):
         raise UserError(f"{split.path}: no subject is on the side {side}")
     return {name: files for name, files in found.items() if files}
