@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.script import run_script  # noqa: E402
 from config.cli import parse_command_line  # noqa: E402
 from config.loading import require  # noqa: E402
-from config.schema.data import PreprocessConfig  # noqa: E402
+from config.schema.data import SUB_VOLUME, PreprocessConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require(cfg, "input", *([] if cfg.dry_run else ["output_dir"]))
     from dataset.preparation.preprocessing import preprocess
 
-    return 0 if preprocess(cfg) else 1
+    return 0 if preprocess(cfg, cfg.downsample * SUB_VOLUME) else 1
 
 
 if __name__ == "__main__":

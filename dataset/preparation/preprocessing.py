@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import UserError
-from common.files import lock, lock_folder
+from common.files import LOCK_NAME, lock, lock_folder
 from dataset.order.data_split import SPLIT_NAME, subject_finder
 from dataset.order.draw_split import agreed_shares, check_shares, keep_or_draw, show_split, subjects_of
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes, check_place, choose_class_id
@@ -23,7 +23,6 @@ from dataset.preparation.sources import Found, Source, check_source, find_source
 from dataset.preparation.summary import PLAIN, Run, add_row, count_other_sizes, report
 from dataset.volumes.index import size_folder
 
-SUB_VOLUME = 8  # edge in latent voxels of what BiFlowNet cuts latents into
 DEFAULT_WINDOW = (-1000.0, 1000.0)  # HU: air to dense bone
 DEFAULT_PERCENTILES = (0.5, 99.5)
 
@@ -38,8 +37,10 @@ class Target:
     recipe: Recipe
 
 
-def preprocess(cfg: DictConfig) -> bool:
+def preprocess(cfg: DictConfig, diffusion_multiple: int) -> bool:
     """Prepares all volumes of an input folder that are not prepared yet. Returns whether every file could be used.
+
+    diffusion_multiple: of voxels, that each side of a volume must be to serve a diffusion model.
 
     UserError, before anything is read or written, for whatever is wrong with the options, the folders or the volumes
     that are there already; later only where nothing can be written.
@@ -50,7 +51,7 @@ def preprocess(cfg: DictConfig) -> bool:
         Console(width=None if sys.stdout.isatty() else 160).print(_listing(cfg, found))
         return True
     target = resolve_target(cfg)
-    _hint_at_size(cfg, target.recipe, console)
+    _hint_at_size(cfg, target.recipe, diffusion_multiple, console)
     source_folder, output_dir = Path(cfg.input).resolve(), Path(cfg.output_dir)
     class_folder, size = output_dir / target.name, size_folder(target.recipe.size)
     _check_output(cfg, class_folder / size, source_folder)
@@ -82,7 +83,7 @@ def preprocess(cfg: DictConfig) -> bool:
                 **PLAIN,
             )
     run = Run(size, source_folder, selected, passed_over, outcomes)
-    with (output_dir / ".lock").open("a") as file:  # another size or class may be ready at the same time
+    with (output_dir / LOCK_NAME).open("a") as file:  # another size or class may be ready at the same time
         lock(file, on_wait=lambda: None)
         if prepared.entries:
             add_classes(output_dir, {choose_class_id(output_dir, target.name, target.class_id): place})
@@ -92,17 +93,16 @@ def preprocess(cfg: DictConfig) -> bool:
     return not any(outcome.status == "failed" for outcome in outcomes)
 
 
-def _hint_at_size(cfg: DictConfig, recipe: Recipe, console: Console) -> None:
+def _hint_at_size(cfg: DictConfig, recipe: Recipe, multiple: int, console: Console) -> None:
     """Says early that volumes will serve the autoencoder alone."""
-    edge = cfg.downsample * SUB_VOLUME
     if recipe.size is None:
         what = "without a size (--size) volumes keep sizes of their own"
-    elif any(extent % edge for extent in recipe.size):
-        what = f"size {size_folder(recipe.size)}: not all are multiples of {edge}"
+    elif any(extent % multiple for extent in recipe.size):
+        what = f"size {size_folder(recipe.size)}: not all are multiples of {multiple}"
     else:
         return
     console.print(
-        f"{what}: good for the autoencoder; a diffusion model needs one size, each side a multiple of {edge} at "
+        f"{what}: good for the autoencoder; a diffusion model needs one size, each side a multiple of {multiple} at "
         f"{cfg.downsample}x",
         **PLAIN,
     )
