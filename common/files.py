@@ -13,6 +13,8 @@ from common.errors import UserError
 
 LONG_NAME = 100  # bytes; file systems stop at 255, encrypted ones at 143
 LOCK_NAME = ".lock"
+LEFTOVERS = ".*.tmp"  # what `replacing` names its files
+RUN_LEFTOVERS = ".*.tmp*"  # in runs of earlier versions the process stood at the end
 
 
 @contextlib.contextmanager
@@ -79,9 +81,9 @@ def check_still_there(files: Sequence[Path], noun: str, what_now: str) -> None:
         raise UserError(f"{gone[0]}: vanished meanwhile, {len(gone)} of {len(files)} {noun} are gone; {what_now}")
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, pattern: str = LEFTOVERS) -> None:
     """Deletes what killed processes left half written below a folder, in which no other one may be writing."""
-    for file in folder.rglob(".*.tmp*"):
+    for file in folder.rglob(pattern):
         file.unlink(missing_ok=True)
 
 

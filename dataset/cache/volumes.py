@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import lock
+from common.files import LOCK_NAME, lock, remove_leftovers
 from common.parallel import map_in_processes
 from common.progress import tracked
 from dataset.cache.crops import STORED, CroppedVolume
@@ -33,7 +33,6 @@ from dataset.volumes.volume_io import read_header
 logger = logging.getLogger(__name__)
 
 GB = 10**9
-LOCK_NAME = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -97,8 +96,8 @@ class FileCache:
         with ExitStack() as locks:
             for home in sorted(set(homes.values())):  # the same order in every process
                 if locks.enter_context(_lock(home, self._ways_out, log)):
-                    _remove_partial_files(home)  # of killed processes
-                    locks.callback(_remove_partial_files, home)  # and after an error
+                    remove_leftovers(home)
+                    locks.callback(remove_leftovers, home)  # and after an error
             missing = self._load(folders)  # another process may have built them
             if missing:
                 total = self._check_space(missing, folders)
@@ -213,12 +212,6 @@ def _remove_orphans(folder: Path, home: Path) -> None:
             if path.suffix in (".npy", ".json") and not source.exists():
                 with suppress(OSError):  # a cache that can only be read serves as well
                     path.unlink(missing_ok=True)
-
-
-def _remove_partial_files(home: Path) -> None:
-    """Deletes what processes left half written. The folder must be locked, and none of ours may write."""
-    for path in home.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import SimpleITK as sitk
 
 from common.errors import UserError
+from common.files import remove_leftovers
 from common.parallel import map_in_processes
 from dataset.preparation.dicom_series import NotAVolume
 from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manifest, write_manifest
@@ -132,8 +133,7 @@ class PreparedFolder:
 
     def tidy(self) -> None:
         """Sorts the manifest and takes out entries whose volume is gone, and files that a killed run left half."""
-        for temporary in self.folder.rglob(".*.tmp"):
-            temporary.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
         self.entries = {file: e for file, e in self.entries.items() if (self.folder / file).is_file()}
         if self.entries or (self.folder / MANIFEST_NAME).exists():
             write_manifest(self.folder, self.entries.values())

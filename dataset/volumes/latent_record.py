@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import remove_leftovers, write_atomically
 from dataset.volumes.index import VOLUME_SUFFIX
 
 RECORD_NAME = "latents.json"
@@ -57,7 +57,6 @@ def start_folder(folder: Path, record: Mapping[str, Any]) -> None:
                     f"give the same value, {AGAIN}"
                 )
 
-    for temporary in folder.rglob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
+    remove_leftovers(folder)
     if found is None:
         write_atomically(folder / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())

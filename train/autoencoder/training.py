@@ -22,7 +22,7 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_files import copy_checkpoint
 from common.compilation import compiling
 from common.errors import UserError
-from common.files import check_still_there, lock_folder, remove_leftovers
+from common.files import RUN_LEFTOVERS, check_still_there, lock_folder, remove_leftovers
 from common.log import close_logger, get_logger, process_rank
 from config.loading import require, save_config
 from dataset.order.split import Split, keep_split
@@ -165,7 +165,7 @@ def _run_folder(cfg: DictConfig, root: Path, split: Split) -> Iterator[None]:
         raise UserError(f"model.default_root_dir: {root}: cannot be made ({error.strerror or error})") from error
     with lock_folder(root, "training"):  # before anything of a run that goes on is replaced
         options = {key: cfg.dataset[key] for key in SPLIT_OPTIONS}
-        remove_leftovers(root)
+        remove_leftovers(root, RUN_LEFTOVERS)
         keep_split(root, cfg.dataset.root_dir, split, options, has_begun(root))
         saved, before = cfg.copy(), (read_config(root) or {}).get("model", {})
         saved.model.set_anew = False

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from common.checkpoint_files import checkpoints_in
 from common.errors import UserError
-from common.files import lock_folder, remove_leftovers
+from common.files import RUN_LEFTOVERS, lock_folder, remove_leftovers
 from config.loading import save_config
 from config.schema.diffusion import BiFlowNetConfig
 from config.schema.option import EXTENDS
@@ -52,7 +52,7 @@ def open_run_folder(config: dict, closing: contextlib.ExitStack, name: str = "Bi
             (folder / part).mkdir(parents=True, exist_ok=True)
         closing.enter_context(deletion_explained(folder))
         closing.enter_context(lock_folder(folder, "training"))
-        remove_leftovers(folder)
+        remove_leftovers(folder, RUN_LEFTOVERS)
         began_from = (continuing.read_config(folder) or {}).get("ckpt")
         saved = {**config, "ckpt": config.get("ckpt") or began_from, "continue_from": None, "set_anew": False}
         save_config(OmegaConf.create(saved), folder)
