@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from omegaconf import DictConfig
 
 from common.errors import UserError
-from config.loading import CONFIG_FOLDER, load_config
+from config.loading import CONFIG_FOLDER, SAVED_CONFIG, load_config
 from config.schema.option import Option, options_of
 
 _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=")
@@ -81,7 +81,7 @@ def _config_of_run(options: Sequence[Option], overrides: Sequence[str], values: 
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides) | dict(values)
     names = [option.name for option in options if option.name.rpartition(".")[2] == "continue_from"]
     folders = [Path(given[name]) for name in names if given.get(name)]
-    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+    return next((folder / SAVED_CONFIG for folder in folders if (folder / SAVED_CONFIG).is_file()), None)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,6 +23,7 @@ from config.schema.option import options_of
 from config.validation import validate
 
 CONFIG_FOLDER = Path(__file__).resolve().parent
+SAVED_CONFIG = "config.yaml"  # in a folder of results
 # Published configs carry these keys; they never had an effect.
 IGNORED_KEYS = ("i3d_feat",)
 
@@ -79,7 +80,7 @@ def _read_class_table(path: Path) -> DictConfig:
 
 def save_config(cfg: DictConfig, folder: str | Path) -> Path:
     """Writes the resolved config as `config.yaml` into a folder (made if needed) and returns its path."""
-    target = Path(folder) / "config.yaml"
+    target = Path(folder) / SAVED_CONFIG
     try:
         with replacing(target) as file:
             file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.processes import choose_device
 from common.progress import Progress
-from config.loading import load_config
+from config.loading import SAVED_CONFIG, load_config
 from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import HELD_OUT, TRAINING
@@ -169,7 +169,7 @@ class Study:
 def demo_config(demo: Path, output: Path, num_samples: int) -> DictConfig:
     """How the demo generated its volumes, with its models where they are now."""
     paths = DemoPaths(demo)
-    saved = paths.generated / "seed_0" / "config.yaml"
+    saved = paths.generated / "seed_0" / SAVED_CONFIG
     model_ckpt = newest_checkpoint(paths.biflownet / "checkpoints") if saved.exists() else None
     if model_ckpt is None or not paths.stage2_ckpt.exists():
         raise UserError(f"{demo}: no finished demo here: python evaluation/demo.py --output-dir {demo} makes one")

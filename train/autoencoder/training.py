@@ -24,7 +24,7 @@ from common.compilation import compiling
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, check_still_there, lock_folder, remove_leftovers
 from common.log import close_logger, get_logger, process_rank
-from config.loading import require, save_config
+from config.loading import SAVED_CONFIG, require, save_config
 from dataset.order.split import Split, keep_split
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.monitoring import TrainingMonitor
@@ -33,7 +33,7 @@ from train.autoencoder.step_watch import NotFinite, TrainingStopped
 from train.autoencoder.trainer import build_trainer, processes_per_node, quiet_lightning
 from train.autoencoder.validation import Validations
 from train.loop.background import BackgroundWork
-from train.loop.continuing import CONFIG_FILE, read_config
+from train.loop.continuing import read_config
 from train.loop.deletion import check_not_deleted, deletion_explained
 from train.loop.signals import close_loader
 
@@ -110,7 +110,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         trainer.save_checkpoint(last, weights_only=False)
         work.wait()
         if trainer.is_global_zero:
-            check_not_deleted(root, root / CONFIG_FILE)
+            check_not_deleted(root, root / SAVED_CONFIG)
             saved = f"training went on with their copies in the cache, and its end is saved in {last}"
             check_still_there([*train_data.files, *val_data.files], "volumes", saved)
         logger.info("finished at step %d: %s", trainer.global_step, last)

@@ -15,9 +15,9 @@ from yaml import YAMLError
 
 from common.checkpoint_files import checkpoints_in, newest_checkpoint
 from common.errors import UserError
+from config.loading import SAVED_CONFIG
 from config.schema.option import BEGINNING, CHANGES, FREE, IDENTITY, Resume, options_of
 
-CONFIG_FILE = "config.yaml"
 # What some changes bring with them, by the last part of the option's name.
 CONSEQUENCES = {
     **dict.fromkeys(("gpus", "batch_size"), "a step has another number of samples, so the order of the data changes"),
@@ -94,7 +94,7 @@ def news_of(found: Sequence[Change], now: Mapping[str, Any]) -> list[str]:
 def news_of_others(schema: type, folder: Path, now: Mapping[str, Any]) -> list[str]:
     """A line for the log of a new run, where beside it lie others of the same data and networks."""
     others = []
-    for config in folder.parent.glob(f"*/{CONFIG_FILE}"):
+    for config in folder.parent.glob(f"*/{SAVED_CONFIG}"):
         run, before = config.parent, read_config(config.parent)
         if before is None or run == folder or run.is_symlink() or not checkpoints_in(run / "checkpoints"):
             continue
@@ -136,7 +136,7 @@ def own_checkpoint(folder: Path) -> Path | None:
 def read_config(folder: Path) -> dict | None:
     """A run's saved configuration; None where there is none or it is not one."""
     try:
-        saved = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
+        saved = OmegaConf.to_container(OmegaConf.load(folder / SAVED_CONFIG))
     except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
         return None
     return saved if isinstance(saved, dict) else None
