@@ -69,15 +69,16 @@ def convert(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
         needed, free = COPIES * num_bytes, shutil.disk_usage(place).free
         if free < needed:
             raise UserError(f"{place}: {free:,} bytes are free, {needed:,} are needed to convert: set TMPDIR to a disk")
-        data = None
+        found: tuple[np.ndarray, np.ndarray] | str = ""
         if stack.affine is None or stack.is_plain:
             files = _link_files(stack, Path(place, "files"))
             # Without "-p n" a scanner's private scale would be used in place of the standard's.
-            data, affine, words = _run(stack, files, "-p", "n")
-        if data is None and stack.affine is not None:
-            data, affine, words = _run(stack, _write_files(stack, Path(place, "written")))
-    if data is None:
-        raise UserError(f"{stack.label}: dcm2niix makes no volume of it ({words}): export the series again")
+            found = _run(stack, files, "-p", "n")
+        if isinstance(found, str) and stack.affine is not None:
+            found = _run(stack, _write_files(stack, Path(place, "written")))
+    if isinstance(found, str):
+        raise UserError(f"{stack.label}: dcm2niix makes no volume of it ({found}): export the series again")
+    data, affine = found
     if stack.affine is not None:
         return _in_order_of_headers(stack, data, affine), stack.affine
     if data.shape[2] < MIN_SLICES:
@@ -85,15 +86,15 @@ def convert(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
     return data, affine
 
 
-def _run(stack: Stack, files: Path, *options: str) -> tuple[np.ndarray | None, np.ndarray | None, str]:
-    """The one volume of the size that headers describe, its affine, and "" ; else None, None and why."""
+def _run(stack: Stack, files: Path, *options: str) -> tuple[np.ndarray, np.ndarray] | str:
+    """The one volume of the size that headers describe, and its affine; else why there is none."""
     out = files.with_name(f"{files.name}_converted")
     out.mkdir()
     command = [dcm2niix.bin, *OPTIONS, *options, "-o", str(out), str(files)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return None, None, f"no end after {TIMEOUT_S} s"
+        return f"no end after {TIMEOUT_S} s"
     except OSError as error:
         raise UserError(
             f"{dcm2niix.bin}: cannot be run ({error.strerror}): pip install --force-reinstall dcm2niix"
@@ -102,12 +103,12 @@ def _run(stack: Stack, files: Path, *options: str) -> tuple[np.ndarray | None, n
     images = [nib.load(path) for path in sorted(out.glob("*.nii"))]
     shapes = [image.shape for image in images]
     if shapes == [stack.shape] or (stack.shape is None and len(shapes) == 1 and len(shapes[0]) == 3):
-        return np.asarray(images[0].dataobj, dtype=np.float32), images[0].affine, ""
+        return np.asarray(images[0].dataobj, dtype=np.float32), images[0].affine
     if shapes:
         wanted = "one" if stack.shape is None else size_text(stack.shape)
-        return None, None, f"{', '.join(map(size_text, shapes))} in place of {wanted}"
+        return f"{', '.join(map(size_text, shapes))} in place of {wanted}"
     said = [line.replace(f"{files}/", "") for line in words if line and not any(noise in line for noise in NOISE)]
-    return None, None, "; ".join(said[:3]) or f"exit status {done.returncode}"
+    return "; ".join(said[:3]) or f"exit status {done.returncode}"
 
 
 def _link_files(stack: Stack, folder: Path) -> Path:
@@ -174,10 +175,7 @@ def _unpack(image: FileDataset, temporary: Path) -> None:
     if image.file_meta.TransferSyntaxUID == RLELossless:
         image.decompress()  # which SimpleITK refuses for some sizes
         return
-    part = Dataset()
-    for name in (*PIXEL_TAGS, "NumberOfFrames"):
-        if name in image:
-            part[name] = image[name]
+    part = _tags_of(image, *PIXEL_TAGS, "NumberOfFrames")
     part.PhotometricInterpretation, part.SOPClassUID = "MONOCHROME2", SecondaryCaptureImageStorage
     part.SOPInstanceUID = generate_uid()
     part.PixelData = image.PixelData
@@ -191,10 +189,7 @@ def _unpack(image: FileDataset, temporary: Path) -> None:
 
 def _plain_slice(one: Slice, image: FileDataset, voxels: bytes, number: int, uid: str) -> Dataset:
     """A slice as one of a volume's: of its identifiers, times and purposes nothing that tells it from the others."""
-    part = Dataset()
-    for name in PIXEL_TAGS:
-        if name in image:
-            part[name] = image[name]
+    part = _tags_of(image, *PIXEL_TAGS)
     size = voxel_bytes(image) // one.frames
     part.PixelData = voxels[one.frame * size : (one.frame + 1) * size]
     if has_signed_bytes(image):
@@ -209,6 +204,15 @@ def _plain_slice(one: Slice, image: FileDataset, voxels: bytes, number: int, uid
     part.RescaleSlope, part.RescaleIntercept = _decimals([one.slope, one.intercept or 0.0])
     part.PixelSpacing = _decimals(one.spacing)
     part.ImagePositionPatient, part.ImageOrientationPatient = _decimals(one.position), _decimals(one.orientation)
+    return part
+
+
+def _tags_of(image: FileDataset, *names: str) -> Dataset:
+    """These elements alone, as far as the image has them."""
+    part = Dataset()
+    for name in names:
+        if name in image:
+            part[name] = image[name]
     return part
 
 

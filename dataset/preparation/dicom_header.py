@@ -34,7 +34,7 @@ PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # float, double and whole num
 UNKNOWN_LENGTH = 0xFFFFFFFF  # of compressed voxels
 HEADER_TAGS = (
     "SOPClassUID PatientID PatientName StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription Modality "
-    "ImageType InstanceNumber AcquisitionNumber EchoTime ConvolutionKernel Rows Columns NumberOfFrames BitsAllocated "
+    "ImageType AcquisitionNumber EchoTime ConvolutionKernel Rows Columns NumberOfFrames BitsAllocated "
     "PixelRepresentation SamplesPerPixel PhotometricInterpretation ImagePositionPatient ImageOrientationPatient "
     "PixelSpacing RescaleIntercept RescaleSlope RescaleType SharedFunctionalGroupsSequence "
     "PerFrameFunctionalGroupsSequence"
