@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from dataset.preparation.dicom_series import NotAVolume
-from dataset.preparation.measured import check_is_image
+from dataset.preparation.measured import NotAVolume, check_is_image
 from dataset.volumes.geometry import PLAUSIBLE_SPACING, SHEAR, is_plausible_spacing, shear_of
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, is_size_folder
 from dataset.volumes.intensity import RANGE_TOLERANCE, foreground, is_empty, to_model_range

@@ -45,7 +45,8 @@ from dataset.preparation.dicom_header import (
     voxel_bytes,
 )
 from dataset.preparation.dicom_places import MIN_SLICES
-from dataset.preparation.dicom_series import NotAVolume, Stack
+from dataset.preparation.dicom_series import Stack
+from dataset.preparation.measured import NotAVolume
 from dataset.volumes.geometry import size_text, spacing_of
 
 # No defaults of the user's, one volume if headers allow it, nothing cropped, turned or left out, values as stored.

@@ -29,6 +29,7 @@ from dataset.preparation.dicom_places import (
     step_of,
     unevenness,
 )
+from dataset.preparation.measured import NotAVolume
 
 SAME_PIXEL_SPACING = 1e-3  # relative; a smaller difference is rounding
 UNIT_TOLERANCE = 0.02  # of a direction's length and of the cosine between two; what is less is rounding
@@ -38,8 +39,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 HOUNSFIELD = ("", "HU", "US")  # of CT: not said, said, and "unspecified"; values are checked in any case
 ECHO, KERNEL = attrgetter("echo_time"), attrgetter("kernel")
 # What tells images of one series apart that are volumes of their own: echoes, water and fat, exports in which different
-# people's series got the same identifier, phases, reconstructions. Echo and kernel do
-# so even where all positions together are an even stack; the others may differ within a volume.
+# people's series got the same identifier, phases, reconstructions. Echo and kernel do so even where all positions
+# together are an even stack; the others may differ within a volume.
 SPLITS: tuple[Callable[[Slice], Any], ...] = (
     ECHO,
     lambda image: image.image_type,
@@ -49,10 +50,6 @@ SPLITS: tuple[Callable[[Slice], Any], ...] = (
     KERNEL,
     lambda image: (image.number, image.description),
 )
-
-
-class NotAVolume(UserError):
-    """Images that nobody takes for a training volume: localisers, screenshots. They are left out, not a fault."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.errors import UserError
-from dataset.preparation.dicom_series import NotAVolume
 
 COARSE_EDGE = 128  # voxels per axis that are looked at
 # Label maps and masks
@@ -27,6 +26,10 @@ FEW, MANY = 0.01, 0.05  # shares of such voxels
 LOW_PERCENTILE = 0.1  # a few odd voxels don't decide
 AIR, AIR_SHARE = -500, 5e-3  # air and lung lie below; a share from which on there is some
 SOFT, SOFT_SHARE, LEAST_SOFT = 250, 0.1, 2e-3  # |HU| of fat, water and soft tissue; of all that is no air, and of all
+
+
+class NotAVolume(UserError):
+    """Images that nobody takes for a training volume: localisers, masks, screenshots. They are left out, no fault."""
 
 
 def coarse(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

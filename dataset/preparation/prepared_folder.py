@@ -14,9 +14,8 @@ import SimpleITK as sitk
 from common.errors import UserError
 from common.files import remove_leftovers
 from common.parallel import map_in_processes
-from dataset.preparation.dicom_series import NotAVolume
 from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manifest, write_manifest
-from dataset.preparation.measured import check_is_image
+from dataset.preparation.measured import NotAVolume, check_is_image
 from dataset.preparation.recipe import Recipe, describe, prepare
 from dataset.preparation.sources import Source, fingerprint, read_source, source_sha256
 from dataset.volumes.index import VOLUME_SUFFIX

@@ -10,7 +10,8 @@ from pydicom.uid import BasicTextSRStorage, generate_uid
 from common.errors import UserError
 from dataset.preparation.dicom_conversion import convert
 from dataset.preparation.dicom_header import read_slices
-from dataset.preparation.dicom_series import NotAVolume, check_series, group_series
+from dataset.preparation.dicom_series import check_series, group_series
+from dataset.preparation.measured import NotAVolume
 from dataset.preparation.sources import find_sources, read_source
 
 SHAPE = (7, 6, 8)  # rows, columns, slices

@@ -8,8 +8,7 @@ from preprocessing_runs import add_nifti, run
 from scipy import ndimage
 
 from common.errors import UserError
-from dataset.preparation.dicom_series import NotAVolume
-from dataset.preparation.measured import check_is_image, find_padding
+from dataset.preparation.measured import NotAVolume, check_is_image, find_padding
 from dataset.preparation.phantoms import make_phantom
 from dataset.preparation.recipe import Recipe, find_intensity, prepare
 from dataset.preparation.sources import Scan
