@@ -65,7 +65,10 @@ def centre_crop_start(shape: Sequence[int], size: Sequence[int]) -> tuple[int, i
 
 @dataclass(frozen=True)
 class Turn:
-    """Flips along H and W, then a quarter turn in their plane; where H and W differ there is no turn."""
+    """Flips of the NIfTI axes x and y, which are H and W, then a quarter turn in their plane.
+
+    Where H and W differ there is no turn: it would change the shape, and with it which volumes can share a batch.
+    """
 
     flip_h: bool = False
     flip_w: bool = False
@@ -96,12 +99,3 @@ class Turn:
         if self.flip_w:
             before = np.array([[1, 0, 0, 0], [0, -1, 0, last_y], [0, 0, 1, 0], [0, 0, 0, 1]]) @ before
         return affine @ before
-
-
-def augment(data: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Flips of the NIfTI axes x and y (probability 1/2 each) and a quarter turn in their plane (probability 1/2).
-
-    data: (1, D, H, W); x and y are H and W. Where H and W differ there is no turn, since it would change the shape and
-    with it which volumes can share a batch.
-    """
-    return Turn.draw(rng).apply(data)

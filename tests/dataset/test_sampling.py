@@ -7,7 +7,7 @@ import torch
 from common.errors import UserError
 from dataset.cache.crops import CroppedVolume, decode, encode, find_foreground
 from dataset.order.epochs import EpochSampler, SampleKey, sample_generator
-from dataset.order.random_crops import MAX_DRAWS, augment, centre_crop_start, random_crop
+from dataset.order.random_crops import MAX_DRAWS, Turn, centre_crop_start, random_crop
 from dataset.volumes.intensity import foreground
 
 
@@ -99,7 +99,7 @@ def test_no_global_random_state_is_touched():
     torch.manual_seed(0)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     rng = sample_generator(0, 0, 0)
-    augment(torch.zeros(1, 8, 8, 8), rng)
+    Turn.draw(rng).apply(torch.zeros(1, 8, 8, 8))
     random_crop(masked(np.ones((8, 8, 8), dtype=bool)), (4, 4, 4), rng)
     indices(EpochSampler(8))
     assert torch.equal(torch.get_rng_state(), before)
@@ -282,23 +282,23 @@ def volume(d: int, h: int, w: int) -> torch.Tensor:
 
 def test_flips_and_turn_known_answers():
     data = volume(2, 3, 3)
-    assert torch.equal(augment(data, Choices(False, False, False)), data)
-    assert torch.equal(augment(data, Choices(True, False, False)), data[:, :, [2, 1, 0]])
-    assert torch.equal(augment(data, Choices(False, True, False)), data[:, :, :, [2, 1, 0]])
-    turned = augment(data, Choices(False, False, True))
+    assert torch.equal(Turn.draw(Choices(False, False, False)).apply(data), data)
+    assert torch.equal(Turn.draw(Choices(True, False, False)).apply(data), data[:, :, [2, 1, 0]])
+    assert torch.equal(Turn.draw(Choices(False, True, False)).apply(data), data[:, :, :, [2, 1, 0]])
+    turned = Turn.draw(Choices(False, False, True)).apply(data)
     assert turned[0, 1, 0].tolist() == data[0, 1, :, 2].tolist()
     assert turned.is_contiguous()
 
 
 def test_planes_that_are_not_square_are_not_turned():
     data = volume(2, 3, 4)
-    assert torch.equal(augment(data, Choices(False, False, True)), data)
-    assert augment(data, Choices(True, True, True)).shape == data.shape
+    assert torch.equal(Turn.draw(Choices(False, False, True)).apply(data), data)
+    assert Turn.draw(Choices(True, True, True)).apply(data).shape == data.shape
 
 
 def test_each_augmentation_is_as_frequent():
     data, rng = volume(1, 2, 2), np.random.default_rng(0)
-    seen = [tuple(augment(data, rng).flatten().tolist()) for _ in range(800)]
+    seen = [tuple(Turn.draw(rng).apply(data).flatten().tolist()) for _ in range(800)]
     counts = np.unique(np.array(seen), axis=0, return_counts=True)[1]
     assert len(counts) == 8  # four flips, each with and without the turn: all symmetries of the square
     assert counts.min() > 65
