@@ -24,16 +24,6 @@ from train.train_BiFlowNet_SingleRes import train
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory) -> Path:
-    return runs.make_latents(tmp_path_factory.mktemp("latents"))
-
-
-@pytest.fixture(scope="module")
-def volumes(tmp_path_factory) -> Path:
-    return autoencoder_runs.make_data(tmp_path_factory.mktemp("volumes"))
-
-
-@pytest.fixture(scope="module")
 def biflownet(latents, tmp_path_factory) -> Path:
     """A results folder with one run of two steps."""
     results = tmp_path_factory.mktemp("biflownet")

@@ -333,11 +333,6 @@ def test_nothing_accumulates_in_the_autoencoders_training(volumes, tmp_path, mon
 # ---------------------------------------------------------------------------------------------------------- BiFlowNet
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory) -> Path:
-    return runs.make_latents(tmp_path_factory.mktemp("latents"))
-
-
 def test_biflownet_logs_its_speed_and_nothing_accumulates(latents, tmp_path, monkeypatch, capfd):
     counts, write = [], MetricsWriter.write
 

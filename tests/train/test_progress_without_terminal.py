@@ -1,7 +1,6 @@
 """What Slurm's or nohup's file holds of work that lasts."""
 
 import re
-from pathlib import Path
 
 import autoencoder_runs
 import biflownet_runs
@@ -12,16 +11,6 @@ from common import progress
 from train.autoencoder.training import train as train_autoencoder
 from train.latents.encoding import generate_latents
 from train.train_BiFlowNet_SingleRes import train as train_biflownet
-
-
-@pytest.fixture(scope="module")
-def volumes(tmp_path_factory) -> Path:
-    return autoencoder_runs.make_data(tmp_path_factory.mktemp("volumes"))
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory) -> Path:
-    return biflownet_runs.make_latents(tmp_path_factory.mktemp("latents"))
 
 
 @pytest.mark.parametrize(("line_every_s", "expected"), [(30.0, [2, 4]), (0.0, [1, 2, 3, 4])])
