@@ -121,7 +121,8 @@ def test_first_training_steps(case, steps, exact_steps, options, shape, tmp_path
     """Steps of both kinds agree to 1e-3; then rounding, which Adam's first steps blow up, decides the digits.
 
     So the end is compared with what the last digit of the weights does to it, on this machine: the reference may lie no
-    further off than a few times that.
+    further off than a few times that, and a single weight by one step of Adam besides, which goes the other way where
+    its gradient is nearly zero.
     """
     golden = load_golden(case)
     logged, state = train_steps(tmp_path, steps, options, shape)
@@ -139,5 +140,5 @@ def test_first_training_steps(case, steps, exact_steps, options, shape, tmp_path
         if options["stage"] == 2 and name.startswith(("encoder.", "pre_vq_conv.", "codebook.")):  # frozen
             assert difference.max() <= 1e-6, name
         else:
-            assert difference.max() <= 4 * rounding.max() + 2e-4, name
+            assert difference.max() <= 4 * rounding.max() + TRAINING["lr"], name
             assert difference.mean() <= 3 * rounding.mean() + 1e-4, name
