@@ -6,7 +6,8 @@ is made. Devices go by LOCAL_RANK, the process's place on its own node, so sever
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as torch_distributed
 
 from common.errors import UserError
+from common.launched import leave_after_another
+from common.precision import configure_backend
 
 Result = TypeVar("Result")
 # For work that is shared out by volume: a process that is done waits for those whose volumes are larger.
@@ -83,16 +86,40 @@ class Distributed:
         return result
 
 
-def setup(device: str = "auto", timeout: timedelta | None = None) -> Distributed:
-    """Join the process group that torchrun's environment describes, or none for a lone process.
+@contextmanager
+def joined(
+    device: str = "auto", timeout: timedelta | None = None, arithmetic: str = "fast", fixed_shapes: bool = False
+) -> Iterator[Distributed]:
+    """The process group that torchrun's environment describes, within a `with` block; none for a lone process.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         timeout: how long a process waits for the others before it gives up; None: torch's default, some minutes.
+        arithmetic, fixed_shapes: as of `configure_backend`.
 
     Raises:
         UserError: CUDA is demanded and there is none, or a node has fewer GPUs than processes.
     """
+    place = _join(device, timeout)
+    configure_backend(place.device, arithmetic, fixed_shapes)
+    with group_left_in_order():
+        yield place
+
+
+@contextmanager
+def group_left_in_order() -> Iterator[None]:
+    """Destroys the process group, if there is one, after a block that ends well, as it then does on all ranks.
+
+    After an exception it stays: destroying it waits for the peers (nccl), and these may be waiting for this rank. Then
+    nobody would ever learn why. `run_script` says it, and ends the process as it is.
+    """
+    leave_after_another()
+    yield
+    if torch_distributed.is_available() and torch_distributed.is_initialized():
+        torch_distributed.destroy_process_group()
+
+
+def _join(device: str, timeout: timedelta | None) -> Distributed:
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
@@ -135,9 +162,3 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, str | None]
         return function(), None
     except UserError as error:
         return None, str(error)
-
-
-def cleanup() -> None:
-    """Leave the process group, if there is one."""
-    if torch_distributed.is_available() and torch_distributed.is_initialized():
-        torch_distributed.destroy_process_group()

@@ -16,6 +16,9 @@ from common.launched import another_has_left, is_first_to_leave, let_others_leav
 
 MISTAKE = 2  # exit status after a user's mistake; 128 + its number after a signal
 INTERRUPTED = 128 + signal.SIGINT
+# A GPU's memory in pieces that grow, so that what is free lies together; unless the user set something.
+ALLOCATOR_OPTIONS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+OUT_OF_MEMORY = "take a smaller batch_size, or see docs/performance.md, Memory; the same command goes on"
 # The same order comes twice where a terminal or Slurm sends it to all processes, and torchrun passes its own on.
 SAME_ORDER_S = 2.0
 
@@ -29,10 +32,32 @@ def run_script(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
 
     Under torchrun the first to leave says why. The others, with mistakes of their own or because it has left, are
     silent and return 0: torchrun fails by the first, and would report each of the others at length.
+
+    Where a process group is still there, which an error leaves behind (`common/processes.py`), the process ends here:
+    taking the group down at the interpreter's end would wait for peers that never come.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if not any(name in os.environ for name in ALLOCATOR_OPTIONS):  # read when torch is imported
+        os.environ[ALLOCATOR_OPTIONS[0]] = "expandable_segments:True"
+    try:
+        status = _status_of(main, argv)
+    except BaseException as error:
+        if not _is_in_group():
+            raise
+        status = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+            is_first_to_leave()
+    if _is_in_group():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _status_of(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None) -> int:
     try:
         with _interrupts():
             return main(argv) or 0
@@ -46,8 +71,10 @@ def run_script(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
         return _leave(f"error: {where}{full}: make room and start again", MISTAKE)
     except KeyboardInterrupt:
         return _leave("interrupted", INTERRUPTED)
-    except RuntimeError:  # as of a collective operation whose partner is gone
-        if another_has_left():
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported
+            return _leave(f"error: the GPU's memory does not suffice: {OUT_OF_MEMORY}", MISTAKE)
+        if another_has_left():  # as of a collective operation whose partner is gone
             return 0
         raise
 
@@ -75,6 +102,12 @@ def _interrupts() -> Iterator[None]:
     finally:
         if is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_in_group() -> bool:
+    """Whether this process is in a process group. Without importing torch, which takes seconds."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _leave(text: str, status: int) -> int:

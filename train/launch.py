@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.script import INTERRUPTED, MISTAKE  # noqa: E402
 
 EXPLAINED = {MISTAKE, INTERRUPTED, 128 + signal.SIGTERM}  # exit statuses whose reason the processes have said
-ENDED_BY_US = -signal.SIGTERM  # a process that was left over when another had ended
+ENDED_BY_US = {-signal.SIGTERM, -signal.SIGKILL}  # processes that were left over when another had ended
 REPEATING_LOGS = ("multiprocessing.api", "agent.server.api")  # say that a process ended; so do we or the traceback
 SHUTDOWN_S = "600"
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parse_args(words))
     except ChildFailedError as error:
-        statuses = {failure.exitcode for failure in error.failures.values()} - {ENDED_BY_US}
+        statuses = {failure.exitcode for failure in error.failures.values()} - ENDED_BY_US
         if not statuses or not statuses <= EXPLAINED:
             raise
         return max(statuses)

@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> dict:
     from train.diffusion.training import fit
     from train.loop.session import session
 
-    with session(cfg.device) as here:
+    with session(cfg.device, cfg.arithmetic) as here:
         checks.check_options(cfg, here)
         cache = make_cache(cfg, here.logger)
         split = checks.find_training_split(cfg)

@@ -5,7 +5,18 @@ The keys of training are the published ones (`model.*`, `dataset.*`).
 
 from dataclasses import dataclass, field
 
-from config.schema.option import BEGINNING, EXTENDS, FREE, continue_from, device_flag, flag, key, set_anew, tuned
+from config.schema.option import (
+    BEGINNING,
+    EXTENDS,
+    FREE,
+    arithmetic,
+    continue_from,
+    device_flag,
+    flag,
+    key,
+    set_anew,
+    tuned,
+)
 from config.schema.rules import Rule, at_least, below_one, betas, interval, not_negative, one_of, positive, regex, share
 
 downsampling = Rule(
@@ -64,6 +75,7 @@ class AutoencoderModelConfig:
     gpus: int = key(1, "devices of one node; on CPU the number of processes", at_least(1), resume=EXTENDS)
     accelerator: str = key("auto", "auto (GPU if there is one) | cpu | gpu", one_of("auto", "cpu", "gpu"), resume=FREE)
     precision: str = tuned("32", "32 | bf16 | 16 (both mixed precision)", one_of("32", "bf16", "16"))
+    arithmetic: str = arithmetic(has_flag=False)
     channels_last: bool = key(False, "networks and activations with the channels innermost in memory", resume=FREE)
     compile: bool = key(False, "compile encoder, decoder and discriminator for training", resume=FREE)
     gradient_checkpointing: bool = key(
@@ -139,8 +151,11 @@ class LatentConfig:
     AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required")
     batch_size: int = flag(4, "volumes of equal size encoded together", at_least(1))
     num_workers: int = flag(8, "data loading processes; 0 = load in the main process", not_negative)
-    sliding_window: int = flag(64, "patches per volume encoded at a time", at_least(1))
+    sliding_window: int | None = flag(
+        None, "patches per volume encoded at a time; null = by the memory that is free", at_least(1)
+    )
     intensity_range: list[float] | None = flag(
         None, "lowest and highest intensity of the files; null = as recorded in the checkpoint, else -1 1", interval
     )
+    arithmetic: str = arithmetic()
     device: str = device_flag()

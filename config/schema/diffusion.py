@@ -8,6 +8,7 @@ from config.schema.option import (
     CHANGES,
     EXTENDS,
     FREE,
+    arithmetic,
     continue_from,
     device_flag,
     flag,
@@ -89,6 +90,7 @@ class BiFlowNetConfig(DiffusionModelConfig):
     grad_clip: float = tuned(0.0, "largest gradient norm; 0 = no clipping", not_negative)
     enable_amp: bool = tuned(False, "mixed precision", flag="--enable_amp")
     amp_dtype: str = tuned("fp16", "mixed precision: fp16 (with a gradient scaler) | bf16", one_of("fp16", "bf16"))
+    arithmetic: str = arithmetic()
     channels_last: bool = flag(False, "channels-last memory layout; rounding aside, nothing changes", resume=FREE)
     compile: bool = flag(False, "torch.compile of the network: minutes at first, then faster steps", resume=FREE)
     gradient_checkpointing: bool = flag(
@@ -163,6 +165,7 @@ class GenerationConfig(DiffusionModelConfig):
         one_of("32", "bf16", "16"),
         section="Speed",
     )
+    arithmetic: str = arithmetic()
     channels_last: bool = flag(False, "channels-last memory layout of both networks; rounding aside, no image changes")
     compile: bool = flag(False, "torch.compile of the diffusion network: minutes at first, then faster steps")
     device: str = device_flag()

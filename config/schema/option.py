@@ -76,6 +76,17 @@ def device_flag(resume: Resume = IDENTITY) -> Any:
     return flag("auto", "auto (GPU if there is one) | cpu | cuda", one_of("auto", "cpu", "cuda"), resume=resume)
 
 
+def arithmetic(has_flag: bool = True) -> Any:
+    """What float32 means on a GPU (`common.precision.configure_backend`)."""
+    return key(
+        "fast",
+        "float32 on a GPU: fast (convolutions in TF32) | exact (float32, deterministic, slower); CPUs are always exact",
+        one_of("fast", "exact"),
+        flag=has_flag,
+        resume=FREE,
+    )
+
+
 def continue_from() -> Any:
     """The option `--continue-from` of a training."""
     meaning = (

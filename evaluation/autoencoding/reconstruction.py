@@ -13,8 +13,7 @@ from AutoEncoder.model.autoencoder import Autoencoder
 from AutoEncoder.model.lpips import MIN_EXTENT, TriplanarLPIPS
 from common.errors import UserError
 from common.log import get_logger
-from common.precision import exact_float32
-from common.processes import PATIENCE, cleanup, setup
+from common.processes import PATIENCE, joined
 from config.loading import require
 from dataset.volumes.pictures import central_slices
 from evaluation.autoencoding.measures import COUNTS, measure, reconstruct
@@ -35,8 +34,7 @@ def evaluate(cfg: DictConfig) -> Results | None:
     require(cfg, "data", "output_dir")
     if not cfg.AE_ckpt:
         raise UserError("required but not set: AE_ckpt: give one or more checkpoints with --AE-ckpt FILE [FILE ...]")
-    place = setup(cfg.device, PATIENCE)
-    try:
+    with joined(cfg.device, PATIENCE, "exact") as place:
         # What there is to do.
         logger = get_logger(place.rank)
         plan = place.on_main(lambda: make_plan(cfg, place.device))
@@ -58,8 +56,6 @@ def evaluate(cfg: DictConfig) -> Results | None:
 
         # Write what was found.
         return place.on_main(lambda: write_results(cfg, plan, groups, excluded, measured, place.device), share=False)
-    finally:
-        cleanup()
 
 
 class Networks:
@@ -108,8 +104,7 @@ class Measurement:
 
     def compute(self, volumes: Tensor) -> list[Arrays]:
         """(B, 1, D, H, W) in [-1, 1] -> of each its metrics, the counts of its codes, slices of its reconstruction."""
-        with exact_float32():
-            return [self._of_volume(volume.to(self.networks.device)) for volume in volumes]
+        return [self._of_volume(volume.to(self.networks.device)) for volume in volumes]
 
     def _of_volume(self, volume: Tensor) -> Arrays:
         checkpoint = self.checkpoint

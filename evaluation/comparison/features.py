@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from common.errors import UserError
-from common.precision import exact_float32
 from common.processes import Distributed
 from evaluation.comparison.networks import FeatureNetwork
 from evaluation.comparison.sets import check_refused
@@ -81,8 +80,8 @@ def extract(
 
 
 def compute_features(network: FeatureNetwork, device: torch.device, volumes: Tensor) -> list[Arrays]:
-    """Features and ranges of volumes (B, 1, D, H, W), in float32 without the rounding of TF32."""
-    with torch.inference_mode(), exact_float32():
+    """Features and ranges of volumes (B, 1, D, H, W)."""
+    with torch.inference_mode():
         features = network(volumes.to(device))
     arrays = {plane: of_plane.float().cpu().numpy() for plane, of_plane in features.items()}
     arrays[RANGE] = np.array([[volume.min().item(), volume.max().item()] for volume in volumes])

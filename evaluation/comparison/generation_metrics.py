@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.log import get_logger
-from common.processes import PATIENCE, Distributed, cleanup, setup
+from common.processes import PATIENCE, Distributed, joined
 from config.loading import require
 from evaluation.comparison.definitions import DEFINITIONS
 from evaluation.comparison.features import SetFeatures, extract
@@ -48,8 +48,7 @@ MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "di
 
 def measure(cfg: DictConfig) -> None:
     require(cfg, "real", "generated", "output_dir")
-    place = setup(cfg.device, PATIENCE)
-    try:
+    with joined(cfg.device, PATIENCE, "exact") as place:
         results = evaluate(cfg, place)
         if place.is_main:
             path = results.write(Path(cfg.output_dir))
@@ -57,8 +56,6 @@ def measure(cfg: DictConfig) -> None:
             for warning in results.warnings:
                 logger.warning(warning)
             logger.info("%d figures in %s", len(results.figures), path)
-    finally:
-        cleanup()
 
 
 def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:

@@ -16,7 +16,7 @@ from AutoEncoder.checkpoint import load_autoencoder
 from common.errors import UserError
 from common.files import file_sha256
 from common.log import get_logger
-from common.processes import PATIENCE, Distributed, cleanup, setup
+from common.processes import PATIENCE, Distributed, joined
 from config.loading import require
 from evaluation.comparison.degradations import DEGRADATIONS, Degraded, ReconstructedFeatures
 from evaluation.comparison.features import SetFeatures, extract
@@ -59,8 +59,7 @@ class Check:
 def measure(cfg: DictConfig) -> bool:
     """Measure and write the results. Returns whether all checks hold, on ranks other than 0 True."""
     require(cfg, "real", "output_dir")
-    place = setup(cfg.device, PATIENCE)
-    try:
+    with joined(cfg.device, PATIENCE, "exact") as place:
         results, checks = evaluate(cfg, place)
         if place.is_main:
             path = results.write(Path(cfg.output_dir))
@@ -72,8 +71,6 @@ def measure(cfg: DictConfig) -> bool:
             failed = sum(not check.passed for check in checks)
             logger.info("%d of %d checks hold: %s", len(checks) - failed, len(checks), path)
         return all(check.passed for check in checks)
-    finally:
-        cleanup()
 
 
 def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]:

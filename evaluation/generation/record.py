@@ -111,6 +111,7 @@ def describe_run(cfg: DictConfig, place: Distributed, sampling_s: float, decodin
         "batch_size": cfg.batch_size,
         "compile": cfg.compile,
         "channels_last": cfg.channels_last,
+        "arithmetic": cfg.arithmetic,
         "world_size": place.world_size,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "command": shlex.join(sys.argv),

@@ -27,7 +27,7 @@ from common.compilation import CompiledDenoiser
 from common.errors import UserError
 from common.log import get_logger
 from common.precision import autocast, clock
-from common.processes import PATIENCE, Distributed, cleanup, setup
+from common.processes import PATIENCE, Distributed, joined
 from common.progress import Progress, tracked
 from config.loading import require, save_config
 from dataset.order.batches import batches_of_one_shape
@@ -56,8 +56,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     if cfg.decoding != "exact" and cfg.tile % cfg.downsample:
         raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
     folders = list(dict.fromkeys(seed_folder(cfg, request.seed) for request in requests))
-    place = setup(cfg.device, PATIENCE)
-    try:
+    with joined(cfg.device, PATIENCE, cfg.arithmetic) as place:
         if cfg.precision == "16" and place.device.type == "cpu":
             raise UserError("precision is 16, which needs a GPU: take bf16 on a CPU")
         # What is left to do.
@@ -85,8 +84,6 @@ def generate(cfg: DictConfig) -> list[Path]:
             for folder in folders:
                 update_contact_sheet(folder, made)
         return [request.path for request in requests]
-    finally:
-        cleanup()
 
 
 def _missing(requests: Sequence[Request], settings: dict[str, Any], place: Distributed) -> list[Request]:

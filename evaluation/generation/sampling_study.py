@@ -19,6 +19,7 @@ from AutoEncoder.decoding import decode
 from common.checkpoint_files import newest_checkpoint
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
+from common.precision import configure_backend
 from common.processes import choose_device
 from common.progress import Progress
 from config.loading import SAVED_CONFIG, load_config
@@ -54,7 +55,9 @@ Found = dict[Run, dict[str, float]]  # measures of each run
 
 def run_study(cfg: DictConfig) -> None:
     """Do the runs of a `SamplingStudyConfig` that are not there yet; write results, table and picture after each."""
-    study = Study(Path(cfg.demo), Path(cfg.output_dir), cfg.num_samples, choose_device(cfg.device))
+    device = choose_device(cfg.device)
+    configure_backend(device)
+    study = Study(Path(cfg.demo), Path(cfg.output_dir), cfg.num_samples, device)
     runs = planned_runs(cfg.strategies, cfg.steps, cfg.seeds, study.cfg.timesteps)
 
     todo = [run for run in runs if run not in study.results]

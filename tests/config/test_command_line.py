@@ -160,15 +160,15 @@ PUBLISHED_FLAGS = {
     AutoencoderConfig: "continue-from set-anew",
     PreprocessConfig: "input output-dir preset name class-id select exclude assume-orientation spacing size multiple "
     "class-table subject-pattern validation held-out interpolation modality window percentiles num-workers dry-run",
-    LatentConfig: "data-path AE-ckpt batch-size num-workers device sliding-window intensity-range",
+    LatentConfig: "data-path AE-ckpt batch-size num-workers device arithmetic sliding-window intensity-range",
     BiFlowNetConfig: "data-path split results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn "
     "patch-size num-dit enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution "
-    "log-every ckpt-every ckpt vq-size max-steps run-name device channels-last compile gradient-checkpointing "
-    "continue-from set-anew",
+    "log-every ckpt-every ckpt vq-size max-steps run-name device arithmetic channels-last compile "
+    "gradient-checkpointing continue-from set-anew",
     GenerationConfig: "classes AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn "
     "sampling-strategy ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta "
     "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
-    "channels-last compile class-table",
+    "arithmetic channels-last compile class-table",
     ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
     GenerationMetricsConfig: EVALUATION_FLAGS
     + FEATURE_FLAGS

@@ -112,14 +112,13 @@ import os, sys, pathlib
 sys.path[:0] = [{root!r}, {root!r} + "/tests", {folder_of_tests!r}]
 from test_result_cache import Numbers
 from evaluation.results.work import do_work
-from common.processes import cleanup, setup
-place = setup("cpu")
+from common.processes import joined
 refuse = 3 if "refuse" in sys.argv else None
 numbers = Numbers(pathlib.Path({folder!r}), refuse=refuse, fail=None)
-results, refused = do_work(numbers.work, [2, 4, 6, 8, 3], place, 0)
-line = [place.rank, sorted(sum(numbers.computed, [])), [r and float(r["double"][0]) for r in results], len(refused)]
-os.write(1, (repr(line) + "\\n").encode())
-cleanup()
+with joined("cpu") as place:
+    results, refused = do_work(numbers.work, [2, 4, 6, 8, 3], place, 0)
+    line = [place.rank, sorted(sum(numbers.computed, [])), [r and float(r["double"][0]) for r in results], len(refused)]
+    os.write(1, (repr(line) + "\\n").encode())
 """
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.latents import normalise_latents
 from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
+from common.processes import Distributed
 from dataset.order.batches import batches_of_one_shape
 from dataset.volumes import volume_io
 from dataset.volumes.volume_io import read_latent, read_volume, write_latent, write_volume
@@ -151,6 +153,22 @@ def test_whole_latents_are_kept_and_all_others_replaced(dataset, checkpoint):
     assert generate_latents(config(dataset, checkpoint)) == files
     assert contents(dataset.parent) == before
     assert [file for file in files if file.stat().st_mtime_ns == times[file]] == [whole]
+
+
+def test_what_is_missing_is_shared_out_evenly(dataset, checkpoint, monkeypatch):
+    """All that one of two processes had done is there: the other's share is not left to it alone."""
+    files = generate_latents(config(dataset, checkpoint, batch_size=1))
+    for file in files[1:5:2]:
+        file.unlink()
+    for rank in (0, 1):
+        place = Distributed(rank, rank, 2, torch.device("cpu"))
+        monkeypatch.setattr(Distributed, "on_all", lambda self, function: [[], [1, 3]])  # as the second rank finds
+        monkeypatch.setattr(Distributed, "on_main", lambda self, function, share=True: function())
+        monkeypatch.setattr(Distributed, "barrier", lambda self: None)
+        monkeypatch.setattr(encoding, "joined", lambda *_, place=place: nullcontext(place))
+        monkeypatch.setattr(encoding, "_check_still_there", lambda dataset: None)
+        generate_latents(config(dataset, checkpoint, batch_size=1))
+        assert [file.exists() for file in files[1:5:2]] == [True, rank == 1]
 
 
 def test_nothing_is_encoded_twice(dataset, checkpoint, monkeypatch):

@@ -22,15 +22,12 @@ def main(argv):
         raise UserError("data.json: no such file: give one")
     if what == "one":
         import torch
-        from common.processes import cleanup, setup
-        place = setup("cpu")
-        try:
+        from common.processes import joined
+        with joined("cpu") as place:
             place.barrier()
             if rank == "1":
                 raise UserError("3.nii.gz: is odd: remove it")
             place.maximum(torch.zeros(1))
-        finally:
-            cleanup()
     if what == "fault" and rank == "0":
         raise ZeroDivisionError("of ours")
     if what in ("fault", "wait"):

@@ -24,6 +24,8 @@ from common.compilation import compiling
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, check_still_there, lock_folder, remove_leftovers
 from common.log import close_logger, get_logger, process_rank
+from common.precision import configure_backend
+from common.processes import group_left_in_order
 from config.loading import SAVED_CONFIG, require, save_config
 from dataset.order.split import Split, keep_split
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
@@ -55,6 +57,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
     root, logger = Path(cfg.model.default_root_dir), get_logger(process_rank())
 
     with ExitStack() as closing:
+        closing.enter_context(group_left_in_order())
         closing.callback(close_logger)
 
         # Data: headers, and a few files whole
@@ -74,6 +77,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         monitor, work = TrainingMonitor(cfg, logger), BackgroundWork()
         validations = Validations(cfg.model.val_every, start.validated_at)
         trainer = build_trainer(cfg, root, start.step, monitor, validations, work)
+        configure_backend(trainer.strategy.root_device, cfg.model.arithmetic, fixed_shapes=stage == 1)
         if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
             closing.enter_context(_run_folder(cfg, root, split))
         closing.enter_context(work)

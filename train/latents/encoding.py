@@ -20,7 +20,7 @@ from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.files import check_still_there, folder_locked
 from common.log import get_logger
-from common.processes import Distributed, cleanup, setup
+from common.processes import PATIENCE, Distributed, joined
 from common.progress import Progress, tracked
 from config.loading import require
 from dataset.order.batches import batches_of_one_shape
@@ -39,9 +39,8 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
     whose voxels are wrong, a latent that cannot be written, and files that vanish meanwhile.
     """
     require(cfg, "data_path", "AE_ckpt")
-    distributed = setup(cfg.device)
     with ExitStack() as closing:
-        closing.callback(cleanup)
+        distributed = closing.enter_context(joined(cfg.device, PATIENCE, cfg.arithmetic))
         logger = get_logger(distributed.rank)
         autoencoder = load_autoencoder(cfg.AE_ckpt, distributed.device)
         channels = autoencoder.cfg.dataset.image_channels
@@ -56,9 +55,8 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         distributed.on_main(lambda: copy_split(cfg.data_path, dataset, logger), share=False)
         _log_plan(logger, dataset, folders, autoencoder.patch_size)
 
-        batches = batches_of_one_shape(range(len(dataset)), dataset.shapes, cfg.batch_size)
-        batches = batches[distributed.rank :: distributed.world_size]
-        _encode_missing(cfg, autoencoder, dataset, batches, distributed)
+        missing = _missing(dataset, autoencoder, distributed)
+        _encode_missing(cfg, autoencoder, dataset, missing, distributed)
         distributed.barrier()
         distributed.on_main(lambda: _check_still_there(dataset))
         return dataset.latent_paths
@@ -123,18 +121,27 @@ def _log_plan(logger: Logger, dataset: Singleres_dataset, folders: Sequence[Path
         )
 
 
-def _encode_missing(
-    cfg: DictConfig, autoencoder: nn.Module, dataset: Singleres_dataset, batches: list[list[int]], place: Distributed
-) -> None:
-    mine = [index for batch in batches for index in batch]
+def _missing(dataset: Singleres_dataset, autoencoder: nn.Module, place: Distributed) -> set[int]:
+    """The volumes without a whole latent, on every rank; each rank looks at its share."""
+    mine = range(place.rank, len(dataset), place.world_size)
     checked = tracked(mine, "checking", "latent", transient=True)
-    missing = {index for index in checked if not has_latent(index, dataset, autoencoder)}
+    found = place.on_all(lambda: [index for index in checked if not has_latent(index, dataset, autoencoder)])
+    return {index for part in found for index in part}
+
+
+def _encode_missing(
+    cfg: DictConfig, autoencoder: nn.Module, dataset: Singleres_dataset, missing: set[int], place: Distributed
+) -> None:
+    """Encodes this rank's share of what is missing."""
+    batches = batches_of_one_shape(range(len(dataset)), dataset.shapes, cfg.batch_size)
     # A batch of which a part is there is encoded as a whole, so that its rounding is that of an uninterrupted run.
     todo = [batch for batch in batches if not missing.isdisjoint(batch)]
-
-    volumes = volumes_in_order([index for batch in todo for index in batch], dataset, cfg.num_workers)
-    with Progress("encoding", len(mine), "volume", done=len(mine) - sum(map(len, todo))) as progress:
-        for batch in todo:
+    there = len(dataset) - sum(map(len, todo))
+    mine = todo[place.rank :: place.world_size]
+    volumes = volumes_in_order([index for batch in mine for index in batch], dataset, cfg.num_workers)
+    share = there // place.world_size  # of what is there, so that the bar shows the whole
+    with Progress("encoding", share + sum(map(len, mine)), "volume", done=share) as progress:
+        for batch in mine:
             x = torch.stack([next(volumes) for _ in batch])  # (B, 1, D, H, W)
             latents = encode(autoencoder, x, cfg.sliding_window)  # (B, E, d, h, w)
             for index, latent in zip(batch, latents, strict=True):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.log import close_logger, get_logger
-from common.processes import Distributed, cleanup, setup
+from common.processes import Distributed, joined
 from train.loop.signals import StopRequest
 
 
@@ -49,12 +49,11 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(device: str) -> Iterator[Session]:
-    """Join the other processes, for as long as the block lasts. device, errors: as `common.processes.setup`."""
+def session(device: str, arithmetic: str = "fast") -> Iterator[Session]:
+    """Join the other processes, for as long as the block lasts. Arguments, errors: as `common.processes.joined`."""
     with contextlib.ExitStack() as closing:
         stop = closing.enter_context(StopRequest())
-        distributed = setup(device)
-        closing.callback(cleanup)
+        distributed = closing.enter_context(joined(device, arithmetic=arithmetic, fixed_shapes=True))
         logger = get_logger(distributed.rank)
         closing.callback(close_logger)
         yield Session(distributed, stop, logger, closing)
