@@ -40,15 +40,14 @@ def decode(
     Args:
         decoding: "exact", "blended" or "tiles".
         tile: edge of a tile in image voxels; "exact" has none.
-        max_bytes: memory for activations; None: `free_memory`.
+        max_bytes: memory for activations; None: what is free.
         precision: "32", "bf16" or "16"; the codes are chosen in float32 whatever it is.
 
     Raises:
         UserError: `max_bytes` is too little.
     """
     raw = denormalise_latents(latent[None], autoencoder.codebook.embeddings)  # (1, C, d, h, w)
-    limit = free_memory(latent.device) if max_bytes is None else max_bytes
-    whole = partial(autoencoder.decode, quantize=True, max_bytes=limit)
+    whole = partial(autoencoder.decode, quantize=True, max_bytes=max_bytes)
     try:
         with autocast(latent.device, precision):
             if decoding == "exact":
@@ -61,7 +60,7 @@ def decode(
                     raw, edges, 1, lambda part: whole(part).float().cpu(), OVERLAP, mode="gaussian", device="cpu"
                 )
             else:
-                volume = autoencoder.decode_sliding(raw, quantize=True, patch_size=tile, max_bytes=limit)
+                volume = autoencoder.decode_sliding(raw, quantize=True, patch_size=tile, max_bytes=max_bytes)
     except ValueError as error:  # the smallest blocks don't fit
         raise _too_little(error) from error
     volume = volume[0].float()

@@ -10,7 +10,7 @@ RANGE_TOLERANCE = 1e-3  # of the range [-1, 1]: what rounding and resampling add
 
 
 @torch.inference_mode()
-def encode(autoencoder: Autoencoder, volume: Tensor, sliding_window: int | None = 64) -> Tensor:
+def encode(autoencoder: Autoencoder, volume: Tensor, sliding_window: int | None = None) -> Tensor:
     """Normalised latent of a volume, or of volumes of one size, on the autoencoder's device.
 
     (1, D, H, W) -> (E, d, h, w), or (B, 1, D, H, W) -> (B, E, d, h, w); D = z, H = x, W = y.
@@ -18,7 +18,7 @@ def encode(autoencoder: Autoencoder, volume: Tensor, sliding_window: int | None 
     Args:
         volume: intensities in [-1, 1]. What does not divide into patches is padded with background at the far ends,
             and the latent is that of the padded volume.
-        sliding_window: patches of each volume that are encoded at a time; None: all.
+        sliding_window: patches of each volume that are encoded at a time; None: by the memory that is free.
 
     Raises:
         ValueError: other axes or intensities, e.g. a NIfTI file's own array (X, Y, Z).

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from AutoEncoder.model.networks import ATTENTION_HEAD_DIM, ATTENTION_HEADS, Decoder, ResBlock
+from AutoEncoder.model.networks import ATTENTION_HEAD_DIM, ATTENTION_HEADS, Decoder, ImageHead, ResBlock
 from AutoEncoder.patches import tile_slices
 
 SMALLEST_BLOCK = 8  # edge in input voxels: smaller ones would be mostly margin
+MOST_ELEMENTS = 2**31 - 1  # of a tensor: convolutions count in 32 bits, and are known to fail on larger ones on a GPU
 SAFETY = 1.25  # measured peaks were up to 1.16 times what is counted here: allocators, workspaces of convolutions
 
 
@@ -44,7 +45,7 @@ class Stage:
 
     up: nn.Module
     blocks: tuple[ResBlock, ResBlock]
-    final: nn.Sequential | None  # norm, SiLU, convolution: after the last stage
+    final: ImageHead | None  # after the last stage
 
     @property
     def norms(self) -> list[nn.Module]:
@@ -73,7 +74,7 @@ class Stage:
             x = h.add_(block.shortcut(x))
         if self.final is None or (affine := next(remaining, None)) is None:
             return x
-        return self.final[-1](_activate(x, affine))
+        return self.final.convolve(_activate(x, affine))
 
     def margin(self, num_affines: int) -> int:
         """How many input voxels beyond a block `run_with` needs: one output voxel a 3³ convolution, one for `up`."""
@@ -87,7 +88,7 @@ def decode_exactly(decoder: Decoder, z: Tensor, max_bytes: int | None = None) ->
     Args:
         decoder: in eval mode.
         z: what the decoder takes, i.e. codebook vectors after `post_vq_conv`.
-        max_bytes: memory for activations on z's device, weights not counted; None: everything in one pass.
+        max_bytes: memory for activations on z's device, weights not counted; None: no limit.
 
     Raises:
         ValueError: the smallest blocks need more than `max_bytes`; nothing has been computed then.
@@ -182,7 +183,8 @@ def plan_blocks(
 ) -> list[tuple[int, ...]]:
     """The largest blocks (input voxels) of each stage with which latents of `shape` (B, E, d, h, w) can be decoded.
 
-    A block as large as the stage's grid means one pass. element_bytes: of the convolutions' results.
+    A block as large as the stage's grid means one pass; no tensor of a block has more than `MOST_ELEMENTS`.
+    element_bytes: of the convolutions' results.
 
     Raises:
         ValueError: even the smallest blocks need more than `max_bytes`.
@@ -210,11 +212,12 @@ def activation_bytes(z: Tensor) -> int:
 def _candidates(
     stage: Stage, grid: tuple[int, ...], batch: int, element_bytes: int
 ) -> Iterator[tuple[float, tuple[int, ...]]]:
-    """(bytes that the stage needs, block), from the whole grid on, the longest edge halved each time."""
+    """(bytes that the stage needs, block), from the whole grid or what tensors can hold on, its longest edge halved."""
     margin = stage.margin(len(stage.norms))
     wide, narrow = stage.blocks[0].conv1.in_channels, stage.blocks[0].conv1.out_channels
     out_channels = narrow if stage.final is None else stage.final[-1].out_channels
-    stored = batch * math.prod(grid) * (stage.up.conv_trans.in_channels + 8 * out_channels) * element_bytes
+    out_bytes = element_bytes if stage.final is None else 4  # an image is float32
+    stored = batch * math.prod(grid) * (stage.up.conv_trans.in_channels * element_bytes + 8 * out_channels * out_bytes)
     # At their peak, in the first convolution: its input, the normalised input, both again as the convolution wants them
     # laid out, and its output, twice. The normalised input is float32, and in half precision is converted besides.
     copies = 2 if element_bytes >= 4 else 3
@@ -222,9 +225,11 @@ def _candidates(
     block = grid
     while True:
         voxels = 8 * math.prod(min(b + 2 * margin, extent) for b, extent in zip(block, grid, strict=True))
-        yield SAFETY * (stored + batch * voxels * voxel_bytes), block
         longest = max(range(3), key=lambda axis: block[axis])
-        if block[longest] <= SMALLEST_BLOCK:
+        is_smallest = block[longest] <= SMALLEST_BLOCK
+        if is_smallest or batch * voxels * max(wide, narrow) <= MOST_ELEMENTS:
+            yield SAFETY * (stored + batch * voxels * voxel_bytes), block
+        if is_smallest:
             return
         block = tuple(math.ceil(b / 2) if axis == longest else b for axis, b in enumerate(block))
 

@@ -6,7 +6,6 @@ Axes: B batch, C channels, (D, H, W) voxels with D = z, H = x, W = y; p patch ed
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -69,9 +68,3 @@ def tile_slices(size: Sequence[int], tile: int | Sequence[int]) -> Iterator[tupl
         for extent, edge in zip(size, edges, strict=True)
     ]
     yield from product(*axes)
-
-
-def patch_batches(volume: Tensor, patch_size: int, patches_per_volume: int) -> Iterator[Tensor]:
-    """The patches of `split_patches` in pieces of at most `patches_per_volume`·B, in the same order."""
-    patches = split_patches(volume, patch_size)
-    yield from torch.split(patches, max(1, patches_per_volume) * volume.shape[0])

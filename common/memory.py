@@ -1,11 +1,14 @@
-"""How much memory a device has left, and how much this process takes."""
+"""How much memory a device has left, how much this process takes, and smaller parts where it does not suffice."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 CPU_SHARE, GPU_SHARE = 0.5, 0.8  # of the memory that is free: others use a machine's main memory too
 
@@ -22,10 +25,34 @@ def resident_memory_gb() -> float | None:
 def free_memory(device: torch.device) -> int:
     """Bytes that work on a device may take: a share of what is free now."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
+        return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + _cached_memory(device)))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(CPU_SHARE * _free_main_memory() / processes)
+
+
+def halving(work: Callable[[int], Result], most: int) -> Result:
+    """`work(most)`, and where the GPU's memory doesn't suffice with the half of it, and so on down to 1.
+
+    How much a GPU has left is known, but not what others take meanwhile, into what pieces it lies, and how much space
+    cuDNN's algorithms want to work in. `most`: a number of things at a time, or of bytes.
+    """
+    while True:
+        try:
+            return work(most)
+        except torch.OutOfMemoryError:
+            if most <= 1:
+                raise
+        # Here the failed try's tensors are gone, which its traceback held.
+        torch.cuda.empty_cache()
+        most //= 2
+        logging.getLogger(__name__).info("the GPU's memory did not suffice: trying with half as much at a time")
+
+
+def _cached_memory(device: torch.device) -> int:
+    """Bytes that torch holds and doesn't use, without those of CUDA graphs, which nothing else can have."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = (s for s in torch.cuda.memory_snapshot() if s["device"] == index and s["segment_pool_id"] == (0, 0))
+    return sum(segment["total_size"] - segment["active_size"] for segment in segments)
 
 
 def _free_main_memory() -> int:

@@ -43,6 +43,19 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int, int]) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).float()  # (d·h·w, dim)
 
 
+class CubeConv3d(nn.Conv3d):
+    """A convolution whose kernel and stride are one cube, (B, C, D, H, W) -> (B, C', D/p, H/p, W/p).
+
+    Computed as a product of matrices, which stays in float32 where a GPU convolves in TF32 (`configure_backend`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (p, _, _), (d, h, w) = self.kernel_size, (extent // self.kernel_size[0] for extent in x.shape[2:])
+        cubes = rearrange(x, "b c (d p0) (h p1) (w p2) -> b (d h w) (c p0 p1 p2)", p0=p, p1=p, p2=p)
+        products = F.linear(cubes, self.weight.flatten(1), self.bias)  # (B, D/p·H/p·W/p, C')
+        return rearrange(products, "b (d h w) c -> b c d h w", d=d, h=h, w=w)
+
+
 class PatchEmbed_Voxel(nn.Module):
     """Cubes of a sub-volume as tokens: (B, C, D, H, W) to (B, T, embed_dim), T in d, h, w order.
 
@@ -61,7 +74,7 @@ class PatchEmbed_Voxel(nn.Module):
         self.patch_size = patch_size
         self.grid_size = tuple(size // patch_size for size in self.voxel_size)
         self.num_patches = math.prod(self.grid_size)
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
+        self.proj = CubeConv3d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[2:]) != self.voxel_size:
@@ -211,7 +224,10 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the channels of each voxel, with a gain and no bias."""
+    """Layer norm over the channels of each voxel, with a gain and no bias; float32 under autocast, as torch's norms.
+
+    In fp16 the variance of values with a standard deviation of 300 would be infinite, and the result 0.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
@@ -219,6 +235,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(1, channels, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.gamma.dtype)
         variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)  # (B, 1, d, h, w)
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.gamma
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from AutoEncoder.exact_decoding import decode_exactly
 from AutoEncoder.model.codebook import Codebook
 from AutoEncoder.model.networks import Decoder, Encoder, normalize, num_downsamplings
-from AutoEncoder.patches import crop_to, pad_to_multiple, patch_batches, stitch_patches, tile_slices
+from AutoEncoder.patches import crop_to, pad_to_multiple, split_patches, stitch_patches, tile_slices
+from common.memory import free_memory, halving
 
 # Keys that official configurations and checkpoints do not have, with the values that reproduce the official release.
 DEFAULTS = {
@@ -37,6 +38,8 @@ DEFAULTS = {
         "gradient_checkpointing": False,
     }
 }
+MOST_PATCHES = 8  # encoded at a time: more gain no speed
+FIRST_LEVEL_TENSORS = 8  # of the encoder's first level, as large, that a patch needs at its peak: measured 6
 # What the networks are built by: these values stay when another configuration is set.
 BUILT_BY = (
     *("model.downsample", "model.n_hiddens", "model.embedding_dim", "model.n_codes", "model.norm_type"),
@@ -95,12 +98,13 @@ class Autoencoder(nn.Module):
         self.downsample_factor, self.patch_size = factor, patch_size
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Whole volumes: encode patch by patch, stitch, quantise, decode in one pass.
+        """Whole volumes: encode patch by patch, stitch, quantise, decode as one volume.
 
-        (B, C, D, H, W) -> reconstruction of the same shape and the codebook's mapping for the stitched latent.
+        (B, C, D, H, W) -> reconstruction of the same shape and the codebook's mapping for the stitched latent. In eval
+        mode without gradients in the memory that is free, as `patch_encode` and `decode`; else at once.
         """
         quantised = self.quantise_volume(x)
-        volume = self.decoder(self.post_vq_conv(quantised["embeddings"]))
+        volume = self._decode(self.post_vq_conv(quantised["embeddings"]))
         return crop_to(volume, x.shape[-3:]), quantised
 
     def quantise_volume(self, x: Tensor) -> dict[str, Tensor]:
@@ -129,7 +133,7 @@ class Autoencoder(nn.Module):
         return quantised["encodings"]
 
     def patch_encode(self, x: Tensor, quantize: bool = False, patch_size: int | None = None) -> Tensor:
-        """Volume -> stitched raw latent (or codes with `quantize`), all patches of the volume as one batch.
+        """Volume -> stitched raw latent (or codes with `quantize`), as many patches at a time as memory allows.
 
         Args:
             x: (B, C, D, H, W). What does not divide into patches is padded with background at the far ends, and the
@@ -145,15 +149,26 @@ class Autoencoder(nn.Module):
     def patch_encode_sliding(
         self, x: Tensor, quantize: bool = False, patch_size: int | None = None, sliding_window: int | None = 64
     ) -> Tensor:
-        """`patch_encode` in bounded memory: at most `sliding_window`·B patches at a time (None: all)."""
+        """`patch_encode` with at most `sliding_window`·B patches at a time, fewer where memory runs out.
+
+        None: as many as memory allows and speed gains from; with gradients all.
+        """
         patch_size = patch_size or self.patch_size
         if patch_size % self.downsample_factor:
             raise ValueError(f"patch_size {patch_size} does not divide by the compression {self.downsample_factor}")
         x = pad_to_multiple(x, patch_size)
         grid = [extent // patch_size for extent in x.shape[-3:]]
-        window = sliding_window or math.prod(grid)
-        latents = [self.encode(patches, quantize=False) for patches in patch_batches(x, patch_size, window)]
-        latent = stitch_patches(torch.cat(latents), grid)  # (B, E, d, h, w)
+        patches = split_patches(x, patch_size)
+
+        def encode(at_once: int) -> Tensor:
+            return torch.cat([self.encode(some, quantize=False) for some in patches.split(at_once)])
+
+        if _may_be_cut(self.encoder):
+            window = self._patches_at_once(patches) if sliding_window is None else sliding_window * len(x)
+            latents = halving(encode, min(window, len(patches)))
+        else:
+            latents = encode(len(patches) if sliding_window is None else sliding_window * len(x))
+        latent = stitch_patches(latents, grid)  # (B, E, d, h, w)
         return self.codebook(latent)["encodings"] if quantize else latent
 
     def decode(self, latent: Tensor, quantize: bool = True, max_bytes: int | None = None) -> Tensor:
@@ -163,14 +178,26 @@ class Autoencoder(nn.Module):
             latent: raw latent (B, E, d, h, w), snapped to its nearest codes; with `quantize=False` the codes
                 (B, d, h, w) themselves.
             max_bytes: memory that decoding may take; what does not fit is decoded block by block, slower and with the
-                same result, without gradients (`exact_decoding.py`). None: no limit.
+                same result, without gradients (`exact_decoding.py`). None: what is free; with gradients no limit.
 
         Raises:
             ValueError: `max_bytes` is too little for the smallest blocks.
         """
         vectors = self.codebook(latent)["embeddings"] if quantize else self.codebook.lookup(latent)
-        vectors = self.post_vq_conv(vectors)
-        return self.decoder(vectors) if max_bytes is None else decode_exactly(self.decoder, vectors, max_bytes)
+        return self._decode(self.post_vq_conv(vectors), max_bytes)
+
+    def _decode(self, vectors: Tensor, max_bytes: int | None = None) -> Tensor:
+        """What the decoder takes (B, E, d, h, w) -> volume (B, C, f·d, f·h, f·w), in the memory that there is."""
+        if max_bytes is None and not _may_be_cut(self.decoder):
+            return self.decoder(vectors)
+        limit = free_memory(vectors.device) if max_bytes is None else max_bytes
+        return halving(partial(decode_exactly, self.decoder, vectors), limit)
+
+    def _patches_at_once(self, patches: Tensor) -> int:
+        """How many of the patches (N, C, p, p, p) are encoded at a time, by the memory that is free."""
+        first_level = 4 * self.encoder.conv_first.out_channels * math.prod(patches.shape[2:])  # bytes of one tensor
+        fitting = free_memory(patches.device) // (FIRST_LEVEL_TENSORS * first_level)
+        return max(1, min(fitting, MOST_PATCHES))
 
     def decode_sliding(
         self,
@@ -214,6 +241,11 @@ class Autoencoder(nn.Module):
                     voxels = tuple(slice(axis.start * ratio, axis.stop * ratio) for axis in tile)
                     volume[(..., *voxels)] = piece
         return volume
+
+
+def _may_be_cut(network: nn.Module) -> bool:
+    """Whether its work may be cut into pieces: without gradients, and where norms have fixed statistics."""
+    return not (torch.is_grad_enabled() or network.training)
 
 
 @contextmanager

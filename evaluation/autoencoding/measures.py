@@ -23,7 +23,6 @@ from evaluation.results.scales import make_figure
 from evaluation.results.work import Arrays
 
 DATA_RANGE = MODEL_RANGE[1] - MODEL_RANGE[0]
-ENCODED_AT_ONCE = 8  # patches; of 64 voxels, in the published encoders, they need 2.4 GB
 COUNTS = "code_counts"  # name of the codes' counts among the arrays of a volume
 
 Statistic = Callable[[Tensor], float]  # of a resample: indices of volumes, (N,)
@@ -84,7 +83,7 @@ def reconstruct(autoencoder: Autoencoder, volume: Tensor, max_bytes: int) -> tup
     The codes are those of cells that hold voxels of the volume, not of padding alone.
     Raises ValueError: `max_bytes` is too little to decode in.
     """
-    codes = autoencoder.patch_encode_sliding(volume[None], quantize=True, sliding_window=ENCODED_AT_ONCE)
+    codes = autoencoder.patch_encode(volume[None], quantize=True)
     decoded = autoencoder.decode(codes, quantize=False, max_bytes=max_bytes)  # (1, 1, D', H', W')
     factor = autoencoder.downsample_factor
     cells = [math.ceil(extent / factor) for extent in volume.shape[1:]]

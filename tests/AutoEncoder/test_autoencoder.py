@@ -8,7 +8,7 @@ from configs import official_autoencoder, tiny_autoencoder
 from torch import nn
 
 from AutoEncoder.latents import denormalise_latents, normalise_latents
-from AutoEncoder.model import PatchVolume
+from AutoEncoder.model import PatchVolume, autoencoder
 from AutoEncoder.model.autoencoder import evaluation_mode
 from AutoEncoder.model.networks import AttentionBlock, normalize
 from AutoEncoder.model.PatchVolume import patchvolumeAE
@@ -74,6 +74,57 @@ def test_patches_are_encoded_independently(model, window):
     last = model.encode(x[..., 16:, :, 16:], quantize=False)
     torch.testing.assert_close(latent[..., 4:, :, 4:], last, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(latent, model.patch_encode(x), rtol=1e-4, atol=1e-5)
+
+
+def test_out_of_memory_is_recovered_from(model, monkeypatch):
+    """Without gradients: patches are encoded fewer at a time, volumes decoded in smaller blocks."""
+    x = torch.randn(2, 1, 32, 32, 16)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)[0]
+        encode, decode, seen = model.encode, autoencoder.decode_exactly, {"patches": [], "bytes": []}
+
+        def encode_few(patches, **options):
+            seen["patches"].append(len(patches))
+            if len(patches) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return encode(patches, **options)
+
+        def decode_little(decoder, vectors, max_bytes):
+            seen["bytes"].append(max_bytes)
+            if max_bytes > 10**9:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return decode(decoder, vectors, max_bytes)
+
+        monkeypatch.setattr(model, "encode", encode_few)
+        monkeypatch.setattr(autoencoder, "decode_exactly", decode_little)
+        torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=1e-5)
+        assert seen["patches"] == [8, 4, 2, 2, 2, 2]
+        assert seen["bytes"][0] > 10**9 >= seen["bytes"][-1] > 5 * 10**8
+        seen["patches"].clear()
+        model.patch_encode_sliding(x, sliding_window=1)
+        assert seen["patches"] == [2, 2, 2, 2]
+    with pytest.raises(torch.OutOfMemoryError):  # with gradients all patches are needed at once
+        model.patch_encode(x)
+
+
+@pytest.mark.parametrize(("free", "at_once"), [(10**12, 8), (2 * 8 * 4 * 8 * 16**3, 2), (0, 1)])
+def test_patches_are_encoded_by_the_memory_that_is_free(model, monkeypatch, free, at_once):
+    monkeypatch.setattr(autoencoder, "free_memory", lambda device: free)
+    encode, seen = model.encode, []
+    monkeypatch.setattr(model, "encode", lambda x, **options: seen.append(len(x)) or encode(x, **options))
+    with torch.no_grad():
+        model.eval().patch_encode(torch.randn(1, 1, 48, 48, 16))
+    assert max(seen) == at_once
+
+
+@pytest.mark.parametrize("max_bytes", [None, 10**9])
+def test_half_precision_does_not_quantise_intensities(model, max_bytes):
+    latent = torch.randn(1, 4, 8, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        volume = model.eval().decode(latent, max_bytes=max_bytes)
+    assert volume.dtype == torch.float32
+    assert len(volume.unique()) > 30_000  # of 32,768 voxels; in bf16 all values of its range are some 500
 
 
 def test_codes_and_latents_decode_alike(model):

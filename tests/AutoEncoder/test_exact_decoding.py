@@ -4,6 +4,7 @@ import pytest
 import torch
 from configs import official_autoencoder, tiny_autoencoder
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from AutoEncoder import exact_decoding
 from AutoEncoder.exact_decoding import decode_exactly, plan_blocks
@@ -128,6 +129,24 @@ def test_512_voxels_at_paper_size_fit_in_16_gb(grid):
     blocks = plan_blocks(network, (1, 8, *grid), 4, 16 * 10**9)
     assert blocks[0] == tuple(2**0 * extent for extent in grid)  # 128³ voxels at most: in one pass
     assert min(blocks[-1]) >= 64
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_no_tensor_of_a_block_is_too_large_for_32_bits(monkeypatch, batch):
+    """However much memory there is: the tensors that convolutions see at 512³, counted without computing."""
+    network = patchvolumeAE(official_autoencoder()).decoder.eval()
+    sizes = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.register_forward_hook(lambda module, given, out: sizes.extend([given[0].numel(), out.numel()]))
+
+    def any_statistics(norm, *_):
+        return exact_decoding._affine(norm, torch.zeros(1, norm.num_channels), torch.ones(1, norm.num_channels))
+
+    monkeypatch.setattr(exact_decoding, "_measured_affine", any_statistics)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decode_exactly(network, torch.empty(batch, 8, 64, 64, 64))
+    assert 2**29 < max(sizes) < 2**31
 
 
 def test_the_model_decodes_within_a_limit(monkeypatch):

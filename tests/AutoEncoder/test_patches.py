@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from AutoEncoder.patches import crop_to, pad_to_multiple, patch_batches, split_patches, stitch_patches, tile_slices
+from AutoEncoder.patches import crop_to, pad_to_multiple, split_patches, stitch_patches, tile_slices
 
 
 @pytest.mark.parametrize(("size", "patch"), [((8, 4, 12), 4), ((4, 4, 4), 4), ((2, 6, 4), 2)])
@@ -18,13 +18,6 @@ def test_stitching_undoes_splitting(size, patch):
 def test_patches_come_in_z_x_y_order():
     volume = torch.arange(2 * 2 * 2.0).reshape(1, 1, 2, 2, 2)  # voxel value = its place in z, x, y order
     assert split_patches(volume, 1).flatten().tolist() == list(range(8))
-
-
-def test_batches_are_the_patches_in_pieces():
-    volume = torch.randn(2, 1, 8, 4, 4)
-    pieces = list(patch_batches(volume, 2, patches_per_volume=3))
-    assert max(len(piece) for piece in pieces) == 6
-    torch.testing.assert_close(torch.cat(pieces), split_patches(volume, 2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("size", "padded"), [((5, 8, 9), (8, 8, 12)), ((4, 4, 4), (4, 4, 4)), ((1, 2, 3), (4, 4, 4))])

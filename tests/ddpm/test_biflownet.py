@@ -5,6 +5,7 @@ import torch
 from golden import GOLDEN_SEED, fill_module, golden_normal, load_golden, load_keys
 
 from ddpm.BiFlowNet import BiFlowNet, GaussianDiffusion, PatchEmbed_Voxel, grid_multiple
+from ddpm.blocks import ChannelNorm
 
 SMALL = {
     "dim": 24,
@@ -193,6 +194,13 @@ def test_token_embedding_stays_in_float32_under_autocast(tiny):
     hook.remove()
     assert seen == [torch.float32]
     assert eps.dtype == torch.bfloat16
+
+
+def test_channel_norm_holds_large_values_in_half_precision():
+    """Of a standard deviation of 300, whose variance fp16 cannot hold."""
+    x = 300 * torch.randn(2, 16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    norm = ChannelNorm(16)
+    torch.testing.assert_close(norm(x.half()), norm(x), rtol=2e-3, atol=2e-3)
 
 
 def test_patch_embedding_orders_tokens_by_axis():
