@@ -61,10 +61,10 @@ def config(data: Path, results: Path, **values) -> DictConfig:
     return cfg
 
 
-def save_autoencoder(path: Path) -> Path:
-    """A tiny 4x autoencoder, random, in a checkpoint file as Lightning writes it."""
+def save_autoencoder(path: Path, cfg: DictConfig | None = None) -> Path:
+    """An autoencoder, random, in a checkpoint file as Lightning writes it; without a configuration a tiny one of 4x."""
     torch.manual_seed(0)
-    cfg = tiny_autoencoder()
+    cfg = cfg or tiny_autoencoder()
     autoencoder = patchvolumeAE(cfg)
     autoencoder.codebook.N.fill_(1)  # as if started from data
     autoencoder.codebook.embeddings.normal_()
