@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from common.errors import UserError
+
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16, "fp16": torch.float16}  # as options spell them
 
 
@@ -37,6 +39,12 @@ def configure_backend(device: torch.device, arithmetic: str = "fast", fixed_shap
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check for our tests, which takes time
     if is_exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else products are not; read at the first one
+
+
+def check_precision(device: torch.device, option: str, precision: str) -> None:
+    """UserError: float16 on a CPU, which has no fast arithmetic for it. option: what the precision is the value of."""
+    if device.type == "cpu" and PRECISIONS[precision] is torch.float16:
+        raise UserError(f"{option} is {precision}, which needs a GPU: take bf16 on a CPU")
 
 
 def clock(device: torch.device) -> float:

@@ -26,7 +26,7 @@ from common.checkpoint_files import load_checkpoint
 from common.compilation import CompiledDenoiser
 from common.errors import UserError
 from common.log import get_logger
-from common.precision import autocast, clock
+from common.precision import autocast, check_precision, clock
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import Progress, tracked
 from config.loading import require, save_config
@@ -57,8 +57,7 @@ def generate(cfg: DictConfig) -> list[Path]:
         raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
     folders = list(dict.fromkeys(seed_folder(cfg, request.seed) for request in requests))
     with joined(cfg.device, PATIENCE, cfg.arithmetic) as place:
-        if cfg.precision == "16" and place.device.type == "cpu":
-            raise UserError("precision is 16, which needs a GPU: take bf16 on a CPU")
+        check_precision(place.device, "precision", cfg.precision)
         # What is left to do.
         logger = get_logger(place.rank)
         settings = place.on_main(lambda: image_settings(cfg))  # reads both checkpoints whole, once

@@ -166,6 +166,7 @@ def other_kind(folder: Path) -> Path:
         (2, ["model.resume_from_checkpoint={other}"], "a BiFlowNet checkpoint, expected an autoencoder"),
         (2, ["model.resume_from_checkpoint={stage_1}", "model.n_hiddens=16"], "the weights do not fit"),
         (1, ["model.perceptual_weight=1", "model.perceptual_weights={empty}"], "vgg"),
+        (1, ["model.precision=16"], "model.precision is 16, which needs a GPU: take bf16 on a CPU"),
         (1, ["dataset.image_channels=3"], "dataset.image_channels is 3, but volumes are read with 1 channel"),
         (1, ["dataset.intensity_range=[0,1]"], r"lie outside the declared range \[0, 1\]"),
         (1, ["dataset.intensity_range=[-3,1]"], r"data.json: box: intensities from -1 to 0.9, only the upper half"),

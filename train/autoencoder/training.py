@@ -24,7 +24,7 @@ from common.compilation import compiling
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, check_still_there, lock_folder, remove_leftovers
 from common.log import close_logger, get_logger, process_rank
-from common.precision import configure_backend
+from common.precision import check_precision, configure_backend
 from common.processes import group_left_in_order
 from config.loading import SAVED_CONFIG, require, save_config
 from dataset.order.split import Split, keep_split
@@ -134,6 +134,7 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
     if cfg.model.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("model.accelerator is gpu, but no CUDA device was found: set model.accelerator=cpu or auto")
     on_gpu = cfg.model.accelerator != "cpu" and torch.cuda.is_available()
+    check_precision(torch.device("cuda" if on_gpu else "cpu"), "model.precision", cfg.model.precision)
     wanted = processes_per_node(cfg)
     if on_gpu and wanted > torch.cuda.device_count():
         raise UserError(

@@ -8,6 +8,7 @@ from torch import nn
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common.errors import UserError
+from common.precision import check_precision
 from config.loading import require
 from dataset.checking.before_training import check_latents
 from dataset.order.data_split import NO_SPLIT, SPLIT_NAME, TRAINING, DataSplit, find_split, read_split
@@ -31,6 +32,8 @@ def check_options(cfg: DictConfig, here: Session) -> None:
         raise UserError(f"model={cfg.model}: there is no such model, expected {' or '.join(MODELS)}; give --model")
     if cfg.ckpt and not Path(cfg.ckpt).is_file():
         raise UserError(f"ckpt: {cfg.ckpt}: no such checkpoint file; give an existing one with --ckpt, or leave it out")
+    if cfg.enable_amp:
+        check_precision(here.device, "amp_dtype", cfg.amp_dtype)
     if here.is_main and cfg.preview and not cfg.AE_ckpt:
         here.logger.warning("preview has no effect: it needs the autoencoder, give --AE-ckpt (or say preview=false)")
 
