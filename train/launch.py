@@ -4,7 +4,8 @@
 
 starts any script of this project in several processes. Its exit status is theirs: 2 after a user's mistake, 128 + the
 signal after one (130: Ctrl-C); torchrun says 1. A fault of ours is still reported in full. At a signal the processes
-have ten minutes to save a checkpoint before they are killed (torchrun: 30 s), or what --shutdown-timeout says.
+have ten minutes to save a checkpoint before they are killed (torchrun: 30 s), or what
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, from torch 2.12 on also --shutdown-timeout.
 """
 
 import logging
