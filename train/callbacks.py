@@ -1,6 +1,9 @@
 """Volumes to look at during the autoencoder's training."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,6 +15,10 @@ from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import turned_to_ras, write_volume
 from train.loop.background import BackgroundWork
 from train.loop.deletion import check_not_deleted
+from train.loop.previews import attempt
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 class VolumeLogger(Callback):
@@ -19,7 +26,8 @@ class VolumeLogger(Callback):
 
     Both in the order right, front, head by the batch's affine, which undoes the turns of augmentation too.
     Training batches number 1, 2, 4, 8 … and every `every`-th; the first volume of a validation, at most once in `every`
-    batches. The picture goes to TensorBoard as well. Rank 0 only. Every module keeps the mode that it had.
+    batches. The picture goes to TensorBoard as well. Rank 0 only. Every module keeps the mode that it had. What goes
+    wrong is a warning (`attempt`).
 
     Args:
         folder: in the run's; gets train/ and val/ with step_0001500_{input,reconstruction}.nii.gz and step_0001500.png.
@@ -50,12 +58,15 @@ class VolumeLogger(Callback):
     def _write(self, trainer: pl.Trainer, pl_module, batch: dict, split: str) -> None:
         if not trainer.is_global_zero:
             return
-        logged = pl_module.log_volumes({"data": batch["data"][:1]}, split=split)
-        volumes = {name.removesuffix("s"): data[0, :1].float().clamp(-1, 1) for name, data in logged.items()}
-        volumes = {name: data.to("cpu", copy=True) for name, data in volumes.items()}
-        size = batch["data"].shape[-3:]
-        affine = batch["affine"][0].double().cpu().numpy() if "affine" in batch else centred_affine([1, 1, 1], size)
-        self._work.submit(self._write_files, trainer, split, trainer.global_step, volumes, affine)
+        step = trainer.global_step
+        shown = self._attempt(step, lambda: _volumes(pl_module, batch, split))
+        if shown is not None:
+            # Outside of `attempt`: it raises what a checkpoint before has met with.
+            self._work.submit(self._attempt, step, lambda: self._write_files(trainer, split, step, *shown))
+
+    def _attempt(self, step: int, make: Callable[[], Result]) -> Result | None:
+        what, instead = f"logged volume of step {step}", "set model.log_volume_every=0"
+        return attempt(make, what, self.folder.parent, logger, instead)
 
     def _write_files(
         self, trainer: pl.Trainer, split: str, step: int, volumes: dict[str, Tensor], affine: np.ndarray
@@ -68,6 +79,16 @@ class VolumeLogger(Callback):
             write_volume(stem.with_name(f"{stem.name}_{name}.nii.gz"), turned, to_mm)
             rows.append((name, list(central_slices(turned, spacing_of(to_mm)).values())))
         picture = save_slice_grid(stem.with_suffix(".png"), rows, columns=PLANES)
-        for logger in trainer.loggers:
-            if isinstance(logger, pl.loggers.TensorBoardLogger):
-                logger.experiment.add_image(f"{split}/volume", picture, step, dataformats="HWC")
+        for board in trainer.loggers:
+            if isinstance(board, pl.loggers.TensorBoardLogger):
+                board.experiment.add_image(f"{split}/volume", picture, step, dataformats="HWC")
+
+
+def _volumes(pl_module, batch: dict, split: str) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Input and reconstruction of a batch's first volume, (1, D, H, W) on the CPU by name, and their affine."""
+    logged = pl_module.log_volumes({"data": batch["data"][:1]}, split=split)
+    volumes = {name.removesuffix("s"): data[0, :1].float().clamp(-1, 1) for name, data in logged.items()}
+    volumes = {name: data.to("cpu", copy=True) for name, data in volumes.items()}
+    size = batch["data"].shape[-3:]
+    affine = batch["affine"][0].double().cpu().numpy() if "affine" in batch else centred_affine([1, 1, 1], size)
+    return volumes, affine

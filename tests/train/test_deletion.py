@@ -62,7 +62,12 @@ def test_a_run_folder_deleted_while_biflownet_trains(tmp_path, monkeypatch, log_
 
 @pytest.mark.parametrize(
     "overrides",
-    [["model.log_volume_every=1"], ["model.log_every=100"], ["model.log_every=100", "model.checkpoint_every=100"]],
+    [
+        ["model.log_volume_every=1"],
+        ["model.log_volume_every=1", "model.log_every=100"],
+        ["model.log_every=100"],
+        ["model.log_every=100", "model.checkpoint_every=100"],
+    ],
 )
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_folder_deleted_while_the_autoencoder_trains(tmp_path, monkeypatch, overrides):

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from autoencoder_runs import assert_same_weights, config, make_data, weights, with_callback
 
+from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common import checkpoint_files as checkpoints
 from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
@@ -101,6 +102,9 @@ def test_news_of_a_step():
     assert _news({"loss": torch.tensor(-torch.inf)}, 0, trainer).tolist() == [0, 1, 0, -torch.inf, 0]  # fp16
 
 
+NO_SPACE = "[Errno 28] No space left on device"
+
+
 def no_space(*args, **options) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -130,10 +134,29 @@ def _once(kind):
     return save
 
 
-def test_a_preview_that_cannot_be_written_ends_the_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(callbacks, "save_slice_grid", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        train(config(data, tmp_path / "run", "model.max_steps=9", "model.log_volume_every=8"), stage=1)
+def no_memory(*args, **options) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "fail", "reason"),
+    [
+        (callbacks, "save_slice_grid", no_space, f"failed, training goes on (OSError: {NO_SPACE})"),
+        (patchvolumeAE, "log_volumes", no_memory, "not enough memory"),
+    ],
+)
+def test_a_logged_volume_that_fails_does_not_end_the_training(
+    data, tmp_path, monkeypatch, capsys, place, name, fail, reason
+):
+    """Neither the pass on the training's device nor the writing beside it; the weights are those without volumes."""
+    train(config(data, tmp_path / "plain", "model.max_steps=3"), stage=1)
+    monkeypatch.setattr(place, name, fail)
+    train(config(data, tmp_path / "run", "model.max_steps=3", "model.log_volume_every=1"), stage=1)
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+    said = capsys.readouterr().err
+    for step in (1, 2, 3):
+        assert f"warning: logged volume of step {step}: {reason}; set model.log_volume_every=0\n" in said
+    assert "Traceback" not in said
 
 
 def test_checkpoints_are_written_beside_training(tmp_path, monkeypatch):

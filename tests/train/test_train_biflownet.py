@@ -194,6 +194,18 @@ def test_a_preview_due_where_training_stopped_is_made(data, ae_ckpt, tmp_path, m
     assert torch.equal(ours, theirs)
 
 
+def test_previews_that_fail_do_not_end_the_training(data, ae_ckpt, tmp_path, monkeypatch, uninterrupted, capfd):
+    def fail(self, class_id: int) -> None:
+        raise RuntimeError("CUDA error: odd")
+
+    monkeypatch.setattr(Previews, "_sample", fail)
+    run = train(runs.config(data, tmp_path, preview=True, preview_steps=2, AE_ckpt=str(ae_ckpt), **STATEFUL))["folder"]
+    assert_same_training(checkpoint(uninterrupted["folder"], 6), checkpoint(run, 6))
+    said = "warning: preview of step {}: failed, training goes on (RuntimeError: CUDA error: odd); say preview=false\n"
+    assert all(said.format(step) in (run / "log.txt").read_text() for step in (2, 4, 6))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_damaged_newest_checkpoint_is_passed_over(data, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         crash_at(patch, 5)

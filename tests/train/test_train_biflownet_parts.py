@@ -223,6 +223,39 @@ def test_a_preview_without_memory_is_left_out(tmp_path, caplog, monkeypatch):
     assert "preview of step 12: not enough memory; say preview=false" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory; say preview=false"),
+        (ValueError("very\nodd"), "failed, training goes on (ValueError: very odd); say preview=false"),
+        (UserError("a.nii.gz: cannot be written (No space left)"), "a.nii.gz: cannot be written (No space left)"),
+    ],
+)
+@pytest.mark.parametrize("where", ["_sample", "_decode", "write_volume", "load_state_dict"])
+def test_whatever_fails_in_a_preview_is_said_in_a_line(tmp_path, caplog, monkeypatch, error, reason, where):
+    def fail(*_) -> None:
+        raise error
+
+    model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
+    previews = Previews(tmp_path / "samples", [1], (8, 8, 8), 3, model, diffusion, None, CPU, logger)
+    monkeypatch.setattr(previews, "_decode", lambda latent: torch.zeros(1, 8, 8, 8))
+    place = preview if where == "write_volume" else previews.model if where == "load_state_dict" else previews
+    monkeypatch.setattr(place, where, fail)
+    assert previews.write(12, 0, model.state_dict()) is None
+    assert [record.getMessage() for record in caplog.records] == [f"preview of step 12: {reason}"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_preview_does_not_make_a_deleted_run_folder_again(tmp_path, monkeypatch, fails):
+    model, diffusion = Denoiser(), GaussianDiffusion(4, 20)
+    run = tmp_path / "run"
+    previews = Previews(run / "samples", [1], (8, 8, 8), 3, model, diffusion, None, CPU, logging.getLogger())
+    monkeypatch.setattr(previews, "_decode", lambda latent: 1 / 0 if fails else torch.zeros(1, 8, 8, 8))
+    with pytest.raises(UserError, match=f"^{run}: the run folder was deleted during training, which ends here"):
+        previews.write(12, 0, model.state_dict())
+    assert not run.exists()
+
+
 def test_a_preview_is_given_up_when_training_stops(tmp_path, caplog):
     """Within one step of sampling: schedulers grant little time after their signal."""
     model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")

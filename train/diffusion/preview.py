@@ -21,12 +21,11 @@ from common.errors import UserError
 from dataset.volumes.geometry import centred_affine
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import write_volume
+from train.loop.deletion import check_not_deleted
+from train.loop.previews import GivenUp, attempt
 
 FREE_SHARE = 0.5  # of a GPU's memory that training hasn't taken: it may take more while a volume is decoded
-
-
-class GivenUp(Exception):
-    """A preview that is not made, and why."""
+INSTEAD = "say preview=false"
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Previews:
     nothing waits for training or makes it wait, and no memory passes from one to the other.
     """
 
-    folder: Path  # gets `step_SSSSSSS_class_C.nii.gz` and `.png`
+    folder: Path  # in the run's; gets `step_SSSSSSS_class_C.nii.gz` and `.png`
     classes: Sequence[int]  # ids that previews take turns at
     grid: tuple[int, int, int]  # latent grid (d, h, w)
     steps: int  # of DDIM
@@ -57,29 +56,28 @@ class Previews:
         """Whether there is a preview of that step."""
         return any(self.folder.glob(f"step_{step:07d}_class_*.nii.gz"))
 
-    @torch.no_grad()
     def write(self, step: int, turn: int, weights: dict[str, Tensor]) -> Path | None:
         """Sample and decode a latent of the `turn`-th class with these weights, on the CPU and no longer changing.
 
         Writes NIfTI and a PNG of the central slices; no global generator is used. Returns the NIfTI file, or None, with
-        a warning, where the time limit was hit, training stops, memory ran out or the disk is full.
+        a warning, where the time limit was hit, training stops, or anything went wrong (`attempt`).
         """
+        what = f"preview of step {step}"
+        return attempt(lambda: self._write(step, turn, weights), what, self.folder.parent, self.logger, INSTEAD)
+
+    @torch.no_grad()
+    def _write(self, step: int, turn: int, weights: dict[str, Tensor]) -> Path:
         self.model.load_state_dict(weights)
         class_id = self.classes[turn % len(self.classes)]
         path = self.folder / f"step_{step:07d}_class_{class_id}.nii.gz"
-        try:
-            # A thread has a current GPU and stream of its own; this sets both.
-            with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-                volume = self._decode(self._sample(class_id))
-            write_volume(path, volume, centred_affine((1.0, 1.0, 1.0), volume.shape[-3:]))
-            picture = path.with_name(path.name.replace(".nii.gz", ".png"))
-            save_slice_grid(picture, [(f"class {class_id}", list(central_slices(volume).values()))], columns=PLANES)
-            return path
-        except torch.OutOfMemoryError:
-            self.logger.warning("preview of step %d: not enough memory; say preview=false", step)
-        except (GivenUp, UserError) as error:  # a preview is not worth a training run
-            self.logger.warning("preview of step %d: %s", step, error)
-        return None
+        # A thread has a current GPU and stream of its own; this sets both.
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            volume = self._decode(self._sample(class_id))
+        check_not_deleted(self.folder.parent)
+        write_volume(path, volume, centred_affine((1.0, 1.0, 1.0), volume.shape[-3:]))
+        picture = path.with_name(path.name.replace(".nii.gz", ".png"))
+        save_slice_grid(picture, [(f"class {class_id}", list(central_slices(volume).values()))], columns=PLANES)
+        return path
 
     def _sample(self, class_id: int) -> Tensor:
         """A normalised latent (1, C, d, h, w)."""
@@ -108,7 +106,7 @@ class Previews:
             with _moved(self.autoencoder, self.device):
                 return decode(self.autoencoder, latent[0], max_bytes=max_bytes)
         except UserError as error:  # the smallest blocks don't fit
-            raise GivenUp("not enough memory; say preview=false") from error
+            raise GivenUp(f"not enough memory; {INSTEAD}") from error
 
 
 @contextlib.contextmanager
