@@ -191,6 +191,25 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     return [p for p in sorted(Path(folder).glob("*")) if p.suffix in (".pt", ".ckpt") and not p.name.startswith(".")]
 
 
+def numbered_checkpoints(folder: str | Path, prefix: str) -> list[Path]:
+    """The checkpoint files of a folder that are named `prefix` and their step in digits, the lowest step first."""
+    names = re.compile(rf"{re.escape(prefix)}(\d+)")
+    found = [(int(match[1]), path) for path in checkpoints_in(folder) if (match := names.fullmatch(path.stem))]
+    return [path for _, path in sorted(found)]
+
+
+def remove_older(written: Path, prefix: str, keep: int) -> None:
+    """Deletes all but the `keep` newest of the numbered checkpoints up to the one just written; 0 keeps all.
+
+    What is deleted is found on disk. Those of later steps, which a run that went on from an earlier one has left behind
+    (unreadable ones among them), push nothing out. Nothing happens where `written` is not a numbered one itself.
+    """
+    files = numbered_checkpoints(written.parent, prefix)
+    if keep and written in files:
+        for file in files[: files.index(written) + 1][:-keep]:
+            file.unlink(missing_ok=True)
+
+
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path, target: str) -> None:
     """Loads a state dict whose names, shapes and kinds of numbers must fit; the error names the first that does not."""
     problems = list(_misfits(model.state_dict(), state))

@@ -13,6 +13,7 @@ from config.schema.option import (
     continue_from,
     device_flag,
     flag,
+    keep_checkpoints,
     key,
     set_anew,
     tuned,
@@ -88,6 +89,7 @@ class AutoencoderModelConfig:
     continue_from: str | None = continue_from()
     set_anew: bool = set_anew()
     checkpoint_every: int = key(3000, "optimiser steps between checkpoints", at_least(1), resume=FREE)
+    keep_checkpoints: int = keep_checkpoints()
     val_every: int | None = key(
         None, "optimiser steps between validations; null = once an epoch", at_least(1), resume=FREE
     )

@@ -12,6 +12,7 @@ from config.schema.option import (
     continue_from,
     device_flag,
     flag,
+    keep_checkpoints,
     key,
     set_anew,
     tuned,
@@ -115,7 +116,7 @@ class BiFlowNetConfig(DiffusionModelConfig):
     device: str = device_flag(EXTENDS)
     log_every: int = flag(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
     ckpt_every: int = flag(500, "optimiser steps between checkpoints", at_least(1), resume=FREE)
-    keep_checkpoints: int = key(6, "newest checkpoints kept; 0 = all", not_negative, resume=FREE)
+    keep_checkpoints: int = keep_checkpoints()
     preview: bool = key(True, "sample one volume per checkpoint into samples/", resume=FREE)
     preview_steps: int = key(10, "DDIM steps of a preview", at_least(1), resume=FREE)
 

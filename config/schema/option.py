@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from config.schema.rules import Rule, one_of
+from config.schema.rules import Rule, not_negative, one_of
 
 
 class Resume(Enum):
@@ -98,6 +98,11 @@ def continue_from() -> Any:
 def set_anew() -> Any:
     """The option `--set-anew` of a training."""
     return flag(False, "a run that goes on takes new values of learning rate, losses, batch size, …", resume=FREE)
+
+
+def keep_checkpoints() -> Any:
+    """The option `keep_checkpoints` of a training."""
+    return key(6, "newest checkpoints kept; 0 = all", not_negative, resume=FREE)
 
 
 def options_of(schema: type, prefix: str = "") -> list[Option]:

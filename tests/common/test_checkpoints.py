@@ -23,6 +23,8 @@ from common.checkpoint_files import (
     load_checkpoint,
     load_weights,
     newest_checkpoint,
+    numbered_checkpoints,
+    remove_older,
     save_checkpoint,
 )
 from common.errors import UserError
@@ -303,3 +305,25 @@ def test_newest_goes_by_the_step_in_the_file(tmp_path, caplog):
         assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
     assert "BiFlowNet_0500000.pt: truncated" in caplog.text
     assert "damaged.pt: damaged: archive/data/0" in caplog.text
+
+
+# -------------------------------------------------------------------------------------------------- the newest few
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [2, 4, 10, 12]), (1, [10, 12]), (2, [4, 10, 12]), (9, [2, 4, 10, 12])])
+def test_older_ones_go(tmp_path, keep, left):
+    """By the number, not its spelling; what is later or named otherwise is left alone and pushes nothing out."""
+    others = ["last.ckpt", "best-0000001-0.1234.ckpt", "step-0000003-v1.ckpt", ".step-0000001.ckpt.7.tmp", "step-1.txt"]
+    for name in (*(f"step-{step}.ckpt" for step in (2, 4, 10, 12)), *others):
+        (tmp_path / name).touch()
+    remove_older(tmp_path / "step-10.ckpt", "step-", keep)
+    assert numbered_checkpoints(tmp_path, "step-") == [tmp_path / f"step-{step}.ckpt" for step in left]
+    assert all((tmp_path / name).exists() for name in others)
+
+
+def test_nothing_goes_for_a_checkpoint_of_another_name(tmp_path):
+    for name in ("step-1.ckpt", "step-2.ckpt", "last.ckpt", "best-0000001-0.1234.ckpt"):
+        (tmp_path / name).touch()
+    for name in ("last.ckpt", "best-0000001-0.1234.ckpt"):
+        remove_older(tmp_path / name, "step-", 1)
+    assert len(list(tmp_path.iterdir())) == 4

@@ -91,6 +91,20 @@ def test_how_the_data_are_read_may_change_when_a_run_goes_on(data, stage_1, tmp_
     assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "plain"))
 
 
+def test_the_newest_regular_checkpoints_are_kept(data, stage_1, tmp_path):
+    """And the best and last ones; one that can't be read is replaced when training comes to its step."""
+    run = shutil.copytree(stage_1, tmp_path / "run") / "checkpoints"
+    for path in (run / "last.ckpt", *run.glob("best-0000006-*")):
+        path.unlink()
+    (run / "step-0000006.ckpt").write_bytes(b"damaged")
+    best = {path.name for path in run.glob("best-*")}
+    train(config(data, tmp_path / "run", "model.max_steps=7", "model.keep_checkpoints=1"), stage=1)
+    assert [path.name for path in run.glob("step-*")] == ["step-0000006.ckpt"]
+    assert best <= {path.name for path in run.glob("best-*")}
+    assert load_checkpoint(run / "step-0000006.ckpt")["global_step"] == 6
+    assert_same_weights(weights(tmp_path / "run"), weights(stage_1))
+
+
 def test_resuming_from_a_named_checkpoint(data, stage_1, tmp_path):
     source = stage_1 / "checkpoints" / "step-0000004.ckpt"
     train(config(data, tmp_path / "run", "model.max_steps=7", f"model.resume_from_checkpoint={source}"), stage=1)

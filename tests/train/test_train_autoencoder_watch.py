@@ -168,7 +168,7 @@ def test_checkpoints_are_written_beside_training(tmp_path, monkeypatch):
     old.touch()
     weight = torch.ones(2)
     with BackgroundWork() as work:
-        files = BackgroundCheckpointIO(work)
+        files = BackgroundCheckpointIO(work, 0)
         files.save_checkpoint({"weight": weight, "step": [1]}, new)
         files.remove_checkpoint(old)
         weight.zero_()

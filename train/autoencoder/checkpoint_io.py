@@ -10,21 +10,25 @@ import torch.distributed as torch_distributed
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from common.checkpoint_files import load_checkpoint, save_checkpoint
+from common.checkpoint_files import load_checkpoint, remove_older, save_checkpoint
 from train.loop.background import BackgroundWork, snapshot
 from train.loop.deletion import check_not_deleted
 from train.loop.rng import random_state, restore_random_state
+
+PREFIX = "step-"  # of the regular checkpoints, before their step
 
 
 class BackgroundCheckpointIO(CheckpointIO):
     """As everything else here does: no code executed, no half files; and written beside training.
 
+    Of the regular ones the newest `keep` are kept (0: all), which Lightning would do by its own memory alone.
+
     (Lightning's AsyncCheckpointIO can't be used with another CheckpointIO than Lightning's own: the strategy replaces
     what it wraps.)
     """
 
-    def __init__(self, work: BackgroundWork) -> None:
-        self._work = work
+    def __init__(self, work: BackgroundWork, keep: int) -> None:
+        self._work, self._keep = work, keep
         self._outdated: deque[Path] = deque()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -36,6 +40,7 @@ class BackgroundCheckpointIO(CheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         check_not_deleted(path.parent.parent)
         save_checkpoint(checkpoint, path)
+        remove_older(path, PREFIX, self._keep)
         while self._outdated:
             self._outdated.popleft().unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from AutoEncoder.model.PatchVolume import AE_finetuning
-from train.autoencoder.checkpoint_io import BackgroundCheckpointIO, RandomState
+from train.autoencoder.checkpoint_io import PREFIX, BackgroundCheckpointIO, RandomState
 from train.autoencoder.monitoring import JsonLinesLogger, StepProgress, TrainingMonitor
 from train.autoencoder.step_watch import StepWatch, StopWhenAsked
 from train.autoencoder.strategy import TwoPassDDPStrategy
@@ -62,7 +62,7 @@ def build_trainer(
                 TensorBoardLogger(root, name="", version="logs", purge_step=start_step or None),
             ],
             callbacks=_callbacks(cfg, root, monitor, validations, work),
-            plugins=[BackgroundCheckpointIO(work)],
+            plugins=[BackgroundCheckpointIO(work, cfg.model.keep_checkpoints)],
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -75,7 +75,9 @@ def _callbacks(
 ) -> list[Callback]:
     checkpoints = root / "checkpoints"
     best = dict(filename="best-{step:07d}-{val/recon_loss:.4f}", monitor="val/recon_loss", save_top_k=3)
-    regular = dict(filename="step-{step:07d}", every_n_train_steps=cfg.model.checkpoint_every, save_top_k=-1)
+    # The file of a step replaces one of a run that went on from an earlier step; which go, BackgroundCheckpointIO says.
+    regular = dict(filename=PREFIX + "{step:07d}", every_n_train_steps=cfg.model.checkpoint_every, save_top_k=-1)
+    regular["enable_version_counter"] = False
     watch = StepWatch(checkpoints / "last.ckpt", work)
     callbacks = [
         *(ModelCheckpoint(checkpoints, auto_insert_metric_name=False, **options) for options in (best, regular)),

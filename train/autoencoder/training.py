@@ -3,7 +3,7 @@
 Everything of a run lies in `model.default_root_dir`:
     config.yaml     the resolved configuration
     split.json      which files train and which validate
-    checkpoints/    last.ckpt, step-0003000.ckpt …, and best-… : the three best by val/recon_loss
+    checkpoints/    step-0003000.ckpt …, the last few; last.ckpt, of the end; best-…, the three best by val/recon_loss
     logs/           TensorBoard
     metrics.jsonl   the same numbers, one line of JSON per logged step and per validation
     volumes/        input and reconstruction of the VolumeLogger

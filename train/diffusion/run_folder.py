@@ -16,7 +16,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from common.checkpoint_files import checkpoints_in
+from common.checkpoint_files import checkpoints_in, numbered_checkpoints
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, lock_folder, remove_leftovers
 from config.loading import save_config
@@ -94,14 +94,7 @@ def step_of(path: str | Path) -> int | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The run's checkpoint files, oldest step first."""
-    files = [file for file in (folder / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*.pt") if step_of(file) is not None]
-    return sorted(files, key=step_of)
-
-
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` latest of the checkpoints that there are; 0 keeps all."""
-    for file in list_checkpoints(folder)[:-keep] if keep else []:
-        file.unlink(missing_ok=True)
+    return numbered_checkpoints(folder / "checkpoints", CHECKPOINT_PREFIX)
 
 
 def _choose_folder(config: dict, name: str) -> tuple[Path, list[Change]]:

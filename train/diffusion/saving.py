@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from common.checkpoint_files import save_checkpoint
+from common.checkpoint_files import remove_older, save_checkpoint
 from train.diffusion import run_folder
 from train.diffusion.batches import LatentBatches
 from train.diffusion.preview import Previews
@@ -55,7 +55,7 @@ class Saving(BackgroundWork):
         path = run_folder.checkpoint_path(self._folder, step)
         check_not_deleted(self._folder)
         save_checkpoint(content, path)
-        run_folder.remove_old_checkpoints(self._folder, self._keep)
+        remove_older(path, run_folder.CHECKPOINT_PREFIX, self._keep)
         self._logger.info("saved %s", path)
         if self._previews is not None and preview_turn is not None:
             self._previews.write(step, preview_turn, content["ema"])
