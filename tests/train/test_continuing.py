@@ -12,6 +12,7 @@ import pytest
 from biflownet_runs import assert_same_training, checkpoint
 from user_errors import error_of
 
+from common import checkpoint_files
 from common.checkpoint_files import load_checkpoint
 from config.cli import parse_command_line
 from config.schema.autoencoder import AutoencoderConfig
@@ -277,6 +278,40 @@ def test_continue_from_for_the_autoencoder(volumes, stage_1, tmp_path):
     train_autoencoder(autoencoder_runs.config(volumes, tmp_path / "two", *small, "model.max_steps=3", stage=2), 2)
     found = [autoencoder_runs.weights(tmp_path / name) for name in ("branch", "two")]
     autoencoder_runs.assert_same_weights(*found)
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """The names of the files that are loaded whole."""
+    names, read = [], checkpoint_files._read
+
+    def note(path: Path, mmap: bool) -> dict:
+        names.extend([] if mmap else [path.name])
+        return read(path, mmap)
+
+    monkeypatch.setattr(checkpoint_files, "_read", note)
+    return names
+
+
+def test_a_checkpoint_is_loaded_once(volumes, latents, biflownet, stage_1, tmp_path, loaded):
+    """Where a run goes on in its folder, and where another begins from it: it may be gigabytes, on each rank."""
+    run = shutil.copytree(stage_1, tmp_path / "run")
+    for path in (run / "checkpoints").glob("[!l]*"):
+        path.unlink()
+    source = shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "source.ckpt")
+    train_autoencoder(autoencoder_runs.config(volumes, run, "model.max_steps=3"), stage=1)
+    more = ("model.max_steps=3", f"model.continue_from={source}")
+    train_autoencoder(autoencoder_runs.config(volumes, tmp_path / "branch", *more), stage=1)
+    autoencoder_runs.assert_same_weights(*map(autoencoder_runs.weights, (run, tmp_path / "branch")))
+    assert loaded[:2] == ["last.ckpt", "source.ckpt"]
+    assert loaded[2:] == ["last.ckpt"] * 2  # by this test
+
+    loaded.clear()
+    results = shutil.copytree(biflownet, tmp_path / "results")
+    source = shutil.copy(run_folder.list_checkpoints(results / "000-BiFlowNet")[-1], tmp_path / "source.pt")
+    train(runs.config(latents, results, max_steps=3))
+    train(runs.config(latents, tmp_path / "others", max_steps=3, ckpt=source))
+    assert loaded == ["BiFlowNet_0000002.pt", "source.pt"]
 
 
 def test_another_beginning_is_another_run(volumes, stage_1, tmp_path):

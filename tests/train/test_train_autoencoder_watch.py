@@ -13,7 +13,7 @@ from autoencoder_runs import assert_same_weights, config, make_data, weights, wi
 
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common import checkpoint_files as checkpoints
-from common.checkpoint_files import load_checkpoint
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from train import callbacks
 from train.autoencoder import checkpoint_io, step_watch, training
@@ -168,7 +168,7 @@ def test_checkpoints_are_written_beside_training(tmp_path, monkeypatch):
     old.touch()
     weight = torch.ones(2)
     with BackgroundWork() as work:
-        files = BackgroundCheckpointIO(work, 0)
+        files = BackgroundCheckpointIO(work, 0, {})
         files.save_checkpoint({"weight": weight, "step": [1]}, new)
         files.remove_checkpoint(old)
         weight.zero_()
@@ -179,6 +179,16 @@ def test_checkpoints_are_written_beside_training(tmp_path, monkeypatch):
         files.remove_checkpoint(new)
         files.save_checkpoint({"step": 2}, new)  # not to be removed any more
         assert files.load_checkpoint(new) == {"step": 2}
+
+
+def test_what_was_read_before_is_handed_on_once(tmp_path):
+    """And let go: it may be gigabytes."""
+    path, read = tmp_path / "a.ckpt", {tmp_path / "a.ckpt": {"step": 1}}
+    save_checkpoint({"step": 2}, path)
+    with BackgroundWork() as work:
+        files = BackgroundCheckpointIO(work, 0, read)
+        assert [files.load_checkpoint(path) for _ in range(2)] == [{"step": 1}, {"step": 2}]
+    assert read == {}
 
 
 @pytest.mark.parametrize(("rank", "world_size", "expected"), [(0, 2, 0), (1, 2, 1), (1, 3, 0), (0, 1, 0)])

@@ -22,13 +22,14 @@ class BackgroundCheckpointIO(CheckpointIO):
     """As everything else here does: no code executed, no half files; and written beside training.
 
     Of the regular ones the newest `keep` are kept (0: all), which Lightning would do by its own memory alone.
+    read: content of checkpoints that have been read already, by their paths; it is handed on once and let go.
 
     (Lightning's AsyncCheckpointIO can't be used with another CheckpointIO than Lightning's own: the strategy replaces
     what it wraps.)
     """
 
-    def __init__(self, work: BackgroundWork, keep: int) -> None:
-        self._work, self._keep = work, keep
+    def __init__(self, work: BackgroundWork, keep: int, read: dict[Path, dict[str, Any]]) -> None:
+        self._work, self._keep, self._read = work, keep, read
         self._outdated: deque[Path] = deque()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -48,7 +49,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         self._work.wait()
-        return load_checkpoint(path)
+        return self._read.pop(Path(path), None) or load_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removed once a checkpoint is written that takes its place: before that it may be the last good one."""

@@ -23,6 +23,7 @@ class Start(NamedTuple):
     checkpoint: Path | None = None  # that it resumes from
     step: int = 0  # of the optimisers
     validated_at: int = 0  # step of the last validation
+    content: Mapping[Path, dict[str, Any]] = {}  # of the checkpoint, for the one who takes it from here: it is large
 
 
 def take_up(cfg: DictConfig) -> DictConfig:
@@ -51,7 +52,7 @@ def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logg
         continuing.check_goes_on(root, found, cfg.model.set_anew, "name another model.default_root_dir")
         for line in continuing.news_of(found, config):
             logger.info("%s: %s", root, line)
-        return _start(own, load_autoencoder_weights(model, own))
+        return _start(own, load_autoencoder_weights(model, own), model)
     source = cfg.model.continue_from or cfg.model.resume_from_checkpoint
     if cfg.model.continue_from is None and (source is None or cfg.model.stage == 2):
         for line in continuing.news_of_others(AutoencoderConfig, root, config):
@@ -63,7 +64,7 @@ def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logg
     is_resumed = cfg.model.continue_from is not None or cfg.model.stage == 1
     if is_resumed and _can_resume(model, source, checkpoint, logger):
         _tell_of_other_values(source, checkpoint, config, logger)
-        return _start(source, checkpoint)
+        return _start(source, checkpoint, model)
     if cfg.model.stage == 2 and not model.codebook.initialised:
         raise UserError(f"{source}: its codebook was never started from data: train stage 1 for longer")
     return Start()
@@ -107,8 +108,9 @@ def _tell_of_other_values(
         logger.warning("%s was trained with other values; %s", path, line)
 
 
-def _start(path: Path, checkpoint: Mapping[str, Any]) -> Start:
+def _start(path: Path, checkpoint: dict[str, Any], model: patchvolumeAE) -> Start:
     step = checkpoint.get("global_step")
     if not isinstance(step, int):
         raise UserError(f"{path}: no Lightning checkpoint of a training run (it has no global_step)")
-    return Start(path, step, Validations.last_of(checkpoint))
+    checkpoint["state_dict"] = model.state_dict()  # which has these weights now: no copy of them while a cache is built
+    return Start(path, step, Validations.last_of(checkpoint), {path: checkpoint})

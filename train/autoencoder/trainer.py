@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from AutoEncoder.model.PatchVolume import AE_finetuning
 from train.autoencoder.checkpoint_io import PREFIX, BackgroundCheckpointIO, RandomState
 from train.autoencoder.monitoring import JsonLinesLogger, StepProgress, TrainingMonitor
+from train.autoencoder.resume import Start
 from train.autoencoder.step_watch import StepWatch, StopWhenAsked
 from train.autoencoder.strategy import TwoPassDDPStrategy
 from train.autoencoder.validation import Validations
@@ -37,12 +38,12 @@ EXPECTED_WARNINGS = (
 def build_trainer(
     cfg: DictConfig,
     root: Path,
-    start_step: int,
+    start: Start,
     monitor: TrainingMonitor,
     validations: Validations,
     work: BackgroundWork,
 ) -> pl.Trainer:
-    """The trainer of the run in `root`, which goes on from `start_step`; `work` writes checkpoints and previews."""
+    """The trainer of the run in `root`, which goes on from `start`; `work` writes checkpoints and previews."""
     world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
     per_node = processes_per_node(cfg)
     with quiet_lightning():
@@ -58,11 +59,11 @@ def build_trainer(
             num_sanity_val_steps=0,
             log_every_n_steps=cfg.model.log_every,
             logger=[
-                JsonLinesLogger(root / "metrics.jsonl", start_step),  # first: it notices that the folder is gone
-                TensorBoardLogger(root, name="", version="logs", purge_step=start_step or None),
+                JsonLinesLogger(root / "metrics.jsonl", start.step),  # first: it notices that the folder is gone
+                TensorBoardLogger(root, name="", version="logs", purge_step=start.step or None),
             ],
             callbacks=_callbacks(cfg, root, monitor, validations, work),
-            plugins=[BackgroundCheckpointIO(work, cfg.model.keep_checkpoints)],
+            plugins=[BackgroundCheckpointIO(work, cfg.model.keep_checkpoints, start.content)],
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -76,7 +76,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Trainer, and the run's folder
         monitor, work = TrainingMonitor(cfg, logger), BackgroundWork()
         validations = Validations(cfg.model.val_every, start.validated_at)
-        trainer = build_trainer(cfg, root, start.step, monitor, validations, work)
+        trainer = build_trainer(cfg, root, start, monitor, validations, work)
         configure_backend(trainer.strategy.root_device, cfg.model.arithmetic, fixed_shapes=stage == 1)
         if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
             closing.enter_context(_run_folder(cfg, root, split))
