@@ -17,7 +17,7 @@ from dataset.checking.before_training import check_volumes
 from dataset.order.data_split import sides_of
 from dataset.order.epochs import EpochDataset
 from dataset.order.random_crops import Turn, centre_crop_start, random_crop
-from dataset.order.split import Split
+from dataset.order.split import Split, spread_evenly
 from dataset.volumes.geometry import crop_affine
 from dataset.volumes.index import read_dataset_folders
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range
@@ -54,6 +54,7 @@ class VQGANDataset(EpochDataset):
         split_seed: seed of that choice.
         subject_pattern: regular expression that finds a file's subject in its path, so that no subject is on both
             sides (see `dataset/order/split.py`); None: every file is a subject.
+        limit: most files in "val", a fixed choice by `split_seed` that is spread over the classes; None: all.
         sides: the split that `val_fraction`, `split_seed` and `subject_pattern` give, where it is known already.
         seed: seed of crops and augmentation.
         background_keep: probability of keeping a stage-1 patch with less than 10 % foreground; 1 keeps all but patches
@@ -91,6 +92,7 @@ class VQGANDataset(EpochDataset):
         val_fraction: float = 0.1,
         split_seed: int = 0,
         subject_pattern: str | None = None,
+        limit: int | None = None,
         sides: Split | None = None,
         seed: int = 0,
         background_keep: float = 1.0,
@@ -113,6 +115,9 @@ class VQGANDataset(EpochDataset):
         self.root_dir = Path(root_dir)
         self.sides = sides or sides_of(root_dir, None, val_fraction, split_seed, subject_pattern)
         self.files = select_files(root_dir, split, val_fraction, self.sides)
+        if limit is not None and self.files and not self.training:
+            by_name = self.sides.validation if any(self.sides.validation.values()) else self.sides.training
+            self.files = spread_evenly(by_name, limit, split_seed)
         folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
         self.class_folders = {path: next(folder for folder in folders if folder in path.parents) for path in self.files}
         files = tracked(self.files, "reading headers", "file", transient=True)

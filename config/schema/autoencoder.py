@@ -91,7 +91,10 @@ class AutoencoderModelConfig:
     checkpoint_every: int = key(3000, "optimiser steps between checkpoints", at_least(1), resume=FREE)
     keep_checkpoints: int = keep_checkpoints()
     val_every: int | None = key(
-        None, "optimiser steps between validations; null = once an epoch", at_least(1), resume=FREE
+        None, "optimiser steps between validations; null = checkpoint_every", at_least(1), resume=FREE
+    )
+    val_volumes: int | None = key(
+        32, "most volumes of a validation, always the same, of all names; null = all", at_least(1), resume=FREE
     )
     log_every: int = key(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
     log_volume_every: int = key(

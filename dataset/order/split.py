@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def split_dataset(root_dir: str | Path, fraction: float, seed: int, subject_patt
         for side in (False, True)
     ]
     return Split(*sides)
+
+
+def spread_evenly(files: Mapping[str, Sequence[Path]], count: int, seed: int) -> list[Path]:
+    """`count` of the files of all names, in their order, or all where there are no more.
+
+    Each name gives one in turn, as long as it has any, in an order of seed and file names: the same files for every
+    rank, run and machine.
+    """
+
+    def draw(path: Path) -> bytes:
+        return hashlib.sha256(f"{seed}/{path.name}".encode(errors="surrogateescape")).digest()
+
+    turns = zip_longest(*(sorted(paths, key=draw) for paths in files.values()))
+    chosen = set(islice(dict.fromkeys(path for turn in turns for path in turn if path is not None), count))
+    return list(dict.fromkeys(path for paths in files.values() for path in paths if path in chosen))
 
 
 def files_below(folders: Sequence[Path]) -> dict[Path, str]:

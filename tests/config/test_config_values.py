@@ -138,7 +138,8 @@ CONTINUABLE = [
         AutoencoderConfig,
         FREE,
         "model.num_workers model.accelerator model.checkpoint_every model.keep_checkpoints model.val_every "
-        "model.log_every model.log_volume_every model.channels_last model.compile model.gradient_checkpointing "
+        "model.val_volumes model.log_every model.log_volume_every model.channels_last model.compile "
+        "model.gradient_checkpointing "
         "model.perceptual_weights model.default_root_dir model.set_anew dataset.imgtype dataset.cache "
         "dataset.cache_dir dataset.cache_limit_gb",
     ),

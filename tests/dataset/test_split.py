@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from common.files import write_atomically
-from dataset.order.split import keep_split, split_dataset
+from dataset.order.split import keep_split, split_dataset, spread_evenly
 
 OPTIONS = {"val_fraction": 0.2, "split_seed": 0, "subject_pattern": None}
 
@@ -233,3 +233,25 @@ def test_unreadable_record(tmp_path, content):
     write_atomically(tmp_path / "run" / "split.json", content)
     with pytest.raises(UserError, match=r"split\.json: cannot be read as the record of a split"):
         keep_split(tmp_path / "run", path, split_dataset(path, 0.2, 0), OPTIONS, is_resumed=True)
+
+
+# A few of all names
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, [1, 0, 0]), (3, [1, 1, 1]), (7, [3, 1, 3]), (9, [4, 1, 4]), (30, [20, 1, 9]), (99, [20, 1, 9])],
+)
+def test_every_name_gives_files_in_turn(count, expected):
+    files = {name: [Path(name, path) for path in numbered(n)] for name, n in (("A", 20), ("B", 1), ("C", 9))}
+    chosen = spread_evenly(files, count, seed=3)
+    assert [sum(path.parent == Path(name) for path in chosen) for name in files] == expected
+    assert chosen == sorted(set(chosen))  # as they were
+    elsewhere = {name: [Path("/data", path) for path in reversed(paths)] for name, paths in files.items()}
+    assert {Path("/data", path) for path in chosen} == set(spread_evenly(elsewhere, count, seed=3))
+    assert set(spread_evenly(files, count - 1, seed=3)) <= set(chosen)
+
+
+def test_another_seed_gives_others():
+    files = {"A": [Path("A", path) for path in numbered(20)]}
+    assert len({tuple(spread_evenly(files, 5, seed)) for seed in range(5)}) == 5

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dataset.checking import before_training as sample_check
 from dataset.order.epochs import EpochSampler
 from dataset.volumes.volume_io import write_volume
 from train.autoencoder import training
-from train.autoencoder.batches import EpochBatches, build_datasets, split_files
+from train.autoencoder.batches import EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.training import train
 
 
@@ -86,6 +87,27 @@ def test_subjects_are_not_parted(data, tmp_path):
         assert [path.relative_to(tmp_path / "box").as_posix() for path in data.files] == names
     train_subjects, val_subjects = ({path.parent.name for path in data.files} for data in (train_data, val_data))
     assert (len(train_subjects), len(val_subjects), train_subjects & val_subjects) == (2, 1, set())
+
+
+@pytest.mark.parametrize(("val_volumes", "taken", "per_rank"), [(4, 4, 2), (3, 3, 2), (32, 6, 3), ("null", 6, 3)])
+def test_validation_takes_a_few_volumes_of_every_class(data, tmp_path, val_volumes, taken, per_rank):
+    """The same ones on all ranks, each of which gets as many, and with another seed of the training."""
+    for name in ("a", "b"):
+        shutil.copytree(data.parent / "box", tmp_path / name)
+    (tmp_path / "data.json").write_text(json.dumps({"a": "a", "b": "b"}))
+    options = [f"model.val_volumes={val_volumes}", "dataset.val_fraction=0.6", "dataset.cache=none"]
+    found = []
+    for seed in (1, 2):
+        cfg = config(tmp_path / "data.json", tmp_path / "run", f"model.seed={seed}", *options)
+        train_data, val_data = build_datasets(cfg, split_files(cfg), logging.getLogger())
+        place = dict(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0)
+        ranks = [SimpleNamespace(global_rank=rank, **place) for rank in range(2)]
+        loaders = [build_loaders(cfg, rank, train_data, val_data)[1] for rank in ranks]
+        assert [len(loader) for loader in loaders] == [per_rank, per_rank]
+        found.append({batch["path"][0] for loader in loaders for batch in loader})
+    assert found[0] == found[1]
+    assert len(found[0]) == taken
+    assert {Path(path).parent.name for path in found[0]} == {"a", "b"}
 
 
 def test_batches_know_their_place():

@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from autoencoder_runs import assert_same_weights, config, make_data, weights
 
 from common import checkpoint_files
@@ -16,6 +18,7 @@ from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from train.autoencoder import training
 from train.autoencoder.training import train
+from train.autoencoder.validation import Validations
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +108,40 @@ def test_a_run_whose_last_validation_was_made_up_for_trains_on_exactly(data, tmp
     assert validated(tmp_path / "run").keys() == {3, 6, 9}
 
 
-def test_validations_of_epochs_are_made_up_for_too(data, tmp_path, monkeypatch):
-    """Two steps an epoch, and a checkpoint after each."""
-    for run, stop in (("whole", None), ("run", 4)):
-        if stop:
-            stopped(data, tmp_path / run, monkeypatch, "on_validation_start", stop, crash, "model.val_every=null")
-        train(config(data, tmp_path / run, "model.max_steps=6", "model.val_every=null"), stage=1)
+@pytest.mark.parametrize("stop", [4, 5])
+def test_training_validates_with_its_checkpoints_and_at_its_end(data, tmp_path, monkeypatch, stop):
+    """Where it does not say when: a checkpoint comes after every second step here, and the end after the fifth."""
+    steps = ("model.max_steps=5", "model.val_every=null")
+    stopped(data, tmp_path / "run", monkeypatch, "on_validation_start", stop, crash, *steps)
+    for run in ("run", "whole"):
+        train(config(data, tmp_path / run, *steps), stage=1)
     assert validated(tmp_path / "run") == validated(tmp_path / "whole")
-    assert validated(tmp_path / "run").keys() == {2, 4, 6}
+    assert validated(tmp_path / "run").keys() == {2, 4, 5}
     assert best(tmp_path / "run") == best(tmp_path / "whole")
+    for run in ("run", "whole"):  # finished is finished
+        assert train(config(data, tmp_path / run, *steps), stage=1) == {}
+
+
+def test_a_run_that_ends_before_a_validation_is_due_is_validated(data, tmp_path):
+    metrics = train(config(data, tmp_path, "model.max_steps=1", "model.val_every=null"), stage=1)
+    assert validated(tmp_path) == {1: pytest.approx(metrics["val/recon_loss"])}
+    assert len(best(tmp_path)) == 1
+
+
+def test_validations_draw_the_same_numbers_and_leave_those_of_training_alone():
+    validations, trainer = Validations(3, 0), SimpleNamespace(global_rank=1, global_step=3)
+    drawn = []
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        expected = torch.rand(2)
+        torch.manual_seed(7)
+        for _ in range(2):
+            validations.on_validation_start(trainer, None)
+            drawn.append(torch.rand(2))
+            validations.on_validation_end(trainer, None)
+        assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], expected)
 
 
 def test_a_run_from_before_validations_were_counted_makes_up_for_none(data, whole, tmp_path):

@@ -37,6 +37,8 @@ def build_datasets(cfg: DictConfig, split: Split, logger: logging.Logger) -> tup
         patch_size=cfg.dataset.patch_size,
         intensity_range=cfg.dataset.intensity_range,
         val_fraction=cfg.dataset.val_fraction,
+        split_seed=cfg.dataset.split_seed,
+        limit=cfg.model.val_volumes,
         sides=split,
         seed=cfg.model.seed,
         background_keep=cfg.dataset.background_keep,

@@ -64,6 +64,8 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         split = split_files(cfg)
         train_data, val_data = build_datasets(cfg, split, logger)
         logger.info("stage %d: %d training and %d validation files", stage, len(train_data), len(val_data))
+        if len(val_data) == cfg.model.val_volumes < sum(map(len, split.validation.values())):
+            logger.info("validation takes no more: model.val_volumes is %d", cfg.model.val_volumes)
         if process_rank() == 0:  # where it fails, the launcher ends the others too
             train_data.check_sample(val_data, log=logger)
 
@@ -75,7 +77,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
 
         # Trainer, and the run's folder
         monitor, work = TrainingMonitor(cfg, logger), BackgroundWork()
-        validations = Validations(cfg.model.val_every, start.validated_at)
+        validations = Validations(cfg.model.val_every or cfg.model.checkpoint_every, start.validated_at)
         trainer = build_trainer(cfg, root, start, monitor, validations, work)
         configure_backend(trainer.strategy.root_device, cfg.model.arithmetic, fixed_shapes=stage == 1)
         if trainer.is_global_zero:  # an error here ends the other processes too, by the launcher
@@ -88,10 +90,10 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
         # Resume
         last = root / "checkpoints" / "last.ckpt"
         last_step = _last_step(cfg, len(train_loader))
-        trainer.fit_loop.epoch_loop.max_steps = last_step
+        trainer.fit_loop.epoch_loop.max_steps = validations.end = last_step
         if start.checkpoint is not None:
             if 0 <= last_step <= start.step:
-                if val_loader is None or not validations.is_due(start.step, len(train_loader)):
+                if val_loader is None or not validations.is_due(start.step):
                     if trainer.is_global_zero and start.checkpoint != last:  # the last step's news came no further
                         copy_checkpoint(start.checkpoint, last)
                     hint = "raise model.max_steps or max_epochs to go on"
