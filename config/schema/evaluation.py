@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from config.schema.diffusion import SAMPLING_STRATEGIES
 from config.schema.option import device_flag, flag
-from config.schema.rules import Rule, at_least, interval, not_negative, one_of, positive
+from config.schema.rules import Rule, at_least, interval, not_negative, one_of, positive, regex
 
 # Those of evaluation/comparison/networks.py
 FEATURE_NETWORKS = ("medicalnet_resnet50", "imagenet_resnet50", "radimagenet_resnet50", "random_3d", "random_2d")
@@ -26,6 +26,12 @@ class EvaluationConfig:
     cache_dir: str | None = flag(None, "folder for what was computed of each volume; null = OUTPUT_DIR/cache")
     weights_dir: str | None = flag(None, "folder with pretrained networks' weight files; null = torch hub's cache")
     real_range: list[float] = flag([-1.0, 1.0], "lowest and highest intensity of the real files", interval)
+    subject_pattern: str | None = flag(
+        None,
+        r"regular expression that finds a real file's subject in its path below the class folder, e.g. 'sub-\d+': its "
+        "first group, or all of it; null = as split.json says, without one each file is a subject",
+        regex,
+    )
     exclude_unreadable: bool = flag(False, "true: files that can't be read are left out and listed; false: an error")
     num_resamples: int = flag(200, "resamples of the bootstrap, for 95 % intervals; at least 20", at_least(20))
     num_workers: int = flag(4, "loading processes, at most one per core; 0 = load in the main process", not_negative)

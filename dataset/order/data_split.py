@@ -77,6 +77,13 @@ class DataSplit:
     def _subject_of(self) -> Callable[..., str]:
         return subject_finder(self.shares.subject_pattern)
 
+    def check_pattern(self, pattern: str | None, option: str, remedy: str) -> None:
+        """UserError: an option asks for another pattern. remedy: what can be done."""
+        if pattern is not None and pattern != self.shares.subject_pattern:
+            raise UserError(
+                f"{option} is {pattern!r}, {self.path} was drawn with {self.shares.subject_pattern!r}: {remedy}"
+            )
+
     def select(self, folder: Path, side: str) -> list[Path]:
         """The files below a folder of a dataset JSON that are on a side, sorted."""
         return [path for path in list_volumes(folder) if self.side_of(path, folder) == side]
@@ -228,39 +235,9 @@ def files_of_side(json_file: str | Path, side: str) -> dict[str, list[Path]]:
     return {name: files for name, files in found.items() if files}
 
 
-def check_no_subject_twice(sets: Mapping[str, tuple[str, Iterable[Path]]]) -> None:
-    """UserError: a subject is in two sets, as far as the split of one of them tells subjects.
-
-    sets: option -> (folder, dataset JSON or JSON:SIDE, its files).
-    """
-    splits = [split for text, _ in sets.values() if (split := _split_of(Path(parse_side(text)[0]))) is not None]
-    known: dict[Path, DataSplit] = {}
-    for split in splits:
-        json_file = split.path.with_name(split.dataset)
-        if json_file.is_file():
-            folders = read_dataset_folders(json_file).values()
-            known |= {folder.resolve(): split for of_name in folders for folder in of_name}
-    subjects: dict[str, tuple[str, Path]] = {}
-    for option, (_, files) in sets.items():
-        own = {}
-        for path in files:
-            place = path.resolve()
-            folder = next((parent for parent in place.parents if parent in known), None)
-            if folder is None:
-                continue
-            subject = known[folder].subject_of(place, folder)
-            if subject in subjects:
-                other, first = subjects[subject]
-                raise UserError(
-                    f"{option}: {path} is of subject {subject}, as {first} of {other} is: give sets without common "
-                    f"subjects, e.g. {known[folder].path}:{HELD_OUT} and {known[folder].path}:{TRAINING}"
-                )
-            own[subject] = (option, path)
-        subjects |= own
-
-
-def _split_of(path: Path) -> DataSplit | None:
-    """That of a `split.json`, of a dataset JSON, or of the data set that a folder belongs to."""
+def split_of(text: str) -> DataSplit | None:
+    """That of a `split.json`, of a dataset JSON, each also with :SIDE, or of the data set that a folder belongs to."""
+    path = Path(parse_side(text)[0])
     if path.name == SPLIT_NAME:
         return read_split(path)
     if path.is_file():
@@ -282,10 +259,6 @@ def sides_of(
     split = find_split(root_dir, wanted)
     if split is None:
         return split_dataset(root_dir, val_fraction, split_seed, subject_pattern)
-    if subject_pattern is not None and subject_pattern != split.shares.subject_pattern:
-        raise UserError(
-            f"dataset.subject_pattern is {subject_pattern!r}, {split.path} was drawn with "
-            f"{split.shares.subject_pattern!r}: leave it out, draw the split anew (dataset/split.py --anew), or go "
-            "without it (dataset.split=none)"
-        )
+    remedy = "leave it out, draw the split anew (dataset/split.py --anew), or go without it (dataset.split=none)"
+    split.check_pattern(subject_pattern, "dataset.subject_pattern", remedy)
     return split.split(root_dir)

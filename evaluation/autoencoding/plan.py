@@ -71,7 +71,8 @@ def make_plan(cfg: DictConfig, device: torch.device) -> Plan:
 
     Raises UserError: options, folders, checkpoints or weight files that are wrong, too few volumes, too little memory.
     """
-    groups = groups_of_one_set(cfg.data, "data", ROLE, cfg.real_range, Path(cfg.data).resolve().name)
+    names = ROLE, Path(cfg.data).resolve().name
+    groups, notes = groups_of_one_set(cfg.data, "data", *names, cfg.real_range, cfg.subject_pattern)
     without(groups, set())  # raises where a class has too few
     paths = [Path(path).resolve() for path in cfg.AE_ckpt]
     if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
@@ -81,7 +82,7 @@ def make_plan(cfg: DictConfig, device: torch.device) -> Plan:
     limit = max_bytes(cfg, device)
     names = short_names(cfg.AE_ckpt)
     checkpoints = [look_at(path, name, grids, limit) for path, name in zip(cfg.AE_ckpt, names, strict=True)]
-    return Plan(checkpoints, groups, grids, refused, lpips, warnings)
+    return Plan(checkpoints, groups, grids, refused, lpips, [*notes, *warnings])
 
 
 def look_at(path: str, name: str, grids: dict[Path, Grid], limit: int) -> Checkpoint:

@@ -111,7 +111,8 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
 
 def find_groups(cfg: DictConfig) -> tuple[list[Group], list[str], dict[Path, str]]:
     """The sets of each class, after all checks that headers allow; notes; files that are left out with the reason."""
-    groups, notes = group_volumes(cfg.real, cfg.generated, cfg.training, cfg.real_range, cfg.generated_range)
+    ranges = cfg.real_range, cfg.generated_range
+    groups, notes = group_volumes(cfg.real, cfg.generated, cfg.training, *ranges, cfg.subject_pattern)
     groups, grids, problems = read_groups(groups, cfg.exclude_unreadable)
     groups = on_one_grid(groups, grids, cfg.resample, cfg.ignore_spacing)
     for group in groups:

@@ -20,7 +20,8 @@ from common.errors import UserError
 from common.files import file_sha256
 from common.progress import tracked
 from dataset.checking.examine import format_numbers, format_size
-from dataset.order.data_split import check_no_subject_twice, dataset_of, files_of_side, parse_side
+from dataset.order.data_split import dataset_of, files_of_side, parse_side
+from dataset.order.subjects import Subjects, find_subjects
 from dataset.preparation.recipe import Recipe, prepare
 from dataset.preparation.sources import Scan
 from dataset.volumes.index import class_folder, list_volumes, read_dataset_folders, read_dataset_json
@@ -77,13 +78,14 @@ class SetVolume:
     """One file of a set.
 
     intensity_range: its lowest and highest value. resample: the grid it is brought to. is_range_stated: whether the
-    range was said for this file, and not assumed.
+    range was said for this file, and not assumed. subject: whose it is, where a file can share that with others.
     """
 
     path: Path
     intensity_range: tuple[float, float] = MODEL_RANGE
     resample: Grid | None = None
     is_range_stated: bool = False
+    subject: str | None = None
 
     def key(self) -> str:
         """Equal for volumes that give the same voxels: hash of the file and of how it is read."""
@@ -130,18 +132,43 @@ def list_set(path: str | Path, option: str) -> dict[str, list[Path]]:
         raise UserError(f"{option}: {error}") from error
 
 
-def groups_of_one_set(path: str, option: str, role: str, intensity_range: Range, folder_name: str) -> list[Group]:
-    """The classes of a dataset JSON, or a folder as one class `folder_name`, each with the one set `role`.
+def groups_of_one_set(
+    path: str, option: str, role: str, folder_name: str, intensity_range: Range, subject_pattern: str | None
+) -> tuple[list[Group], list[str]]:
+    """The classes of a dataset JSON, or a folder as one class `folder_name`, each with the one set `role`; and notes.
 
     UserError names the option.
     """
     intensity_range = check_intensity_range(intensity_range)
     classes = list_set(path, option)
     titles = class_titles(path)
-    return [
-        Group(titles.get(name, folder_name), {role: tuple(SetVolume(file, intensity_range) for file in files)})
+    subjects = find_subjects({option: (path, _all_of(classes))}, subject_pattern)
+    groups = [
+        Group(titles.get(name, folder_name), {role: _real_volumes(files, intensity_range, subjects.of[option])})
         for name, files in classes.items()
     ]
+    return groups, _subject_notes(subjects)
+
+
+def _all_of(classes: Mapping[str, Sequence[Path]]) -> list[Path]:
+    return list(dict.fromkeys(file for files in classes.values() for file in files))
+
+
+def _real_volumes(files: Sequence[Path], intensity_range: Range, subjects: Mapping[Path, str]) -> tuple[SetVolume, ...]:
+    return tuple(SetVolume(path, intensity_range, subject=subjects.get(path)) for path in files)
+
+
+def _subject_notes(subjects: Subjects) -> list[str]:
+    """A warning of files that count as subjects, but are probably several scans of one."""
+    if (shared := subjects.shared) is None:
+        return []
+    found = f"{shared.num_files} files have {shared.num_names} names, {' and '.join(map(str, shared.example))} the same"
+    meaning = (
+        ", but each counts as a subject of its own: if these names are subjects, say so with --subject-pattern "
+        f"'{shared.pattern}' (and draw a split.json anew with it), since intervals are too narrow otherwise, floors "
+        "too low, and real volumes of training subjects hide memorisation"
+    )
+    return [Warned("subjects", found, meaning)]
 
 
 def class_titles(path: str | Path) -> dict[str, str]:
@@ -160,15 +187,21 @@ def class_titles(path: str | Path) -> dict[str, str]:
 
 
 def group_volumes(
-    real: str, generated: str, training: str | None, real_range: Range, generated_range: Range | None
+    real: str,
+    generated: str,
+    training: str | None,
+    real_range: Range,
+    generated_range: Range | None,
+    subject_pattern: str | None,
 ) -> tuple[list[Group], list[str]]:
     """The sets of every class, and notes on classes that are left out.
 
     real, generated, training: folder or dataset JSON each; training may be None. real_range: intensities of real and
     training volumes. generated_range: of generated ones; None: as the JSON beside each says, else [-1, 1].
+    subject_pattern: as `find_subjects` takes it, for real and training volumes; generated ones are nobody's.
 
     Raises UserError: missing folders, names that don't fit together, a class that can't be told, fewer than two
-    volumes in a set, a file in two sets.
+    volumes or subjects in a set, a file or subject in two sets.
     """
     real_range = check_intensity_range(real_range)
     real_files = list_set(real, "real")
@@ -179,27 +212,25 @@ def group_volumes(
             f"training: {training} has {_names(training_files)}, real {_names(real_files)}: give the same names, "
             "both as dataset JSONs or both as folders"
         )
-    if training is not None:
-        both = {"real": (real, real_files), "training": (training, training_files)}
-        check_no_subject_twice(
-            {o: (text, [f for files in by.values() for f in files]) for o, (text, by) in both.items()}
-        )
+    both = {"real": (real, _all_of(real_files))}
+    both |= {} if training is None else {"training": (training, _all_of(training_files))}
+    subjects = find_subjects(both, subject_pattern)
     if not classes.keys() & real_files.keys():
         raise UserError(f"generated: {generated} has {_names(classes)}, real {_names(real_files)}: no class is in both")
-    groups, notes, titles = [], [], class_titles(real)
+    groups, notes, titles = [], _subject_notes(subjects), class_titles(real)
     for name, files in real_files.items():
         if name not in classes:
             notes.append(Warned(f"class {name}", "there are no generated volumes of it", ", left out"))
             continue
         title, volumes = classes[name]
         title = titles.get(name, title) if title == name else title
-        sets = {"real": [SetVolume(path, real_range) for path in files]}
-        sets["generated"] = [_with_range(path, generated_range) for path in volumes]
+        sets = {"real": _real_volumes(files, real_range, subjects.of["real"])}
+        sets["generated"] = tuple(_with_range(path, generated_range) for path in volumes)
         if training_files is not None:
-            sets["training"] = [SetVolume(path, real_range) for path in training_files[name]]
+            sets["training"] = _real_volumes(training_files[name], real_range, subjects.of["training"])
         if title in [ALL, *(group.name for group in groups)]:
             title = f"{title} ({name})"
-        group = Group(title or name or Path(real).name, {role: tuple(of_role) for role, of_role in sets.items()})
+        group = Group(title or name or Path(real).name, sets)
         _check_group(group)
         groups.append(group)
     if strange := sorted(classes.keys() - real_files.keys()):

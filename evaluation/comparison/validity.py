@@ -23,7 +23,7 @@ from evaluation.comparison.features import SetFeatures, extract
 from evaluation.comparison.figures import Sampling, diversity_figures, memorisation_figures, memorisation_of
 from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks
 from evaluation.comparison.pairs import pair_scores
-from evaluation.comparison.sets import Group, SetVolume, groups_of_one_set, on_one_grid, read_groups
+from evaluation.comparison.sets import Group, SetVolume, groups_of_one_set, list_set, on_one_grid, read_groups
 from evaluation.comparison.warnings import diversity_warning, memorisation_warnings
 from evaluation.metrics.distances import frechet_distance
 from evaluation.metrics.intervals import random_halves, subsampling_interval
@@ -75,14 +75,14 @@ def measure(cfg: DictConfig) -> bool:
 
 def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]:
     """All distances and checks; on ranks other than 0 none. UserError: as evaluation/generation_metrics.py."""
-    groups, others, excluded = place.on_main(lambda: find_groups(cfg))
+    groups, others, excluded, warnings = place.on_main(lambda: find_groups(cfg))
     networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
     reconstruction = None  # autoencoder, SHA-256 of its file
     if cfg.AE_ckpt is not None:
         reconstruction = load_autoencoder(cfg.AE_ckpt, place.device), file_sha256(cfg.AE_ckpt)
     place.on_main(lambda: make_folders(cfg, "validity"), share=False)
     settings = {**OmegaConf.to_container(cfg, resolve=True), **describe_networks(networks, place.device)}
-    results = Results("validity", settings, DEFINITIONS)
+    results = Results("validity", settings, DEFINITIONS, warnings=warnings)
 
     checks = []
     for group in groups:
@@ -110,20 +110,21 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
     return results, checks
 
 
-def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume, ...]], dict[Path, str]]:
-    """Real volumes by class, the other volumes that each class is compared with, and what is left out."""
-    groups = groups_of_one_set(cfg.real, "real", "real", cfg.real_range, Path(cfg.real).name)
+def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume, ...]], dict[Path, str], list[str]]:
+    """Real volumes by class, the other volumes that each class is compared with, what is left out, and notes."""
+    names = "real", Path(cfg.real).name
+    groups, notes = groups_of_one_set(cfg.real, "real", *names, cfg.real_range, cfg.subject_pattern)
     count, other = len(groups), []
-    if cfg.other is not None:
-        classes = groups_of_one_set(cfg.other, "other", "real", cfg.real_range, "other")
-        other = [Group("other", {"real": tuple(volume for group in classes for volume in group.sets["real"])})]
+    if cfg.other is not None:  # whose subjects play no part: how far these volumes are is all that is asked
+        files = [file for of_class in list_set(cfg.other, "other").values() for file in of_class]
+        other = [Group("other", {"real": tuple(SetVolume(file, tuple(cfg.real_range)) for file in files)})]
     everything, grids, problems = read_groups([*groups, *other], cfg.exclude_unreadable)
     groups = on_one_grid(everything[:count], grids, resample=False, ignore_spacing=True)
     for group in groups:
         _check_number(group.name, group.sets["real"])
     compared = everything[count:] * count or [*groups[1:], groups[0]]  # the other volumes, else the next class
     others = {group.name: one.sets["real"] for group, one in zip(groups, compared, strict=True) if one is not group}
-    return groups, others, problems
+    return groups, others, problems, notes
 
 
 def _check_number(name: str, real: Sequence[SetVolume]) -> None:

@@ -151,7 +151,8 @@ def test_help_shows_every_key(schema, capsys):
 
 
 EVALUATION_FLAGS = (
-    "output-dir cache-dir weights-dir real-range exclude-unreadable num-resamples num-workers seed device "
+    "output-dir cache-dir weights-dir real-range subject-pattern exclude-unreadable num-resamples num-workers seed "
+    "device "
 )
 BENCHMARK_FLAGS = "size repetitions json "
 FEATURE_FLAGS = "networks slices batch-size num-pairs num-halvings "

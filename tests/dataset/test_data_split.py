@@ -18,7 +18,6 @@ from dataset.order.data_split import (
     TRAINING,
     VALIDATION,
     Shares,
-    check_no_subject_twice,
     files_of_side,
     find_split,
     parse_side,
@@ -27,6 +26,7 @@ from dataset.order.data_split import (
 )
 from dataset.order.draw_split import draw_split
 from dataset.order.split import keep_split
+from dataset.order.subjects import find_subjects
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.volume_io import write_latent
 from dataset.vqgan import VQGANDataset
@@ -294,9 +294,9 @@ def test_a_subject_in_two_sets_is_refused(real, training):
         "real": (f"{real / SPLIT_NAME}:{side}", files_of_side(real / SPLIT_NAME, side)["CT"]),
         "training": (str(real / training), files),
     }
-    assert f"training: {files[0]} is of subject" in error_of(check_no_subject_twice, sets)
+    assert f"training: {files[0]} is of subject" in error_of(find_subjects, sets, None)
     sets["training"] = (str(real / training), files_of_side(real / SPLIT_NAME, TRAINING)["CT"])
-    check_no_subject_twice(sets)
+    find_subjects(sets, None)
 
 
 @pytest.mark.parametrize("place", ["JSON elsewhere", "folder below", "record of a run above"])
@@ -310,4 +310,4 @@ def test_the_split_of_one_set_tells_the_subjects_of_both(real, tmp_path_factory,
         text.mkdir()
         (elsewhere / SPLIT_NAME).write_text('{"files": {}}')
     sets = {"real": (f"{real / SPLIT_NAME}:held_out", held_out), "training": (str(text), held_out[:1])}
-    assert f"training: {held_out[0]} is of subject" in error_of(check_no_subject_twice, sets)
+    assert f"training: {held_out[0]} is of subject" in error_of(find_subjects, sets, None)

@@ -191,6 +191,8 @@ def test_too_few_volumes_that_can_be_read(tmp_path):
 
 def test_classes_of_a_json_are_compared_with_the_next(tmp_path):
     folders = {name: write_set(tmp_path / name, range(i, i + 6)) for i, name in ((0, "a"), (10, "b"), (20, "c"))}
-    groups, others, _ = validity.find_groups(validity_config(tmp_path, real=write_json(tmp_path / "d.json", **folders)))
+    groups, others, *_ = validity.find_groups(
+        validity_config(tmp_path, real=write_json(tmp_path / "d.json", **folders))
+    )
     assert [group.name for group in groups] == ["a", "b", "c"]
     assert {name: volumes[0].path.parent.name for name, volumes in others.items()} == {"a": "b", "b": "c", "c": "a"}

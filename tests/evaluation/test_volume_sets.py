@@ -30,7 +30,7 @@ RANGE = (-1.0, 1.0)
 
 
 def groups_of(real, generated, training=None, real_range=RANGE, generated_range=None):
-    return group_volumes(str(real), str(generated), training and str(training), real_range, generated_range)
+    return group_volumes(str(real), str(generated), training and str(training), real_range, generated_range, None)
 
 
 def on_grid(groups, **options):
@@ -84,7 +84,8 @@ def test_one_side_of_the_split(tmp_path, by):
     for role, side in (("real", "held_out"), ("training", "training")):
         found = {f"CT/{volume.path.name.removesuffix('.nii.gz')}" for volume in group.sets[role]}
         assert found == {subject for subject, of in split.subjects.items() if of == side}
-    (alone,) = groups_of_one_set(sides["held_out"], "data", "held-out", RANGE, "?")
+    ((alone,), notes) = groups_of_one_set(sides["held_out"], "data", "held-out", "?", RANGE, None)
+    assert notes == []
     assert (alone.name, len(alone.sets["held-out"])) == ("CT", 2)
     if by != "split.json":
         everybody = tmp_path / by
