@@ -1,6 +1,7 @@
 """Small sets of volumes for tests of evaluation: folders and dataset JSONs of random blobs, and configs."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from dataset.volumes.volume_io import write_volume
 from evaluation.comparison import features as feature_extraction
 from evaluation.comparison import pairs as pair_similarity
 from evaluation.generation_metrics import main
+from evaluation.metrics.units import Units
 from evaluation.results.results import read_results
 
 PLACE = Distributed(0, 0, 1, choose_device("cpu"))
@@ -40,6 +42,11 @@ def write_three(folder: Path) -> Path:
     for name, seeds in (("real", range(8)), ("generated", range(20, 26)), ("training", range(40, 47))):
         write_set(folder / name, seeds)
     return folder
+
+
+def own(real: Sequence[int], generated: Sequence[int]) -> tuple[Units, Units]:
+    """Units of sets of so many volumes of each class, each of a subject of its own."""
+    return Units.own(*real), Units.own(*generated)
 
 
 def write_json(path: Path, **folders: Path) -> Path:

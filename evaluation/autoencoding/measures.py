@@ -15,9 +15,9 @@ from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.patches import crop_to
 from common.errors import UserError
 from dataset.volumes.intensity import MODEL_RANGE, foreground
-from evaluation.metrics.intervals import interval_of_enough, joined
 from evaluation.metrics.reconstruction import l1, ms_ssim, psnr, ssim
 from evaluation.metrics.seams import seam_index
+from evaluation.metrics.units import Units, interval_of_enough
 from evaluation.results.results import Figure, Warned
 from evaluation.results.scales import make_figure
 from evaluation.results.work import Arrays
@@ -126,18 +126,16 @@ def _seam_ratio(x: Tensor, y: Tensor, patch_size: int) -> float:
 
 
 def summarise(
-    group: str, results: Mapping[str, Sequence[Arrays]], num_resamples: int, seed: int, sizes: Sequence[int] = ()
+    group: str, results: Mapping[str, Sequence[Arrays]], units: Units, num_resamples: int, seed: int
 ) -> tuple[list[Figure], list[str]]:
     """The figures of a group, and notes on volumes without some of them.
 
     results: model -> arrays of each volume, the same volumes in the same order. Later models are also compared with
-    the first, volume by volume: a figure of the model "B minus A". sizes: how many volumes each class has, in this
-    order, where the group is several; resamples keep these numbers, and what a class has no value of is left out.
+    the first, volume by volume: a figure of the model "B minus A". units: the subjects and classes of the volumes;
+    resamples are of subjects within each class, and what a class has no value of is left out.
     """
     figures, notes = [], []
     first, *later = results
-    sizes = list(sizes) or [len(results[first])]
-    classes = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # (N,)
     num_codes = max(len(arrays[0][COUNTS]) for arrays in results.values())
     make = partial(_figure, group, num_codes, {"num_resamples": num_resamples, "seed": seed})
     for name in VOLUME_METRICS:
@@ -149,13 +147,13 @@ def summarise(
             rows.append((f"{model} minus {first}", b - a, ~(a.isnan() | b.isnan())))
         for model, of_model, is_there in rows:
             kept = of_model[is_there]
-            if name == "seam_ratio" and model in results and len(kept) < len(of_model) and len(sizes) == 1:
+            if name == "seam_ratio" and model in results and len(kept) < len(of_model) and units.num_classes == 1:
                 left_out = f"{len(of_model) - len(kept)} of {len(of_model)} volumes"
                 shown = f"{METRICS[name].title} of {model} leaves out {left_out}"
                 notes.append(Warned(group, shown, ": no larger than a patch, or constant but at borders"))
-            counts = classes[is_there].bincount(minlength=len(sizes)).tolist()
-            if min(counts):
-                figure = make(name, model, partial(_mean, kept), counts, is_difference=model not in results)
+            of_kept = units[is_there]
+            if all(map(len, of_kept.of_classes)):
+                figure = make(name, model, partial(_mean, kept), of_kept, is_difference=model not in results)
                 std = kept.std().item() if math.isfinite(figure.value) and len(kept) > 1 else None
                 figures.append(replace(figure, std=std))
     for name, of_counts in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
@@ -164,7 +162,7 @@ def summarise(
             of, to = statistics[model], statistics[first]
             statistics[f"{model} minus {first}"] = lambda chosen, of=of, to=to: of(chosen) - to(chosen)
         for model, statistic in statistics.items():
-            figures.append(make(name, model, statistic, sizes, is_difference=model not in results))
+            figures.append(make(name, model, statistic, units, is_difference=model not in results))
     return figures, notes
 
 
@@ -189,15 +187,16 @@ def _figure(
     name: str,
     model: str,
     statistic: Statistic,
-    sizes: Sequence[int],
+    units: Units,
     is_difference: bool,
 ) -> Figure:
-    """sizes: volumes of each class. Where a volume is reproduced exactly, the PSNR is infinite and has no interval."""
+    """units: of the volumes. Where one is reproduced exactly, the PSNR is infinite and has no interval."""
     metric = METRICS[name]
-    value = statistic(torch.arange(sum(sizes)))
+    value = statistic(torch.arange(len(units)))
     interval = None
     if math.isfinite(value):
-        interval = interval_of_enough(lambda *chosen: statistic(joined(chosen, sizes)), sizes, **options)
+        interval = interval_of_enough(statistic, [units], **options)
     more = {"unit": metric.unit, "network": metric.network, "model": model, "is_difference": is_difference}
     high = num_codes if metric.unit == "codes" else None
-    return make_figure(group, metric.title, value, interval, {"volumes": sum(sizes)}, high=high, **more)
+    num = {"volumes": len(units)} | ({"subjects": units.num_subjects} if units.shared is not None else {})
+    return make_figure(group, metric.title, value, interval, num, high=high, **more)

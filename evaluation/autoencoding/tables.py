@@ -14,13 +14,13 @@ from common.processes import device_name
 from dataset.volumes.pictures import PLANES, Coloured, central_slices, save_slice_grid, with_square_pixels
 from evaluation.autoencoding.measures import METRICS, VOLUME_METRICS, summarise
 from evaluation.autoencoding.plan import ROLE, Plan
-from evaluation.comparison.sets import ALL, Group
+from evaluation.comparison.sets import ALL, Group, units_of
 from evaluation.metrics.intervals import FEWEST
 from evaluation.metrics.reconstruction import WINDOW_EDGE
 from evaluation.results.results import PICTURES_FOLDER, Picture, Results, TextTable, Warned, file_names, write_csv
 from evaluation.results.work import Arrays
 
-FEW_VOLUMES = 10
+FEW_SUBJECTS = 10
 DIFFERENCE_SHOWN = 0.5  # end of the scale in pictures, the same in all of them
 
 Measured = dict[str, dict[str, list[Arrays]]]  # group -> model -> arrays of each volume
@@ -41,13 +41,14 @@ def write_results(
     settings |= {"device": device_name(device), "lpips_weights": plan.lpips, "num_scales": scales}
     results = Results("reconstruction", settings, {}, warnings=[*plan.warnings, *size_warnings(plan, groups)])
     for group in groups:
-        figures, notes = summarise(group.name, measured[group.name], cfg.num_resamples, cfg.seed)
+        units = units_of(group.sets[ROLE])
+        figures, notes = summarise(group.name, measured[group.name], units, cfg.num_resamples, cfg.seed)
         results.figures += figures
         results.warnings += notes
     if len(groups) > 1:
         together, notes = all_classes(plan, groups, measured)
-        sizes = [len(group.sets[ROLE]) for group in groups]
-        results.figures += summarise(ALL, together, cfg.num_resamples, cfg.seed, sizes)[0]
+        units = units_of(*(group.sets[ROLE] for group in groups))
+        results.figures += summarise(ALL, together, units, cfg.num_resamples, cfg.seed)[0]
         results.warnings += notes
     results.definitions = definitions({figure.metric for figure in results.figures}, scales)
     results.excluded = [{"file": str(path), "reason": reason} for path, reason in excluded.items()]
@@ -85,10 +86,10 @@ def size_warnings(plan: Plan, groups: Sequence[Group]) -> list[str]:
     """What the number and the sizes of volumes make of the results."""
     warnings = []
     for group in groups:
-        volumes = group.sets[ROLE]
-        if len(volumes) < FEW_VOLUMES:
-            meaning = f" are few (below {FEW_VOLUMES}), intervals are rough, of less than {FEWEST} there are none"
-            warnings.append(Warned(group.name, f"{len(volumes)} volumes", meaning))
+        units = units_of(group.sets[ROLE])
+        if units.num_subjects < FEW_SUBJECTS:
+            meaning = f" are few (below {FEW_SUBJECTS}), intervals are rough, of less than {FEWEST} there are none"
+            warnings.append(Warned(group.name, units.said(), meaning))
         side = plan.shortest_side(group)
         for name, needed in (("SSIM and MS-SSIM", WINDOW_EDGE), ("LPIPS", MIN_EXTENT if plan.lpips else 0)):
             if side < needed:

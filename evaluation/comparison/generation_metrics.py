@@ -15,7 +15,6 @@ from evaluation.comparison.definitions import DEFINITIONS
 from evaluation.comparison.features import SetFeatures, extract
 from evaluation.comparison.figures import (
     Sampling,
-    Strata,
     distance_figures,
     diversity_figures,
     manifold_figures,
@@ -27,7 +26,7 @@ from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_network
 from evaluation.comparison.pairs import PairScores, pair_scores
 from evaluation.comparison.pictures import nearest_picture, side_by_side
 from evaluation.comparison.ranges import check_ranges, sample_ranges
-from evaluation.comparison.sets import ALL, Group, group_volumes, on_one_grid, read_groups
+from evaluation.comparison.sets import ALL, Group, group_volumes, on_one_grid, read_groups, units_of
 from evaluation.comparison.warnings import (
     content_warnings,
     distance_warnings,
@@ -40,7 +39,7 @@ from evaluation.results.results import Results, TextTable, Warned, file_names, m
 
 KIND = "generation"
 MEMORISATION_FILE = "memorisation.csv"
-WITHOUT_INTERVAL = " without interval: there are too few volumes or pairs to resample"
+WITHOUT_INTERVAL = " without interval: there are too few subjects or pairs to resample"
 CLOSEST = 8  # pairs of generated and training volumes in the picture and table
 Sets = dict[str, SetFeatures | None]  # by role; None on ranks other than 0
 MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "distance", "median_held_out_distance")
@@ -136,7 +135,7 @@ def extract_group(
 def pairs_of(cfg: DictConfig, group: Group, excluded: Collection[Path], place: Distributed) -> list[PairScores]:
     """MS-SSIM of pairs of real and of generated volumes, but for those that are left out."""
     kept = {role: [v for v in group.sets[role] if v.path not in excluded] for role in ("real", "generated")}
-    return [pair_scores(cfg, volumes, f"{role} {group.name}", place) for role, volumes in kept.items()]
+    return [pair_scores(cfg, of, units_of(of), f"{role} {group.name}", place) for role, of in kept.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------- distances
@@ -151,20 +150,21 @@ def add_distances(cfg: DictConfig, results: Results, network: FeatureNetwork, fo
     for name, classes in sets.items():
         get_logger().info("figures of %s on %s", name, network.name)
         real, generated = (_joined(classes, role) for role in ("real", "generated"))
-        strata = Strata(*(tuple(len(of[role]) for of in classes) for role in ("real", "generated")))
+        units = tuple(units_of(*(of[role].volumes for of in classes)) for role in ("real", "generated"))
         try:
-            figures = distance_figures(name, network.name, real, generated, strata, sampling)
+            figures = distance_figures(name, network.name, real, generated, units, sampling)
         except UserError as error:  # of features that are all the same
             raise UserError(f"{name}, {network.name}: {error}") from error
         results.warnings += distance_warnings(name, network.name, real, generated)
-        if network.takes_volumes and min(strata.totals) > cfg.neighbours:
+        num_others = [units_of_set.num_others for units_of_set in units]
+        if network.takes_volumes and min(num_others) >= cfg.neighbours:
             x, y = real[VOLUME][:, 0], generated[VOLUME][:, 0]  # (N, F), (M, F)
-            figures += manifold_figures(name, network.name, x, y, cfg.neighbours, strata, sampling)
+            figures += manifold_figures(name, network.name, x, y, cfg.neighbours, units, sampling)
         elif network.takes_volumes:
-            found = f"{strata.totals[0]} real and {strata.totals[1]} generated volumes"
+            found = " and ".join(of.said(role) for of, role in zip(units, ("real", "generated"), strict=True))
             meaning = (
                 f": precision, recall, density and coverage need more than neighbours={cfg.neighbours} volumes in each "
-                "set"
+                "set, beside a volume those of other subjects"
             )
             results.warnings.append(Warned(name, found, meaning))
         results.figures += figures
@@ -203,7 +203,8 @@ def add_memorisation(
         of_network = found[network.name]
         for (name, sets), stem in zip(of_network.items(), file_names(list(of_network)), strict=True):
             real, generated, training = (sets[role].planes[VOLUME][:, 0] for role in ("real", "generated", "training"))
-            memory = memorisation_of(real, generated, training)
+            units = tuple(units_of(sets[role].volumes) for role in ("real", "generated"))
+            memory = memorisation_of(real, generated, training, units)
             figures = memorisation_figures(name, network.name, memory, len(training), Sampling.of(cfg))
             results.figures += figures
             results.warnings += memorisation_warnings(name, network.name, memory, figures)

@@ -28,12 +28,13 @@ from dataset.volumes.index import class_folder, list_volumes, read_dataset_folde
 from dataset.volumes.intensity import MODEL_RANGE, check_intensity_range, to_model_range
 from dataset.volumes.volume_io import Header, nifti_to_tensor, read_header, read_volume, tensor_to_nifti
 from evaluation.generation.record import read_record
+from evaluation.metrics.units import Units
 from evaluation.results.results import Warned
 
 Range = Sequence[float]  # lowest and highest intensity
 ALL = "all classes"  # the name of all groups together
 SAME_SPACING = 0.01  # relative difference that rounding and class tables make
-MIN_VOLUMES = 2  # of a set: a covariance, and a pair
+MIN_VOLUMES = 2  # of a set, of two subjects: a covariance, and a pair
 MOST_SHOWN = 5  # files in a message
 OTHER_RANGE = (
     "if all files have this scale, declare it (real_range=[{found_low:g},{found_high:g}], or generated_range for "
@@ -130,6 +131,11 @@ def list_set(path: str | Path, option: str) -> dict[str, list[Path]]:
         return {"": list_volumes(path)} if Path(path).is_dir() else read_dataset_json(path)
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
+
+
+def units_of(*classes: Sequence[SetVolume]) -> Units:
+    """The subjects of the volumes of some classes, class after class."""
+    return Units.of(*([volume.subject for volume in volumes] for volumes in classes))
 
 
 def groups_of_one_set(
@@ -283,6 +289,8 @@ def _check_group(group: Group) -> None:
     for role, volumes in group.sets.items():
         if len(volumes) < MIN_VOLUMES:
             raise UserError(f"{group.name}: {len(volumes)} {role} volume, at least {MIN_VOLUMES} are needed")
+        if role == "real" and units_of(volumes).num_subjects < MIN_VOLUMES:
+            raise UserError(f"{group.name}: {len(volumes)} {role} volumes are of one subject, 2 or more are needed")
     places: dict[Path, str] = {}
     for role, volumes in group.sets.items():
         for volume in volumes:

@@ -23,23 +23,33 @@ from evaluation.comparison.features import SetFeatures, extract
 from evaluation.comparison.figures import Sampling, diversity_figures, memorisation_figures, memorisation_of
 from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks
 from evaluation.comparison.pairs import pair_scores
-from evaluation.comparison.sets import Group, SetVolume, groups_of_one_set, list_set, on_one_grid, read_groups
+from evaluation.comparison.sets import (
+    Group,
+    SetVolume,
+    groups_of_one_set,
+    list_set,
+    on_one_grid,
+    read_groups,
+    units_of,
+)
 from evaluation.comparison.warnings import diversity_warning, memorisation_warnings
 from evaluation.metrics.distances import frechet_distance
-from evaluation.metrics.intervals import random_halves, subsampling_interval
+from evaluation.metrics.intervals import subsampling_interval
+from evaluation.metrics.units import Units, by_subject
 from evaluation.results.results import Curves, Results, Series, TextTable, Warned, make_folders
 from evaluation.results.scales import make_figure
 
 Planes = dict[str, Tensor]  # features (N, S, F) by plane
-LEAST = 6  # real volumes of a class: three parts of two
+LEAST = 6  # subjects of a class: three parts of two
 SAME = 1e-6  # relative difference that the order of summation makes
 
 DEFINITIONS = {
     "FID of a half": "Fréchet distance between the features of one random half of the real volumes and those of the "
-    "other half after what the name says (real: as they are), mean over random halvings; no interval",
+    "other half after what the name says (real: as they are), mean over random halvings, one volume of each subject; "
+    "no interval",
     "FID to itself": "Fréchet distance between the features of the real volumes and those of the same volumes with "
     "noise (Gaussian, added to intensities in [-1, 1], then limited to these) or blur (Gaussian, in voxels)",
-    "interval": "95 %, resamples of 80 % of the volumes without replacement, their spread scaled to all of them and "
+    "interval": "95 %, resamples of 80 % of the subjects without replacement, their spread scaled to all of them and "
     "shifted to lie around the value",
     "reconstructed": "by the autoencoder, limited to [-1, 1]",
 }
@@ -91,10 +101,11 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
             if place.is_main:
                 checks += add_distances(cfg, results, group.name, network, sets)
                 if network.takes_volumes:
-                    checks += memorisation_checks(cfg, group.name, network.name, sets["real"].planes[VOLUME][:, 0])
+                    checks += memorisation_checks(cfg, group.name, network.name, sets["real"])
         real = [volume for volume in group.sets["real"] if volume.path not in excluded]
-        honest = pair_scores(cfg, real, f"real volumes of {group.name}", place)
-        collapsed = pair_scores(cfg, [real[0]] * len(real), f"one volume of {group.name}", place)
+        honest = pair_scores(cfg, real, units_of(real), f"real volumes of {group.name}", place)
+        repeated = [real[0]] * len(real)  # each of another "subject", as what a generator makes
+        collapsed = pair_scores(cfg, repeated, Units.own(len(real)), f"one volume of {group.name}", place)
         if place.is_main:
             gaps = [diversity_figures(group.name, honest, one, Sampling.of(cfg))[-1] for one in (honest, collapsed)]
             lowest = gaps[1].no_interval or f"from {gaps[1].interval[0]:.3f}"
@@ -128,8 +139,9 @@ def find_groups(cfg: DictConfig) -> tuple[list[Group], dict[str, tuple[SetVolume
 
 
 def _check_number(name: str, real: Sequence[SetVolume]) -> None:
-    if len(real) < LEAST:
-        raise UserError(f"{name}: {len(real)} real volumes, at least {LEAST} are needed")
+    units = units_of(real)
+    if units.num_subjects < LEAST:
+        raise UserError(f"{name}: {units.said('real')}, at least {LEAST}{units.each} are needed")
 
 
 def degraded_sets(
@@ -162,10 +174,11 @@ def add_distances(
     cfg: DictConfig, results: Results, name: str, network: FeatureNetwork, sets: dict[str, SetFeatures]
 ) -> list[Check]:
     """Figures, curves and checks of one class on one network."""
-    real, count = sets["real"].planes, len(sets["real"])
-    half = min(count // 2, len(sets.get("other", sets["real"])))  # of every set, so that their distances compare
+    real, count, units = sets["real"].planes, len(sets["real"]), units_of(sets["real"].volumes)
+    # Of every set as many, so that their distances compare.
+    half = min(units.num_subjects // 2, len(sets.get("other", sets["real"])))
     order = [what for what in ("other", "reconstructed", "real") if what in sets]
-    halves = {what: halves_distance(cfg, real, sets[what].planes, half) for what in order}
+    halves = {what: halves_distance(cfg, units, real, sets[what].planes, half) for what in order}
     for what, value in halves.items():
         figure = make_figure(name, f"FID of a half: {what}", value, None, {"of each": half}, network=network.name)
         results.figures.append(figure)
@@ -176,7 +189,7 @@ def add_distances(
         checks.append(Check(name, network.name, " is farther than ".join(halves), shown, passed))
     for kind, levels, unit in DEGRADATIONS:
         worse = {level: sets[f"{kind} {level:g}"].planes for level in levels}
-        curves, check = compare_levels(cfg, results, name, network.name, kind, real, worse)
+        curves, check = compare_levels(cfg, results, name, network.name, kind, units, real, worse)
         two_halves = Series("two real halves", [0, levels[-1]], [halves["real"]] * 2)
         title = f"{name}: {kind} ({network.name})"
         results.curves.append(Curves(title, unit, "Fréchet distance", [curves, two_halves]))
@@ -193,16 +206,23 @@ def add_distances(
 
 
 def compare_levels(
-    cfg: DictConfig, results: Results, name: str, network: str, kind: str, real: Planes, worse: dict[float, Planes]
+    cfg: DictConfig,
+    results: Results,
+    name: str,
+    network: str,
+    kind: str,
+    units: Units,
+    real: Planes,
+    worse: dict[float, Planes],
 ) -> tuple[Series, Check]:
     """Figures of one degradation: its distances to the volumes as they are, by level, as a curve, and the check."""
-    count = len(next(iter(real.values())))
     values, low, high = [0.0], [0.0], [0.0]  # of the set as it is
     for level, planes in worse.items():
         to_itself = partial(paired_distance, real, planes)
-        interval = subsampling_interval(to_itself, [count], num_resamples=cfg.num_resamples, seed=cfg.seed)
-        values.append(to_itself(torch.arange(count)))
-        metric, num = f"FID to itself: {kind} {level:g}", {"real": count}
+        of_subjects = by_subject(to_itself, [units])
+        interval = subsampling_interval(*of_subjects, num_resamples=cfg.num_resamples, seed=cfg.seed)
+        values.append(to_itself(torch.arange(len(units))))
+        metric, num = f"FID to itself: {kind} {level:g}", units.count("real")
         figure = make_figure(name, metric, values[-1], interval, num, network=network)
         results.figures.append(figure)
         low.append(figure.interval[0])
@@ -218,8 +238,8 @@ def paired_distance(real: Planes, worse: Planes, chosen: Tensor) -> float:
     return fmean(frechet_distance(real[p][chosen].flatten(0, 1), worse[p][chosen].flatten(0, 1)) for p in real)
 
 
-def halves_distance(cfg: DictConfig, real: Planes, worse: Planes, half: int) -> float:
-    """FID of `half` real volumes with as many others of the worse set, mean over planes and random draws.
+def halves_distance(cfg: DictConfig, units: Units, real: Planes, worse: Planes, half: int) -> float:
+    """FID of `half` real volumes with as many of other subjects of the worse set, mean over planes and random draws.
 
     A worse set of another length is that of other volumes: a random part of it is taken.
     """
@@ -227,20 +247,22 @@ def halves_distance(cfg: DictConfig, real: Planes, worse: Planes, half: int) -> 
     count, other = len(real[plane]), len(worse[plane])
     generator = torch.Generator().manual_seed(cfg.seed)
     distances = []
-    for a, b in random_halves(count, half, cfg.num_halvings, cfg.seed):
+    for a, b in units.halvings([half], cfg.num_halvings, cfg.seed):
         part = b if other == count else torch.randperm(other, generator=generator)[:half]
         distances += [frechet_distance(real[p][a].flatten(0, 1), worse[p][part].flatten(0, 1)) for p in real]
     return fmean(distances)
 
 
-def memorisation_checks(cfg: DictConfig, name: str, network: str, real: Tensor) -> list[Check]:
-    """A third of the real volumes as training set, one held out, one as what an honest generator makes; and copies."""
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(cfg.seed))
-    training, held_out, honest = (real[part] for part in order.tensor_split(3))
+def memorisation_checks(cfg: DictConfig, name: str, network: str, real: SetFeatures) -> list[Check]:
+    """A third of the subjects as training set, one held out, one as what an honest generator makes; and copies."""
+    features, units = real.planes[VOLUME][:, 0], units_of(real.volumes)  # (N, F)
+    order = torch.randperm(units.num_subjects, generator=torch.Generator().manual_seed(cfg.seed))
+    training, held_out, honest = (units.volumes([part]) for part in order.tensor_split(3))
     checks = []
     for what, generated in (("copies of training volumes", training), ("new real volumes", honest)):
         is_copy = generated is training
-        memory = memorisation_of(held_out, generated, training)
+        sets = (features[part] for part in (held_out, generated, training))
+        memory = memorisation_of(*sets, (units[held_out], units[generated]))
         figures = memorisation_figures(name, network, memory, len(training), Sampling.of(cfg))
         noticed = bool(memorisation_warnings(name, network, memory, figures))
         found = f"nearer than held-out: {figures[0].value:.2f}, distance ratio {figures[1].value:.2f}"

@@ -13,7 +13,7 @@ from evaluation.results.results import Figure, Warned
 COLLAPSE = 0.05  # gap of MS-SSIM beyond which a warning is due, on both sides
 SAME = 1e-4  # share of the median distance that rounding may make of none
 USUAL = 1000  # real volumes whose distances are looked at for that
-FEWEST = 5  # volumes of a set, below which an interval of nearest distances says nothing
+FEWEST = 5  # subjects of a set, below which an interval of nearest distances says nothing
 COPY = 0.5  # share of the nearest held-out distance below which a volume counts as a copy
 
 
@@ -63,7 +63,7 @@ def memorisation_warnings(group: str, network: str, found: Memorisation, figures
         meaning = f", or nearly so (at most {COPY:g} of the smallest distance of a held-out one): see memorisation.csv"
         warnings.append(Warned(group, shown, meaning))
     nearer, ratio = figures
-    if min(len(found.generated), len(found.held_out)) < FEWEST:
+    if min(units.num_subjects for units in found.units) < FEWEST:
         return warnings
     is_nearer = nearer.value == 1 or nearer.interval[0] > 0.5  # of five and five, 1 is one order in 252
     if is_nearer and ratio.interval is not None and ratio.interval[1] < 1:

@@ -71,11 +71,20 @@ def rbf_kernel(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
     return kernel
 
 
-def mmd_from_kernels(kernel_xx: Tensor, kernel_yy: Tensor, kernel_xy: Tensor, unbiased: bool = True) -> float:
+def mmd_from_kernels(
+    kernel_xx: Tensor,
+    kernel_yy: Tensor,
+    kernel_xy: Tensor,
+    unbiased: bool = True,
+    subjects: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> float:
     """Squared maximum mean discrepancy from the kernels of `rbf_kernel`, see `mmd_rbf`.
 
     kernel_xx: (N, N), kernel_yy: (M, M), kernel_xy: (N, M). A resample with indices i and j of the two sets needs no
         new ones: `kernel_xx[i][:, i]`, `kernel_yy[j][:, j]`, `kernel_xy[i][:, j]`.
+    subjects: of the vectors of x (N,) and y (M,); None: each of another one. The unbiased estimate leaves out all
+        pairs of vectors of one subject, as it leaves out those of a vector with itself: they are no pair of
+        independent draws, and nearer to each other.
     Raises UserError for shapes that don't belong together or fewer vectors than the estimate needs.
     """
     count_x, count_y = len(kernel_xx), len(kernel_yy)
@@ -84,7 +93,8 @@ def mmd_from_kernels(kernel_xx: Tensor, kernel_yy: Tensor, kernel_xy: Tensor, un
         shapes = ", ".join(str(tuple(kernel.shape)) for kernel in (kernel_xx, kernel_yy, kernel_xy))
         raise UserError(f"expected kernels (N, N), (M, M) and (N, M), got {shapes}")
     _check_counts(count_x, count_y, minimum=2 if unbiased else 1)
-    return (_mean_kernel(kernel_xx, unbiased) + _mean_kernel(kernel_yy, unbiased) - 2 * kernel_xy.mean()).item()
+    of_x, of_y = (_mean_kernel(k, unbiased, of) for k, of in zip((kernel_xx, kernel_yy), subjects, strict=True))
+    return (of_x + of_y - 2 * kernel_xy.mean()).item()
 
 
 def median_bandwidth(x: Tensor, y: Tensor) -> float:
@@ -185,8 +195,10 @@ def _covariance_factor(vectors: Tensor) -> Tensor:
     return torch.linalg.qr(factor, mode="r").R if len(factor) > factor.shape[1] else factor
 
 
-def _mean_kernel(kernel: Tensor, unbiased: bool) -> Tensor:
-    """Mean of a set's kernel matrix (N, N) with itself, without its diagonal of ones when unbiased."""
+def _mean_kernel(kernel: Tensor, unbiased: bool, subjects: Tensor | None) -> Tensor:
+    """Mean of a set's kernel matrix (N, N) with itself, when unbiased without the pairs of one subject."""
     if not unbiased:
         return kernel.mean()
+    if subjects is not None:
+        return kernel[subjects[:, None] != subjects].mean()
     return (kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from common.errors import UserError
 
 Statistic = Callable[..., float]  # of one index tensor per set
-FEWEST = 3  # volumes, or pairs, of which resamples tell something: of two they are both, or one of them twice
+FEWEST = 3  # subjects, or pairs, of which resamples tell something: of two they are both, or one of them twice
 TOO_FEW = "n too small"
 
 
@@ -26,7 +25,7 @@ def bootstrap_interval(
     no bias of the statistic itself. Few volumes show a little too little spread (an N where N − 1 is due).
 
     statistic: called with all indices in order first, then with resamples. Sets are resampled independently; one set
-        is what volumes that belong in pairs take. sizes: number of volumes of each set.
+        is what volumes that belong in pairs take. sizes: number of volumes, or of whatever is drawn, of each set.
     num_resamples, confidence: the bounds are the percentiles 100·(1 ± confidence) / 2 of that many resamples.
     seed: the same one gives the same resamples; torch's own random state is neither used nor changed.
     Raises UserError for a set below 2 volumes, fewer than 2 resamples, a confidence outside (0, 1), and a statistic
@@ -39,11 +38,6 @@ def bootstrap_interval(
         return torch.randint(size, (size,), generator=generator)
 
     return _interval(statistic, sizes, draw, num_resamples, confidence, 1.0)
-
-
-def interval_of_enough(statistic: Statistic, sizes: Sequence[int], **options) -> tuple[float, float] | str:
-    """`bootstrap_interval`, or "n too small" where a set has fewer than three volumes."""
-    return TOO_FEW if min(sizes) < FEWEST else bootstrap_interval(statistic, sizes, **options)
 
 
 def share_interval(interval: tuple[float, float] | str, count: int) -> tuple[float, float] | str:
@@ -111,12 +105,6 @@ def _interval(
     bounds = np.quantile(resamples, [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull")
     lower, upper = (value + scale * (bounds - resamples.mean())).tolist()
     return lower, upper
-
-
-def joined(of_sets: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Indices within each set, as a statistic gets them, as indices of all sets one after the other."""
-    starts = accumulate(sizes, initial=0)
-    return torch.cat([indices + start for indices, start in zip(of_sets, starts, strict=False)])
 
 
 def random_halves(count: int, half: int, num: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,5 +1,7 @@
 """Which volumes of two sets lie within the other set's manifold. A pure function, computed in float64."""
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from evaluation.metrics.distances import check_sets, squared_distance_rows
 TIE = 1 + 1e-9  # of a squared distance: a vector on the border of a ball is inside, whatever rounding says
 
 
-def precision_recall_density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, Tensor]:
+def precision_recall_density_coverage(
+    real: Tensor, generated: Tensor, k: int = 5, subjects: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> dict[str, Tensor]:
     """Precision, recall, density and coverage, one value per volume; the metrics are their means.
 
     A set's manifold is the union of balls around its vectors, each as large as the distance to the k-th nearest
@@ -22,12 +26,15 @@ def precision_recall_density_coverage(real: Tensor, generated: Tensor, k: int = 
       ICML 2020, equations 3 and 4.
 
     real: (N, F), generated: (M, F) features. k: neighbours; the papers take 3 and 5.
-    Raises UserError for other shapes, a set with fewer than k + 1 vectors, values that are not finite, or k below 1.
+    subjects: of the real (N,) and the generated vectors (M,); None: each of another one. A neighbour is a vector of
+        another subject: balls that end at a scan of the same one would be too small for anybody else's.
+    Raises UserError for other shapes, a vector with fewer than k others, values that are not finite, or k below 1.
     """
     if k < 1:
         raise UserError(f"a manifold needs at least 1 neighbour, got k = {k}")
     real, generated = check_sets(real, generated, minimum=k + 1)
-    real_radii, generated_radii = _squared_radii(real, k), _squared_radii(generated, k)  # (N,), (M,)
+    radii = (_squared_radii(vectors, k, of) for vectors, of in zip((real, generated), subjects, strict=True))
+    real_radii, generated_radii = radii  # (N,), (M,)
 
     precision, density = (real.new_zeros(len(generated)) for _ in range(2))
     recall, coverage = (real.new_zeros(len(real), dtype=torch.bool) for _ in range(2))
@@ -40,8 +47,15 @@ def precision_recall_density_coverage(real: Tensor, generated: Tensor, k: int = 
     return {"precision": precision, "recall": recall.double(), "density": density, "coverage": coverage.double()}
 
 
-def _squared_radii(vectors: Tensor, k: int) -> Tensor:
+def _squared_radii(vectors: Tensor, k: int, subjects: Tensor | None) -> Tensor:
     """(N, F) -> (N,) squared distance of each vector to its k-th nearest other one."""
-    rows = squared_distance_rows(vectors, vectors)
-    # The nearest of all is the vector itself, at the distance 0.
-    return TIE * torch.cat([squared.kthvalue(k + 1, dim=1).values for _, squared in rows])
+    if subjects is None:
+        subjects = torch.arange(len(vectors))
+    most = int(subjects.unique(return_counts=True)[1].max())
+    if len(vectors) - most < k:
+        raise UserError(f"{k} neighbours need as many vectors of other subjects, got {len(vectors) - most}")
+    radii = []
+    for rows, squared in squared_distance_rows(vectors, vectors):
+        squared[subjects[rows, None] == subjects] = inf
+        radii.append(squared.kthvalue(k, dim=1).values)
+    return TIE * torch.cat(radii)

@@ -12,15 +12,15 @@ RANDOM = "random features"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 RANDOM_NOTE = "Distances on random features can't be compared with published ones."
 DEVIATION_NOTE = "±: standard deviation over volumes."
-INTERVAL_NOTE = "In brackets: 95 % interval, by resampling volumes (see the definitions)."
-REASON_NOTE = "n too small: resamples of so few volumes or pairs say nothing of others, so there is no interval."
+INTERVAL_NOTE = "In brackets: 95 % interval, by resampling subjects (see the definitions)."
+REASON_NOTE = "n too small: resamples of so few subjects or pairs say nothing of others, so there is no interval."
 REAL_NOTE = "Like real: what real volumes have is best, and both less and more are worse."
 DIFFERENCE_NOTE = (
     "B minus A: the difference, volume by volume where a figure has one for each; 0 where both do the same."
 )
 FLOOR_NOTE = (
     "A distance depends on the number of volumes: at the same number N, compare this set with real against real, "
-    "the mean over random halvings of the real set."
+    "the mean over random halvings of the real set, a volume of each subject."
 )
 
 Row = dict[str, Figure]  # one line of a table: figures of checkpoints that have all else in common, by checkpoint

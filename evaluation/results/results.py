@@ -35,8 +35,8 @@ PICTURES_FOLDER = "pictures"
 class Floor:
     """What real volumes get against real ones, at a number of volumes that the figure can be had for too.
 
-    value: mean over random halvings of the real set, `num` volumes each. comparable: the figure itself at `num`
-    volumes a set. A distance depends on the number of volumes, so compare these two with each other.
+    value: mean over random halvings of the real set, `num` volumes of as many subjects each. comparable: the figure
+    itself at `num` volumes a set. A distance depends on the number of volumes, so compare these two with each other.
     """
 
     value: float
@@ -49,10 +49,11 @@ class Figure:
     """One number, with all that is needed to publish it.
 
     group: class of the volumes. metric: its name. value: NaN and infinity are None in JSON. interval: 95 %, by
-    bootstrap over volumes. num: volumes by set, e.g. {"real": 100, "generated": 50}. better: "lower", "higher" or
-    "real" (the nearer to that of real volumes). network: the features it is measured on. model: the checkpoint.
-    std: standard deviation over volumes, of means. like_real: what "real" means, e.g. "ratio 1". no_interval: why there
-    is none, e.g. "n too small". `evaluation/results/scales.py` makes figures of what it says of their metrics.
+    resampling subjects. num: volumes by set, and subjects where these are fewer, e.g. {"real": 100, "real subjects":
+    25, "generated": 50}. better: "lower", "higher" or "real" (the nearer to that of real volumes). network: the
+    features it is measured on. model: the checkpoint. std: standard deviation over volumes, of means. like_real: what
+    "real" means, e.g. "ratio 1". no_interval: why there is none, e.g. "n too small". `evaluation/results/scales.py`
+    makes figures of what it says of their metrics.
     """
 
     group: str

@@ -4,11 +4,11 @@ from statistics import fmean
 
 import pytest
 import torch
+from evaluation_sets import own
 
 from evaluation.comparison.figures import (
     Memorisation,
     Sampling,
-    Strata,
     _halvings,
     distance_figures,
     diversity_figures,
@@ -26,6 +26,7 @@ from evaluation.comparison.warnings import (
 from evaluation.metrics.distances import frechet_distance, median_bandwidth, mmd_rbf
 from evaluation.metrics.intervals import bootstrap_interval
 from evaluation.metrics.manifolds import precision_recall_density_coverage
+from evaluation.metrics.units import Units
 from evaluation.results.results import Figure
 
 SAMPLING = Sampling(num_resamples=40, num_halvings=3, seed=0)
@@ -37,7 +38,7 @@ def features(count: int, mean: float = 0.0, seed: int = 0, slices: int = 1, widt
 
 def test_distances_of_volumes():
     real, generated = features(20), features(12, 1.0, seed=1)
-    fid, mmd = distance_figures("CT", "net", {"volume": real}, {"volume": generated}, Strata((20,), (12,)), SAMPLING)
+    fid, mmd = distance_figures("CT", "net", {"volume": real}, {"volume": generated}, own((20,), (12,)), SAMPLING)
     x, y = real[:, 0], generated[:, 0]
     assert (fid.metric, fid.value) == ("FID-3D", frechet_distance(x, y))
     assert (mmd.metric, mmd.value) == ("MMD", pytest.approx(mmd_rbf(x, y, bandwidth=median_bandwidth(x[:10], x[10:]))))
@@ -53,7 +54,7 @@ def test_distances_of_volumes():
 def test_distances_of_slices_take_all_slices_of_a_set_and_the_mean_of_the_planes():
     real = {plane: features(6, seed=i, slices=4) for i, plane in enumerate(("axial", "coronal", "sagittal"))}
     generated = {plane: features(5, 0.3, seed=7 + i, slices=4) for i, plane in enumerate(real)}
-    figures = distance_figures("CT", "net", real, generated, Strata((6,), (5,)), SAMPLING)
+    figures = distance_figures("CT", "net", real, generated, own((6,), (5,)), SAMPLING)
     found = {figure.metric: figure for figure in figures}
     assert list(found) == ["FID-2.5D", "FID-2.5D axial", "FID-2.5D coronal", "FID-2.5D sagittal"]
     for plane in real:
@@ -71,7 +72,7 @@ def test_the_order_of_volumes_changes_nothing():
     x, y = features(20), features(12, 0.5, seed=1)
     shuffled = y[torch.randperm(12, generator=torch.Generator().manual_seed(4))]
     before, after = (
-        [f.value for f in distance_figures("CT", "net", {"volume": x}, {"volume": z}, Strata((20,), (12,)), SAMPLING)]
+        [f.value for f in distance_figures("CT", "net", {"volume": x}, {"volume": z}, own((20,), (12,)), SAMPLING)]
         for z in (y, shuffled)
     )
     assert before == pytest.approx(after, rel=1e-9)
@@ -83,22 +84,22 @@ def test_the_order_of_volumes_changes_nothing():
 def test_resamples_too_small_for_the_neighbours_give_no_interval(sizes, has_interval):
     """Of six volumes a resample has five, of five four: four neighbours need five volumes."""
     half = len(sizes) // 2
-    strata = Strata(sizes[:half], sizes[half:])
-    real, generated = (features(count, seed=i)[:, 0] for i, count in enumerate(strata.totals))
-    figures = manifold_figures("CT", "net", real, generated, 4, strata, SAMPLING)
+    units = own(sizes[:half], sizes[half:])
+    real, generated = (features(count, seed=i)[:, 0] for i, count in enumerate(map(len, units)))
+    figures = manifold_figures("CT", "net", real, generated, 4, units, SAMPLING)
     assert [figure.interval is not None for figure in figures] == [has_interval] * 4
 
 
 def test_distances_are_not_negative_nor_are_their_intervals():
     x = features(20)
-    fid, mmd = distance_figures("CT", "net", {"volume": x}, {"volume": x}, Strata((20,), (20,)), SAMPLING)
+    fid, mmd = distance_figures("CT", "net", {"volume": x}, {"volume": x}, own((20,), (20,)), SAMPLING)
     assert fid.interval[0] == 0 <= fid.value < 1e-9
     assert mmd.interval[0] < 0
 
 
 def test_one_kernel_gives_the_distances_of_parts():
     x, y = features(9)[:, 0], features(7, 1.0, seed=1)[:, 0]
-    with_generated, with_real = mmd_statistics(x, y)
+    with_generated, with_real = mmd_statistics(x, y, own((9,), (7,)))
     a, b, c = torch.tensor([0, 3, 5]), torch.tensor([1, 2]), torch.tensor([4, 6, 7, 8])
     bandwidth = median_bandwidth(x[:4], x[4:])
     assert with_generated(a, b) == pytest.approx(mmd_rbf(x[a], y[b], bandwidth=bandwidth))
@@ -106,8 +107,7 @@ def test_one_kernel_gives_the_distances_of_parts():
 
 
 def test_halvings_keep_the_classes():
-    strata = Strata((7, 1, 4), (2, 5, 9))
-    drawn = list(_halvings(strata, SAMPLING))
+    drawn = list(_halvings(own((7, 1, 4), (2, 5, 9)), SAMPLING))
     assert len(drawn) == 3
     assert len({tuple(a.tolist()) for a, _, _ in drawn}) > 1
     for a, b, part in drawn:
@@ -123,13 +123,13 @@ def test_floors_are_means_over_halvings(planes):
     real = {plane: features(4, seed=i, slices=3) for i, plane in enumerate(planes)}
     generated = {plane: features(4, 1.0, seed=5 + i, slices=3) for i, plane in enumerate(planes)}
     sampling = Sampling(num_resamples=20, num_halvings=30, seed=1)
-    strata = Strata((4,), (4,))
-    figure = distance_figures("CT", "net", real, generated, strata, sampling)[0]
+    units = own((4,), (4,))
+    figure = distance_figures("CT", "net", real, generated, units, sampling)[0]
 
     def distance(x, a, y, b):
         return fmean(frechet_distance(x[p][a].flatten(0, 1), y[p][b].flatten(0, 1)) for p in planes)
 
-    drawn = list(_halvings(strata, sampling))
+    drawn = list(_halvings(units, sampling))
     assert figure.floor.value == pytest.approx(fmean(distance(real, a, real, b) for a, b, _ in drawn))
     assert figure.floor.comparable == pytest.approx(fmean(distance(real, b, generated, part) for _, b, part in drawn))
     assert figure.floor.num == 2
@@ -139,22 +139,20 @@ def test_resamples_keep_the_classes():
     """Two classes far apart: with their numbers kept, the distance of a set to itself hardly varies."""
     x = torch.cat([features(8), features(8, 100.0, seed=1)])
     kept, mixed = (
-        distance_figures("all", "net", {"volume": x}, {"volume": x}, strata, SAMPLING)[0].interval
-        for strata in (Strata((8, 8), (8, 8)), Strata((16,), (16,)))
+        distance_figures("all", "net", {"volume": x}, {"volume": x}, units, SAMPLING)[0].interval
+        for units in (own((8, 8), (8, 8)), own((16,), (16,)))
     )
     assert kept[1] - kept[0] < 0.1 * (mixed[1] - mixed[0])
 
 
 def test_a_real_set_that_can_not_be_halved_has_no_floor():
-    figures = distance_figures(
-        "CT", "net", {"volume": features(3)}, {"volume": features(5)}, Strata((3,), (5,)), SAMPLING
-    )
+    figures = distance_figures("CT", "net", {"volume": features(3)}, {"volume": features(5)}, own((3,), (5,)), SAMPLING)
     assert [figure.floor for figure in figures] == [None, None]
 
 
 def test_manifold_figures_are_means_over_volumes():
     real, generated = features(20)[:, 0], features(12, 1.0, seed=1)[:, 0]
-    figures = manifold_figures("CT", "net", real, generated, 3, Strata((20,), (12,)), SAMPLING)
+    figures = manifold_figures("CT", "net", real, generated, 3, own((20,), (12,)), SAMPLING)
     expected = precision_recall_density_coverage(real, generated, 3)
     assert {figure.metric: figure.value for figure in figures} == pytest.approx(
         {name: values.mean().item() for name, values in expected.items()}
@@ -166,7 +164,7 @@ def test_manifold_figures_are_means_over_volumes():
     precision = figures[0]
     assert precision.floor.value > precision.floor.comparable
     assert precision.interval[1] - precision.interval[0] > 0.1
-    few = manifold_figures("CT", "net", real[:7], generated, 3, Strata((7,), (12,)), SAMPLING)
+    few = manifold_figures("CT", "net", real[:7], generated, 3, own((7,), (12,)), SAMPLING)
     assert [figure.floor for figure in few] == [None] * 4
 
 
@@ -174,9 +172,9 @@ def test_manifold_figures_are_means_over_volumes():
 
 
 def scores_of(count: int, value: float, spread: float = 0.0, seed: int = 0) -> PairScores:
-    pairs = choose_pairs(count, 1000, 0)
+    pairs = choose_pairs(Units.own(count), 1000, 0)
     noise = torch.randn(len(pairs), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return PairScores(pairs, value + spread * noise, count)
+    return PairScores(pairs, value + spread * noise, Units.own(count))
 
 
 def test_diversity_gap():
@@ -201,9 +199,9 @@ def test_sets_of_equal_variety_give_no_warning():
 
 def test_intervals_of_pairs_are_over_volumes():
     """One odd volume is in seven of 28 pairs: resampling pairs would hide how much hangs on it."""
-    pairs = choose_pairs(8, 1000, 0)
+    pairs = choose_pairs(Units.own(8), 1000, 0)
     scores = torch.where((pairs == 0).any(1), 0.0, 1.0).double()
-    found = PairScores(pairs, scores, 8)
+    found = PairScores(pairs, scores, Units.own(8))
     figure = diversity_figures("CT", found, found, SAMPLING)[0]
     assert figure.interval[1] - figure.interval[0] > 4 * 0.433 / 28**0.5  # the width if pairs were independent
 
@@ -224,10 +222,10 @@ def test_a_resample_of_pairs_has_the_pairs_of_its_volumes():
 
 
 def test_pairs_that_share_no_volume_are_resampled_themselves():
-    pairs = choose_pairs(40, 20, 0)
+    pairs = choose_pairs(Units.own(40), 20, 0)
     assert sorted(pairs.flatten().tolist()) == list(range(40))
     scores = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = PairScores(pairs, scores, 40)
+    found = PairScores(pairs, scores, Units.own(40))
     expected = bootstrap_interval(lambda chosen: scores[chosen].mean().item(), [20], num_resamples=40)
     assert diversity_figures("CT", found, found, SAMPLING)[1].interval == pytest.approx(expected)
 
@@ -236,14 +234,14 @@ def test_pairs_that_share_no_volume_are_resampled_themselves():
     ("count", "num", "expected"), [(4, 10, 6), (4, 6, 6), (30, 20, 20), (40, 20, 20), (8, 26, 26), (2, 5, 1)]
 )
 def test_pairs_are_different_ones(count, num, expected):
-    pairs = choose_pairs(count, num, 0)
+    pairs = choose_pairs(Units.own(count), num, 0)
     assert pairs.shape == (expected, 2)
     assert len({tuple(pair) for pair in pairs.tolist()}) == expected
     assert (pairs[:, 0] < pairs[:, 1]).all()
     assert pairs.max() < count
     if expected == num and count > 4:
-        assert choose_pairs(count, num, 1).tolist() != pairs.tolist()
-        assert choose_pairs(count, num, 0).tolist() == pairs.tolist()
+        assert choose_pairs(Units.own(count), num, 1).tolist() != pairs.tolist()
+        assert choose_pairs(Units.own(count), num, 0).tolist() == pairs.tolist()
 
 
 # Memorisation -------------------------------------------------------------------------------------------------------
@@ -251,7 +249,8 @@ def test_pairs_are_different_ones(count, num, expected):
 
 def test_memorisation_by_hand():
     training = torch.tensor([[0.0], [10.0]])
-    found = memorisation_of(torch.tensor([[3.0], [12.0], [6.0]]), torch.tensor([[10.5], [2.0]]), training)
+    sets = torch.tensor([[3.0], [12.0], [6.0]]), torch.tensor([[10.5], [2.0]])
+    found = memorisation_of(*sets, training, own((3,), (2,)))
     assert found.generated.tolist() == [0.5, 2.0]
     assert found.nearest.tolist() == [1, 0]
     assert found.held_out.tolist() == [3.0, 2.0, 4.0]
@@ -262,7 +261,8 @@ def test_memorisation_by_hand():
 
 
 def warnings_of(generated, held_out):
-    found = Memorisation(generated, held_out, torch.zeros(len(generated), dtype=torch.long))
+    units = own((len(held_out),), (len(generated),))
+    found = Memorisation(generated, held_out, torch.zeros(len(generated), dtype=torch.long), units)
     return memorisation_warnings("CT", "net", found, memorisation_figures("CT", "net", found, 9, SAMPLING))
 
 
@@ -299,7 +299,7 @@ def test_a_gap_is_warned_of_where_its_interval_says_so(gap, num_warnings):
     ],
 )
 def test_nearness_is_warned_of_where_both_intervals_say_so(nearer, ratio, num_warnings):
-    found = Memorisation(torch.ones(5), torch.ones(5), torch.zeros(5, dtype=torch.long))
+    found = Memorisation(torch.ones(5), torch.ones(5), torch.zeros(5, dtype=torch.long), own((5,), (5,)))
     assert len(memorisation_warnings("CT", "net", found, [nearer, ratio])) == num_warnings
 
 
@@ -311,7 +311,7 @@ def test_held_out_volumes_that_were_trained_on_are_noticed():
 
 
 def test_there_is_no_ratio_to_real_volumes_that_were_trained_on():
-    found = Memorisation(torch.ones(3), torch.tensor([0.0, 1.0, 2.0]), torch.zeros(3, dtype=torch.long))
+    found = Memorisation(torch.ones(3), torch.arange(3.0), torch.zeros(3, dtype=torch.long), own((3,), (3,)))
     nearer, ratio = memorisation_figures("CT", "net", found, 3, SAMPLING)
     assert nearer.value == pytest.approx(0.5)  # one of three nearer, one as near: (1 + 0.5) / 3
     assert ratio.value != ratio.value

@@ -35,6 +35,7 @@ from evaluation.autoencoding.reconstruction import evaluate
 from evaluation.metrics.intervals import bootstrap_interval
 from evaluation.metrics.reconstruction import l1, ms_ssim, psnr, ssim
 from evaluation.metrics.seams import seam_index
+from evaluation.metrics.units import Units
 
 ROOT = Path(__file__).parents[2]
 LITTLE = 8_000_000  # bytes: enough for small blocks only
@@ -161,7 +162,7 @@ def arrays(psnr_value: float, seam: float = 1.0) -> dict[str, np.ndarray]:
 
 def test_a_volume_reproduced_exactly_has_no_interval():
     results = {"A": [arrays(math.inf), arrays(30, seam=math.nan)], "B": [arrays(math.inf), arrays(32)]}
-    found, notes = summarise("Chest", results, 20, 0)
+    found, notes = summarise("Chest", results, Units.own(2), 20, 0)
     by_name = {(NAMES[figure.metric], figure.model): figure for figure in found}
     infinite, difference = by_name["psnr", "A"], by_name["psnr", "B minus A"]
     assert (infinite.value, infinite.interval, infinite.std) == (math.inf, None, None)
@@ -183,7 +184,9 @@ def test_use_of_the_codebook_is_that_of_a_resample_together():
         model: [arrays(30) | {COUNTS: of_volume.numpy()} for of_volume in of_model]
         for model, of_model in counts.items()
     }
-    found = {(NAMES[figure.metric], figure.model): figure for figure in summarise("Chest", results, 20, 3)[0]}
+    found = {
+        (NAMES[figure.metric], figure.model): figure for figure in summarise("Chest", results, Units.own(3), 20, 3)[0]
+    }
     for name, function in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
 
         def difference(chosen, function=function):

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from evaluation_sets import own
 
 from dataset.volumes.pictures import PLANES
 from evaluation.autoencoding.measures import COUNTS, METRICS, VOLUME_METRICS, summarise
@@ -13,7 +14,6 @@ from evaluation.comparison.definitions import DEFINITIONS
 from evaluation.comparison.figures import (
     Memorisation,
     Sampling,
-    Strata,
     diversity_figures,
     manifold_figures,
     memorisation_figures,
@@ -21,6 +21,7 @@ from evaluation.comparison.figures import (
 from evaluation.comparison.pairs import PairScores, choose_pairs
 from evaluation.comparison.warnings import diversity_warning, noise_warning
 from evaluation.metrics.intervals import share_interval
+from evaluation.metrics.units import Units
 from evaluation.report_page.tables import figure_table
 from evaluation.results.scales import SCALES, make_figure
 
@@ -37,7 +38,7 @@ TWO_SIDED = {
 
 
 def test_what_is_better_is_said_of_every_metric():
-    known = {metric.title for metric in METRICS.values()} | set(DEFINITIONS) - {"interval", "floor"}
+    known = {metric.title for metric in METRICS.values()} | set(DEFINITIONS) - {"interval", "floor", "subjects"}
     known |= {f"FID-2.5D {plane}" for plane in PLANES} | {"FID of a half", "FID to itself"}
     assert set(SCALES) == known
     assert {name: scale.like_real for name, scale in SCALES.items() if scale.better == "real"} == TWO_SIDED
@@ -74,9 +75,9 @@ def test_a_difference_of_bounded_figures_is_bounded_too():
 
 
 def pairs_of(count: int, num_pairs: int, value: float = 0.5) -> PairScores:
-    pairs = choose_pairs(count, num_pairs, 0)
+    pairs = choose_pairs(Units.own(count), num_pairs, 0)
     scores = value + 0.1 * torch.rand(len(pairs), generator=torch.Generator().manual_seed(count), dtype=torch.float64)
-    return PairScores(pairs, scores, count)
+    return PairScores(pairs, scores, Units.own(count))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,8 @@ def test_one_pair_or_two_have_no_interval(count, num_pairs, is_enough):
 
 @pytest.mark.parametrize(("num_generated", "num_real"), [(2, 9), (9, 2), (2, 2), (3, 3)])
 def test_nearest_distances_of_two_volumes_have_no_interval(num_generated, num_real):
-    found = Memorisation(torch.rand(num_generated) + 1, torch.rand(num_real) + 1, torch.zeros(num_generated).long())
+    distances = torch.rand(num_generated) + 1, torch.rand(num_real) + 1
+    found = Memorisation(*distances, torch.zeros(num_generated).long(), own((num_real,), (num_generated,)))
     for figure in memorisation_figures("CT", "net", found, 9, SAMPLING):
         assert (figure.interval is None) == (min(num_generated, num_real) < 3)
         assert figure.no_interval == ("" if figure.interval else "n too small")
@@ -116,8 +118,8 @@ def test_a_share_of_all_or_none_has_the_exact_interval(interval, count, expected
 def test_no_figure_of_sets_at_its_bound_has_an_interval_of_no_width():
     """Sets far apart: nothing is in the other's balls; training volumes copied: all are nearer."""
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
-    found = Memorisation(torch.zeros(9), torch.rand(12) + 1, torch.zeros(9).long())
-    figures = manifold_figures("CT", "net", x, x[:9] + 99, 3, Strata((12,), (9,)), SAMPLING)[:2]
+    found = Memorisation(torch.zeros(9), torch.rand(12) + 1, torch.zeros(9).long(), own((12,), (9,)))
+    figures = manifold_figures("CT", "net", x, x[:9] + 99, 3, own((12,), (9,)), SAMPLING)[:2]
     figures.append(memorisation_figures("CT", "net", found, 20, SAMPLING)[0])
     assert [figure.value for figure in figures] == [0, 0, 1]
     for figure, count in zip(figures, (9, 12, 9), strict=True):
@@ -126,7 +128,7 @@ def test_no_figure_of_sets_at_its_bound_has_an_interval_of_no_width():
 
 def test_shares_at_their_bounds_do_not_exceed_them():
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
-    for figure in manifold_figures("CT", "net", x, 0.3 * x, 3, Strata((12,), (12,)), SAMPLING):
+    for figure in manifold_figures("CT", "net", x, 0.3 * x, 3, own((12,), (12,)), SAMPLING):
         if figure.metric != "density":
             assert 0 <= figure.interval[0] <= figure.value <= figure.interval[1] <= 1
 
@@ -140,7 +142,7 @@ def test_figures_of_reconstruction(count):
     """Each volume has a code of its own: resamples lack some, and the interval around all of them would exceed 1."""
     one_each = np.eye(count, dtype=int).tolist()
     results = {model: [volume(counts) for counts in one_each] for model in ("A", "B")}
-    found = {(figure.metric, figure.model): figure for figure in summarise("CT", results, 40, 0)[0]}
+    found = {(figure.metric, figure.model): figure for figure in summarise("CT", results, Units.own(count), 40, 0)[0]}
     usage, perplexity = found["codebook usage", "A"], found["codebook perplexity", "A"]
     assert (usage.value, perplexity.value) == (1, pytest.approx(count))
     for figure in found.values():
@@ -155,7 +157,7 @@ def test_figures_of_reconstruction(count):
 def test_resamples_of_all_classes_keep_their_numbers():
     """Two classes that differ by much more than their volumes do."""
     arrays = [volume([1], value) for value in (1.0, 1.1, 1.2, 9.0, 9.1, 9.2)]
-    kept, mixed = (summarise("all classes", {"A": arrays}, 40, 0, sizes)[0][0] for sizes in ([3, 3], [6]))
+    kept, mixed = (summarise("all classes", {"A": arrays}, Units.own(*sizes), 40, 0)[0][0] for sizes in ([3, 3], [6]))
     assert kept.value == mixed.value == pytest.approx(5.1)
     assert kept.interval[1] - kept.interval[0] < 0.2
     assert mixed.interval[1] - mixed.interval[0] > 2
@@ -164,7 +166,10 @@ def test_resamples_of_all_classes_keep_their_numbers():
 
 def test_what_a_class_lacks_is_left_out_of_all():
     arrays = [volume([1]) | {"ssim": np.asarray(value)} for value in (0.9, 0.8, math.nan, math.nan)]
-    titles = {sizes: {f.metric for f in summarise("all", {"A": arrays}, 9, 0, sizes)[0]} for sizes in ((2, 2), (1, 3))}
+    titles = {
+        sizes: {figure.metric for figure in summarise("all", {"A": arrays}, Units.own(*sizes), 9, 0)[0]}
+        for sizes in ((2, 2), (1, 3))
+    }
     assert "SSIM" not in titles[2, 2]
     assert "SSIM" in titles[1, 3]
 
@@ -182,5 +187,5 @@ def test_the_page_says_what_like_real_means_and_why_there_is_no_interval():
         text = figure_table([make_figure("CT", metric, 0.5, interval, {"real": 2})])
         assert f'≈ like real<span class="like-real">{meaning}</span>' in text
         assert "both less and more are worse" in text
-        assert (">n too small<" in text) == (interval == "n too small") == ("so few volumes or pairs" in text)
+        assert (">n too small<" in text) == (interval == "n too small") == ("so few subjects or pairs" in text)
     assert "like real" not in figure_table([make_figure("CT", "PSNR", 30.0, (29, 31), {"volumes": 9})]).lower()
