@@ -123,7 +123,9 @@ def _check_no_subject_twice(found: Mapping[str, Mapping[Path, str]], split: Path
     """split: named as what gives sets without common subjects."""
     subjects: dict[str, tuple[str, Path]] = {}
     for option, of_set in found.items():
+        own: dict[str, tuple[str, Path]] = {}
         for path, subject in of_set.items():
+            own.setdefault(subject, (option, path))
             if subject in subjects:
                 other, first = subjects[subject]
                 raise UserError(
@@ -131,4 +133,4 @@ def _check_no_subject_twice(found: Mapping[str, Mapping[Path, str]], split: Path
                     f"subjects, as {split}:{HELD_OUT} and {split}:{TRAINING} are (dataset/split.py), or another "
                     "subject_pattern if these are two subjects"
                 )
-        subjects |= {subject: (option, path) for path, subject in of_set.items()}
+        subjects |= own

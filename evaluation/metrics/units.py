@@ -72,7 +72,8 @@ class Units:
 
     def said(self, role: str = "") -> str:
         """As `count`, in words: "40 real volumes of 10 subjects"."""
-        subjects = f" of {self.num_subjects} subjects" if self.shared is not None else ""
+        plural = "s" if self.num_subjects > 1 else ""
+        subjects = f" of {self.num_subjects} subject{plural}" if self.shared is not None else ""
         return " ".join(filter(None, (str(len(self)), role, "volumes"))) + subjects
 
     @property

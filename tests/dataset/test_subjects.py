@@ -83,9 +83,10 @@ def test_a_subject_on_both_sides_is_refused(tmp_path, names):
 
 def test_sizes_of_a_scan_are_of_one_subject(tmp_path):
     touch(tmp_path / "CT", "8x8x8/a", "8x8x8/b", "native/a", "16x8x8/a")
-    found = find(real=tmp_path / "CT").of["real"]
-    assert len(found) == 4
-    assert len(set(found.values())) == 2
+    found = find(real=tmp_path / "CT")
+    assert len(found.of["real"]) == 4
+    assert len(set(found.of["real"].values())) == 2
+    assert found.shared is None  # a size is nobody
     sets = given(real=tmp_path / "CT" / "8x8x8", training=tmp_path / "CT" / "native")
     assert "training: " in error_of(find_subjects, sets, None)
 
@@ -96,7 +97,7 @@ def test_sizes_of_a_scan_are_of_one_subject(tmp_path):
         (["sub-01_x", "sub-01_y", "sub-02"], [], "sub-[A-Za-z0-9]+", 2, ["sub-01_x", "sub-01_y"]),
         (["sub-01/a", "sub-01/b", "x/b"], ["sub-01_c"], "sub-[A-Za-z0-9]+", 1, ["a", "sub-01_c"]),
         (["one/a", "one/b", "two/c"], [], "^[^/]+(?=/)", 2, ["a", "b"]),
-        (["one/a", "two/b"], ["two/c", "three/d"], "^[^/]+(?=/)", 3, ["b", "c"]),
+        (["one/a", "one/b", "two/b"], ["two/c", "three/d"], "^[^/]+(?=/)", 3, ["b", "c"]),
     ],
 )
 def test_names_in_common_are_noticed_where_nothing_tells_subjects(

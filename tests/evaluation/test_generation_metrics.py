@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from evaluation_sets import FAST, counted, write_json, write_record, write_set, write_three
 from evaluation_sets import run_metrics as run
 
+from common.errors import UserError
 from common.script import run_script
 from dataset.volumes.volume_io import read_volume
 from evaluation.comparison import features as feature_extraction
@@ -142,6 +144,52 @@ def test_a_copied_training_set_and_a_collapsed_generator_are_noticed(sets):
 def test_honest_volumes_give_no_such_warning(sets):
     results = run(sets, "--training", sets / "training", "--num-pairs", "100")
     assert not [w for w in results["warnings"] if "copies" in w or "collapsed" in w]
+
+
+# Subjects -----------------------------------------------------------------------------------------------------------
+
+
+def with_scans(sets: Path, folder: str, first: int, num: int) -> Path:
+    """The volumes of a folder named as scans of `num` subjects, from number `first`, in turn."""
+    for i, path in enumerate(sorted((sets / folder).glob("*.nii.gz"))):
+        path.rename(path.with_name(f"sub-{first + i % num:02d}_scan-{i}.nii.gz"))
+    return sets / folder
+
+
+def test_subjects_are_counted_resampled_and_paired(sets):
+    with_scans(sets, "real", 0, 4)
+    training = with_scans(sets, "training", 10, 3)
+    options = ("--training", training, "--num-pairs", "100", "--networks", "random_3d", "--neighbours", "2")
+    alone, told = run(sets, *options), run(sets, *options, "--subject-pattern", r"sub-\d+")
+    (warning,) = [text for text in alone["warnings"] if "--subject-pattern" in text]
+    assert warning.startswith("subjects: 15 files have 7 names, ")
+    assert not [text for text in told["warnings"] if "--subject-pattern" in text]
+    before, after = ({figure["metric"]: figure for figure in of["figures"]} for of in (alone, told))
+    assert before["FID-3D"]["num"] == {"real": 8, "generated": 6}
+    assert after["FID-3D"]["num"] == {"real": 8, "real subjects": 4, "generated": 6}
+    assert after["FID-3D"]["value"] == before["FID-3D"]["value"]
+    assert (before["FID-3D"]["floor"]["num"], after["FID-3D"]["floor"]["num"]) == (4, 2)
+    assert [of["MS-SSIM of real pairs"]["num"]["pairs"] for of in (before, after)] == [28, 24]
+    assert after["MS-SSIM of generated pairs"] == before["MS-SSIM of generated pairs"]
+    assert after["nearer than held-out"]["num"]["real subjects"] == 4
+    assert after["nearer than held-out"]["value"] == before["nearer than held-out"]["value"]
+    assert "subjects" in told["definitions"]
+
+
+def test_a_training_subject_among_the_real_ones_is_refused(sets):
+    real, training = with_scans(sets, "real", 0, 4), with_scans(sets, "training", 3, 3)
+    message = (
+        f"training: {training}/sub-03_scan-0.nii.gz is of subject sub-03, as {real}/sub-03_scan-3.nii.gz of real is: "
+        "give sets without common subjects"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(sets, "--training", training, "--subject-pattern", r"sub-\d+")
+
+
+def test_one_real_subject_is_no_set(sets):
+    with_scans(sets, "real", 0, 1)
+    with pytest.raises(UserError, match="real: 8 real volumes are of one subject, 2 or more are needed"):
+        run(sets, "--subject-pattern", r"sub-\d+")
 
 
 # Resuming and processes ---------------------------------------------------------------------------------------------

@@ -140,6 +140,25 @@ def test_all_classes_are_summed_up_together(finished):
     assert [text for text in content["warnings"] if text.startswith("all classes: MS-SSIM left out: classes differ")]
 
 
+def test_a_subject_in_two_classes_is_one(data, checkpoints, finished, tmp_path):
+    """Scans 0 and 1 are of people with a chest and a head, 2 of one with a chest alone."""
+    shutil.copytree(finished / "cache", tmp_path / "cache")
+    evaluate(config(data, checkpoints[:1], tmp_path, subject_pattern=r"scan_(\d)"))
+    found, before = figures(tmp_path), figures(finished)
+    together = found["all classes", "psnr", "stage1"]
+    assert (together["num"], together["no_interval"]) == ({"volumes": 5, "subjects": 3}, "n too small")
+    assert together["value"] == before["all classes", "psnr", "stage1"]["value"]
+    assert found["Chest", "psnr", "stage1"] == before["Chest", "psnr", "stage1"]
+
+
+def test_scans_of_few_subjects_are_few(data, checkpoints, finished, tmp_path):
+    shutil.copytree(finished / "cache", tmp_path / "cache")
+    evaluate(config(data.parent / "Chest", checkpoints[:1], tmp_path, subject_pattern="scan"))
+    content = content_of(tmp_path)
+    assert any(text.startswith("Chest: 3 volumes of 1 subject are few") for text in content["warnings"])
+    assert {(figure["num"]["subjects"], figure["no_interval"]) for figure in content["figures"]} == {(1, "n too small")}
+
+
 def test_classes_with_ids_have_the_names_of_their_folders(data, checkpoints, tmp_path):
     by_id = tmp_path / "ids.json"
     by_id.write_text(json.dumps({"0": str(data.parent / "Chest"), "7": [str(data.parent / "Head")]}))

@@ -99,6 +99,8 @@ def test_pairs_are_of_two_subjects():
         assert (units.subjects[pairs[:, 0]] != units.subjects[pairs[:, 1]]).all()
         scores = PairScores(pairs, torch.ones(len(pairs), dtype=torch.float64), units)
         assert (scores.are_independent, scores.num_units) == ((True, 5) if num == 5 else (False, 10))
+    by_other_scans = PairScores(torch.tensor([[0, 4], [1, 8]]), torch.ones(2).double(), units)
+    assert (by_other_scans.are_independent, by_other_scans.num_units) == (False, 10)
 
 
 def test_intervals_of_pairs_are_over_subjects():
@@ -146,7 +148,9 @@ def test_figures_of_scans_that_are_copies_are_those_of_subjects():
     for figures in (
         lambda x, units: distance_figures("CT", "n", {"v": x[:, None]}, {"v": y[:, None]}, units, SAMPLING)[1:],
         lambda x, units: memorisation_figures("CT", "n", memorisation_of(x, y, training, units), 20, SAMPLING),
-        lambda x, units: manifold_figures("CT", "n", x, y + 99, 2, units, SAMPLING)[1:2],  # a recall of 0
+        # Shares of 1 and 0 in all resamples.
+        lambda x, units: memorisation_figures("CT", "n", memorisation_of(x, y, y, units), 20, SAMPLING)[:1],
+        lambda x, units: manifold_figures("CT", "n", x, y + 99, 2, units, SAMPLING)[1:2],
     ):
         for of_copies, of_once in zip(figures(*copies), figures(*once), strict=True):
             width, expected = (high - low for low, high in (of_copies.interval, of_once.interval))

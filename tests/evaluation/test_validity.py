@@ -181,6 +181,24 @@ def test_damaged_volumes_are_named_or_left_out(tmp_path, content):
     assert {f["num"]["real"] for f in results["figures"] if "real" in f["num"]} == {6}
 
 
+def test_parts_are_of_subjects(tmp_path):
+    """Eighteen scans of six, of which each part of the check of memorisation has two."""
+    real = write_set(tmp_path / "real", range(18))
+    for i, path in enumerate(sorted(real.glob("*.nii.gz"))):
+        path.rename(real / f"{i % 6}-{i}.nii.gz")
+    pattern = "--subject-pattern", "^(.+)-", "--networks", "random_3d", *FEW_PAIRS
+    _, results = run(tmp_path, real, *pattern)
+    num = {f["metric"]: f["num"] for f in results["figures"]}
+    assert num["FID of a half: real"] == {"of each": 3}
+    assert num["FID to itself: noise 0.1"] == {"real": 18, "real subjects": 6}
+    (honest,) = [row for row in results["tables"][0]["rows"] if row[2].startswith("new real volumes are not")]
+    assert honest[-1] == "holds"
+    for path in real.glob("0-*"):
+        path.unlink()
+    with pytest.raises(UserError, match="real: 15 real volumes of 5 subjects, at least 6 subjects are needed"):
+        run(tmp_path, real, *pattern)
+
+
 def test_too_few_volumes_that_can_be_read(tmp_path):
     real = write_set(tmp_path / "real", range(6))
     path = real / "v003.nii.gz"
