@@ -1,9 +1,11 @@
 """Speed of the parts that were made for it, each beside the straightforward way and only after both agree.
 
+python evaluation/benchmark.py hardware             what the hardware itself does
 python evaluation/benchmark.py data                 at the paper's size
 python evaluation/benchmark.py codebook             a training step of the codebook
 python evaluation/benchmark.py sample               sampling steps of BiFlowNet
 python evaluation/benchmark.py decode               latents to volumes
+python evaluation/benchmark.py generate             a seed to a file
 python evaluation/benchmark.py write                volumes to files
 python evaluation/benchmark.py data --size tiny     in seconds: shows that it runs, not what it reaches
 """

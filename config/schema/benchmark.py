@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from config.schema.option import device_flag, flag, key
 from config.schema.rules import Rule, at_least, one_of
 
-PARTS = ("data", "codebook", "autoencoder", "biflownet", "sample", "decode", "write", "scaling")
+PARTS = ("hardware", "data", "codebook", "autoencoder", "biflownet", "sample", "decode", "generate", "write", "scaling")
 three = Rule(lambda value: len(value) == 3, "three whole numbers z x y")
 
 
@@ -15,6 +15,10 @@ def grid_key(default: str) -> list[int] | None:
 
 def compile_key() -> bool:
     return flag(False, "also measure torch.compile, which takes minutes first")
+
+
+def ways_key() -> str | None:
+    return flag(None, "ways to measure, with commas between, the first as the baseline; null = all without compile")
 
 
 @dataclass
@@ -28,6 +32,11 @@ class BenchmarkConfig:
 
 
 @dataclass
+class HardwareBenchmark(BenchmarkConfig):
+    device: str = device_flag()
+
+
+@dataclass
 class DataBenchmark(BenchmarkConfig):
     items: str = flag("patches", "what is loaded: patches | latents", one_of("patches", "latents"))
     num_workers: int = flag(2, "processes, or threads, that load", at_least(1))
@@ -36,6 +45,7 @@ class DataBenchmark(BenchmarkConfig):
 
 @dataclass
 class CodebookBenchmark(BenchmarkConfig):
+    ways: str | None = ways_key()
     device: str = device_flag()
 
 
@@ -43,6 +53,7 @@ class CodebookBenchmark(BenchmarkConfig):
 class AutoencoderBenchmark(BenchmarkConfig):
     batch_size: int = flag(1, "patches of a step", at_least(1))
     no_perceptual: bool = flag(False, "leaves the perceptual network out of all ways")
+    ways: str | None = ways_key()
     compile: bool = compile_key()
     device: str = device_flag()
 
@@ -51,6 +62,7 @@ class AutoencoderBenchmark(BenchmarkConfig):
 class BiFlowNetBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("16 16 16")
     batch_size: int = flag(1, "latents of a step", at_least(1))
+    ways: str | None = ways_key()
     compile: bool = compile_key()
     device: str = device_flag()
 
@@ -59,6 +71,8 @@ class BiFlowNetBenchmark(BenchmarkConfig):
 class SampleBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("32 32 32")
     batch_size: int = flag(4, "latents of the batched way", at_least(1))
+    steps: int = flag(2, "denoising steps of a sampling", at_least(1))
+    ways: str | None = ways_key()
     compile: bool = compile_key()
     device: str = device_flag()
 
@@ -68,8 +82,20 @@ class DecodeBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("16 16 16")
     max_memory: float | None = flag(None, "GB of the way with little memory; null = 1 at paper size")
     tile: int | None = flag(None, "edge of a tile in voxels; null = half the volume")
+    ways: str | None = ways_key()
     AE_ckpt: str | None = flag(None, "a trained autoencoder; needs latents")
     latents: str | None = flag(None, "folder of its latents, of which the first is decoded")
+    device: str = device_flag()
+
+
+@dataclass
+class GenerateBenchmark(BenchmarkConfig):
+    grid: list[int] | None = grid_key("64 64 64")
+    steps: int = flag(20, "denoising steps", at_least(1))
+    max_memory: float | None = flag(None, "GB for decoding; null = 16 at paper size")
+    ways: str | None = ways_key()
+    compile: bool = compile_key()
+    folder: str | None = flag(None, "where files are written; null = a temporary folder")
     device: str = device_flag()
 
 
@@ -87,12 +113,14 @@ class ScalingBenchmark(BenchmarkConfig):
 
 
 SCHEMAS = {
+    "hardware": HardwareBenchmark,
     "data": DataBenchmark,
     "codebook": CodebookBenchmark,
     "autoencoder": AutoencoderBenchmark,
     "biflownet": BiFlowNetBenchmark,
     "sample": SampleBenchmark,
     "decode": DecodeBenchmark,
+    "generate": GenerateBenchmark,
     "write": WriteBenchmark,
     "scaling": ScalingBenchmark,
 }

@@ -9,6 +9,7 @@ gradients of one pair of batches, by the norm of their difference.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from common.processes import choose_device
 from config.loading import CONFIG_FOLDER, load_config
 from config.schema.autoencoder import AutoencoderConfig
 from evaluation.benchmarks.codebook import one_hot_step
-from evaluation.benchmarks.measuring import Report
+from evaluation.benchmarks.measuring import Report, chosen, fitting
 from evaluation.benchmarks.training import Way, compare_and_time, gradients
 
 LR, BETAS = 3e-4, (0.5, 0.9)
@@ -53,28 +54,36 @@ SCALES = {"paper": Scale("PatchVolume_8x.yaml", COMMON, 64), "tiny": Scale("Patc
 
 def measure(cfg: DictConfig) -> Report:
     """Compare, then time. UserError if the ways differ."""
+    return fitting(partial(_measure, cfg), cfg.batch_size)
+
+
+def _measure(cfg: DictConfig, batch_size: int) -> Report:
     scale, device = SCALES[cfg.size], choose_device(cfg.device)
     torch.manual_seed(0)
-    patches = torch.rand(cfg.batch_size, 1, *(scale.patch,) * 3, device=device) * 2 - 1
+    patches = torch.rand(batch_size, 1, *(scale.patch,) * 3, device=device) * 2 - 1
     perceptual = [] if cfg.no_perceptual else [_random_perceptual().to(device)]
 
     norms: dict[str, float] = {}
 
-    def pair(precision: str = "32", *extra: str) -> Pair:
-        return Pair(_build(scale, extra, perceptual, device, patches), patches, norms, precision)
+    def pair(precision: str = "32", *extra: str) -> Way:
+        return Pair(_build(scale, extra, perceptual, device, patches), patches, norms, precision).way
 
-    ways = {
-        "plain": PlainPair(_build(scale, (), perceptual, device, patches), patches, norms).way,
-        "float32": pair().way,
-        "float32 channels last": pair("32", LAST).way,
-        "bf16": pair("bf16").way,
-        "bf16 channels last": pair("bf16", LAST).way,
-        "bf16 channels last, checkpointing": pair("bf16", LAST, "model.gradient_checkpointing=true").way,
-    }
-    if cfg.compile:
-        ways |= {f"{name} compiled": pair(name, "model.compile=true").way for name in ("32", "bf16")}
-    title = f"generator and discriminator step, {cfg.batch_size} patches of {scale.patch}³, {device}"
-    return compare_and_time(title, ways, cfg.batch_size, device, cfg.repetitions)
+    ways = chosen(
+        {
+            "plain": lambda: PlainPair(_build(scale, (), perceptual, device, patches), patches, norms).way,
+            "float32": pair,
+            "float32 channels last": lambda: pair("32", LAST),
+            "bf16": lambda: pair("bf16"),
+            "bf16 channels last": lambda: pair("bf16", LAST),
+            "bf16 channels last checkpointing": lambda: pair("bf16", LAST, "model.gradient_checkpointing=true"),
+            "32 compiled": lambda: pair("32", "model.compile=true"),
+            "bf16 compiled": lambda: pair("bf16", "model.compile=true"),
+        },
+        cfg.ways,
+        cfg.compile,
+    )
+    title = f"generator and discriminator step, {batch_size} patches of {scale.patch}³, {device}"
+    return compare_and_time(title, ways, batch_size, device, cfg.repetitions)
 
 
 def _random_perceptual() -> TriplanarLPIPS:

@@ -7,6 +7,7 @@ are left out.
 
 import copy
 import math
+from functools import cache, partial
 
 import torch
 from omegaconf import DictConfig
@@ -16,7 +17,7 @@ from common.precision import autocast
 from common.processes import choose_device
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
-from evaluation.benchmarks.measuring import Report
+from evaluation.benchmarks.measuring import Report, chosen, fitting
 from evaluation.benchmarks.sample import SCALES, check_grid, random_network
 from evaluation.benchmarks.training import Way, compare_and_time, gradients
 
@@ -27,30 +28,43 @@ GRIDS = {"paper": (16, 16, 16), "tiny": (8, 8, 8)}
 
 def measure(cfg: DictConfig) -> Report:
     """Compare, then time. UserError if the ways differ, or for a grid that the network can't do."""
+    return fitting(partial(_measure, cfg), cfg.batch_size)
+
+
+def _measure(cfg: DictConfig, batch_size: int) -> Report:
     scale, device = SCALES[cfg.size], choose_device(cfg.device)
     grid = tuple(cfg.grid or GRIDS[cfg.size])
     network = random_network(scale, device).train().requires_grad_(True)
     network.pos_embed.requires_grad_(False)
     check_grid(grid, network)
-    batch = _batch(network, cfg.batch_size, grid, device)
+    batch = _batch(network, batch_size, grid, device)
     plain_adam = torch.optim.Adam(network.parameters(), lr=LR, foreach=False)
     ours = Trained(network)
-    other_layout = Trained(copy.deepcopy(network).to(memory_format=torch.channels_last_3d))
-    ways = {
-        "plain": Trained(network, plain_adam).way(batch),
-        "float32": ours.way(batch),
-        "float32 channels last": other_layout.way(batch),
-        "bf16": ours.way(batch, "bf16"),
-        "bf16 channels last": other_layout.way(batch, "bf16"),
-        "bf16 checkpointing": ours.way(batch, "bf16", checkpointing=True),
-    }
-    if cfg.compile:
-        compiled = copy.deepcopy(network)
-        compiled.compile(dynamic=False)
-        ways |= {f"{name} compiled": Trained(compiled).way(batch, name) for name in ("32", "bf16")}
+    other_layout = cache(lambda: Trained(copy.deepcopy(network).to(memory_format=torch.channels_last_3d)))
+    compiled = cache(lambda: Trained(_compiled(network)))
+    ways = chosen(
+        {
+            "plain": lambda: Trained(network, plain_adam).way(batch),
+            "float32": lambda: ours.way(batch),
+            "float32 channels last": lambda: other_layout().way(batch),
+            "bf16": lambda: ours.way(batch, "bf16"),
+            "bf16 channels last": lambda: other_layout().way(batch, "bf16"),
+            "bf16 checkpointing": lambda: ours.way(batch, "bf16", checkpointing=True),
+            "32 compiled": lambda: compiled().way(batch, "32"),
+            "bf16 compiled": lambda: compiled().way(batch, "bf16"),
+        },
+        cfg.ways,
+        cfg.compile,
+    )
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    title = f"training step of BiFlowNet, {millions:.1f} M parameters, {cfg.batch_size} x {grid}, {device}"
-    return compare_and_time(title, ways, cfg.batch_size, device, cfg.repetitions)
+    title = f"training step of BiFlowNet, {millions:.1f} M parameters, {batch_size} x {grid}, {device}"
+    return compare_and_time(title, ways, batch_size, device, cfg.repetitions)
+
+
+def _compiled(network: BiFlowNet) -> BiFlowNet:
+    network = copy.deepcopy(network)
+    network.compile(dynamic=False)
+    return network
 
 
 class Trained:

@@ -2,19 +2,23 @@
 
 import ctypes
 import gc
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
-from common.precision import clock
+from common.precision import clock, exact_float32
 from common.progress import Progress
+
+Built = TypeVar("Built")
+SLOW_PRODUCT_S = 0.01  # of 256³, 3 billion operations a second
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Row:
 
     seconds: of each repetition. count: units of work in a repetition, e.g. patches. peak_gb: memory beside what was
     there before, None where it isn't measured. difference: of the results from the baseline's, None likewise.
-    limit_share: of the rate of a large matrix product in the same type, 0 to 1, None where it isn't measured.
+    limit_share: of what the hardware could do at most (`Limits`), 0 to 1, None where it isn't measured.
     """
 
     name: str
@@ -56,6 +60,45 @@ class Report:
     def ratio(self, row: Row) -> float:
         """How many times the baseline's rate a row has."""
         return row.rate / next(other.rate for other in self.rows if other.name == self.baseline)
+
+
+def chosen(builders: Mapping[str, Callable[[], Built]], names: str | None, compiles: bool = False) -> dict[str, Built]:
+    """The ways that are to be measured, built; the first is the one that the others are compared with.
+
+    names: as `--ways` has them, with commas between; None: all, those that compile only if `compiles`. UserError for
+    one that there isn't.
+    """
+    if names is None:
+        wanted = [name for name in builders if compiles or "compile" not in name]
+    else:
+        wanted = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in builders]:
+        raise UserError(f"--ways: there is no {unknown[0]!r}: choose from {', '.join(builders)}")
+    return {name: builders[name]() for name in wanted}
+
+
+def fitting(measure: Callable[[int], Report], batch_size: int) -> Report:
+    """What `measure` reports of this batch, or of half as much as often as memory is too little; the notes say so."""
+    size = batch_size
+    while True:
+        try:
+            report = measure(size)
+            report.notes["batch size"] = size
+            if size < batch_size:
+                report.notes["does not fit, batch size"] = 2 * size
+            return report
+        except RuntimeError as error:
+            if size == 1 or not _is_out_of_memory(error):
+                raise
+        gc.collect()  # outside: the error holds what its frames held
+        torch.cuda.empty_cache()
+        size //= 2
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Also as libraries that allocate on their own say it."""
+    named = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in named)
 
 
 def in_turn(ways: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
@@ -103,11 +146,13 @@ def compared(
     """Calls each way once: its name, result, peak memory (`with_peak_memory`) and difference from the first one's.
 
     ways: each with its tolerance. measure_difference: of a result from the first; None: `largest_difference`.
+    On a GPU float32 is exact here, as tolerances in float32 are narrower than the rounding of TF32.
     UserError for a difference above the tolerance.
     """
     expected = None
     for name, (way, tolerance) in ways.items():
-        found, peak_gb = with_peak_memory(way, device)
+        with exact_float32():
+            found, peak_gb = with_peak_memory(way, device)
         expected = found if expected is None else expected
         difference = (measure_difference or largest_difference)(found, expected)
         if not difference <= tolerance:
@@ -130,15 +175,85 @@ def _status_bytes(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a device does at most: operations a second of a large product by type, and bytes a second of a copy."""
+
+    products: dict[torch.dtype, float]
+    copy: float
+
+    @classmethod
+    def measured(cls, device: torch.device, dtypes: Iterable[torch.dtype]) -> "Limits":
+        return cls({dtype: matmul_rate(device, dtype) for dtype in sorted(set(dtypes), key=str)}, copy_rate(device))
+
+    def seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
+        """The least that work of so many operations takes that moves at least so many bytes."""
+        return max(flops / self.products[dtype], num_bytes / self.copy)
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, repetitions: int = 3) -> float:
     """Floating point operations a second of a large matrix product, the best of a few: what a step can reach at most.
 
-    On a GPU it is that of the matrix units, in float32 as torch is set (TF32 or not).
+    On a GPU it is that of the matrix units, in float32 with TF32 where convolutions have it.
     """
-    edge = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(edge, edge, device=device, dtype=dtype)
-    a @ a  # libraries choose their kernels at the first call
-    return 2 * edge**3 / min(timed(lambda: a @ a, device) for _ in range(repetitions))
+    on_gpu = device.type == "cuda"
+    product = Product(device, dtype, tf32=on_gpu and torch.backends.cudnn.conv.fp32_precision == "tf32")
+    return product.flops / min(product.times(repetitions))
+
+
+def copy_rate(device: torch.device, repetitions: int = 3) -> float:
+    """Bytes a second, read and written, of a large copy within the device's memory, the best of a few."""
+    copy = Copy(device)
+    return copy.num_bytes / min(copy.times(repetitions))
+
+
+class Product:
+    """A large matrix product, to be timed. tf32: whether float32 on a GPU may be rounded to TF32."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, tf32: bool = False) -> None:
+        edge = 8192 if device.type == "cuda" else 2048 if _is_fast(dtype) else 256
+        self.device, self.tf32, self.flops = device, tf32, 2 * edge**3
+        self._a = torch.randn(edge, edge, device=device, dtype=dtype)
+
+    def times(self, repetitions: int) -> list[float]:
+        """Seconds of each."""
+        settings = torch.backends.cuda.matmul
+        before = settings.fp32_precision
+        try:
+            settings.fp32_precision = "tf32" if self.tf32 else "ieee"
+            return _warm_times(lambda: self._a @ self._a, self.device, repetitions)
+        finally:
+            settings.fp32_precision = before
+
+
+def _is_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in a type rather than emulating it, for minutes where the matrix is large."""
+    a = torch.ones(256, 256, dtype=dtype)
+    a @ a
+    begin = time.perf_counter()
+    a @ a
+    return time.perf_counter() - begin < SLOW_PRODUCT_S
+
+
+class Copy:
+    """A large copy within a device's memory, to be timed. num_bytes: read and written."""
+
+    def __init__(self, device: torch.device) -> None:
+        num_elements = 2**28 if device.type == "cuda" else 2**24
+        self.device = device
+        self._from = torch.ones(num_elements, device=device)
+        self._to = torch.empty_like(self._from)
+        self.num_bytes = 2 * self._from.nbytes
+
+    def times(self, repetitions: int) -> list[float]:
+        """Seconds of each."""
+        return _warm_times(lambda: self._to.copy_(self._from), self.device, repetitions)
+
+
+def _warm_times(way: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    for _ in range(10 if device.type == "cuda" else 1):  # libraries choose their kernels, and clocks rise
+        way()
+    return [timed(way, device) for _ in range(repetitions)]
 
 
 def count_flops(way: Callable[[], object]) -> int:

@@ -3,21 +3,19 @@
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from common.files import write_atomically
 from common.parallel import num_cores
 from evaluation.benchmarks.measuring import Report
 
-FILE_WIDTH = 120  # characters of a table that does not go to a terminal
 PACKAGES = ("torch", "numpy", "nibabel", "isal", "SimpleITK")
 
 
@@ -27,9 +25,16 @@ def run(cfg: DictConfig, command: str) -> None:
     _show(report)
     if cfg.json is not None:
         circumstances = {"part": cfg.part, "size": cfg.size, "command": command, "cpu": _cpu_name()}
-        versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
         content = {**circumstances, "cores": num_cores(), "versions": versions, **_figures(report)}
         write_atomically(cfg.json, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # some parts go without the imaging libraries
+        return None
 
 
 def _cpu_name() -> str:
@@ -61,12 +66,19 @@ def _show(report: Report) -> None:
     columns = {"peak GB": "peak_gb", "difference": "difference", "of limit": "limit_share"}
     filled = {name for name in columns.values() if any(getattr(row, name) is not None for row in report.rows)}
     further = {title: name for title, name in columns.items() if name in filled}
-    table = Table("", report.unit, "seconds", f"{report.unit}/s", f"x {report.baseline}", *further, title=report.title)
+    header = ("", report.unit, "seconds", f"{report.unit}/s", f"x {report.baseline}", *further)
+    lines = []
     for row in report.rows:
         figures = (f"{row.count}", f"{median(row.seconds):.3g}", f"{row.rate:.4g}", f"{report.ratio(row):.3g}")
         values = (getattr(row, name) for name in further.values())
-        table.add_row(row.name, *figures, *("-" if value is None else f"{value:.2g}" for value in values))
-    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
-    console.print(table)
-    for name, value in report.notes.items():
-        console.print(f"{name}: {value}", highlight=False)
+        lines.append([row.name, *figures, *("-" if value is None else f"{value:.2g}" for value in values)])
+    notes = "".join(f"{name}: {value}\n" for name, value in report.notes.items())
+    sys.stdout.write(f"{report.title}\n\n{markdown_table(header, lines)}\n{notes}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that can be read as it is and put into a document, all columns of even width."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    ruled = [header, ["-" * width for width in widths], *rows]
+    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in ruled)
+    return "".join(f"| {line} |\n" for line in lines)

@@ -22,6 +22,8 @@ from evaluation.benchmarks import data, decode, sample
 from evaluation.benchmarks.measuring import Report, Row, in_turn, largest_difference, with_peak_memory
 
 ROOT = Path(__file__).parents[2]
+# All but one: half precision takes long on processors that emulate it.
+DECODE_WAYS = "plain,exact in 0.008 GB,blended tiles,tiles,channels last,bf16,bf16 channels last,bf16 exact in 0.008 GB"
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
@@ -59,7 +61,7 @@ def test_data(tmp_path):
         (["data", "--repetitions", "0"], "repetitions must be at least 1, got 0"),
         (
             ["nothing"],
-            "part must be one of data | codebook | autoencoder | biflownet | sample | decode | write | scaling, got",
+            "part must be one of hardware | data | codebook | autoencoder | biflownet | sample | decode | generate",
         ),
     ],
 )
@@ -138,7 +140,7 @@ def test_ways_take_turns():
         ("sample", [], ["plain", "channels last", "batch 4", "bf16", "bf16 channels last"]),
         (
             "decode",
-            ["--max-memory", "0.008"],
+            ["--max-memory", "0.008", "--ways", DECODE_WAYS],
             ["plain", "exact in 0.008 GB", "blended tiles", "tiles", "channels last"]
             + ["bf16", "bf16 channels last", "bf16 exact in 0.008 GB"],
         ),
@@ -192,6 +194,7 @@ def test_seams_of_a_trained_autoencoder(tmp_path):
     [
         (["sample", "--grid", "8", "8", "12"], r"--grid \(8, 8, 12\): multiples of \(8, 8, 8\) are needed"),
         (["sample", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["sample", "--ways", "plain,fast"], "--ways: there is no 'fast': choose from plain, channels last, batch 4, "),
         (["decode", "--tile", "6"], "--tile 6: a multiple of the compression 4"),
         (["decode", "--latents", "x"], "--AE-ckpt and --latents belong together"),
         (["decode", "--latents", "x", "--AE-ckpt", "y", "--grid", "8", "8", "8"], "--grid is for random latents"),

@@ -30,11 +30,12 @@ def run(tmp_path, *words: str) -> dict:
     ("part", "ways"),
     [
         ("biflownet", [*STEP_WAYS, "bf16 checkpointing"]),
-        ("autoencoder", [*STEP_WAYS, "bf16 channels last, checkpointing"]),
+        ("autoencoder", [*STEP_WAYS, "bf16 channels last checkpointing"]),
     ],
 )
 def test_training_steps(tmp_path, monkeypatch, part, ways):
     monkeypatch.setattr(measuring, "matmul_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(measuring, "copy_rate", lambda device: 1e15)
     words = ["--no-perceptual"] if part == "autoencoder" else []
     found = run(tmp_path, part, "--device", "cpu", "--batch-size", "2", *words)
     rows = {row["name"]: row for row in found["rows"]}
