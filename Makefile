@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format demo demo-short clean
+.PHONY: help setup test test-slow gpu-check lint format demo demo-short clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,12 @@ test: lint ## lint and all tests but the slow ones (CPU, offline), one process a
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+# The Python whose torch sees a GPU: users of conda have one, which may lack the imaging libraries. Else .venv.
+gpu-check: ## what this machine's GPU reaches, in 8 minutes, by PYTHON (python3) if its torch sees the GPU, else by .venv
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(PYTHON) evaluation/gpu_check.py $(OPTIONS); \
+	else $(MAKE) --no-print-directory setup && $(BIN)/python evaluation/gpu_check.py $(OPTIONS); fi
 
 lint: $(READY) ## ruff: check and format
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from config.schema.option import device_flag, flag, key
-from config.schema.rules import Rule, at_least, one_of
+from config.schema.rules import Rule, at_least, one_of, positive
 
 PARTS = ("hardware", "data", "codebook", "autoencoder", "biflownet", "sample", "decode", "generate", "write", "scaling")
 three = Rule(lambda value: len(value) == 3, "three whole numbers z x y")
@@ -110,6 +110,27 @@ class ScalingBenchmark(BenchmarkConfig):
     config: str | None = flag(None, "of the training script; null = the demo's, small networks")
     processes: int = flag(2, "processes beside one", at_least(2))
     device: str = device_flag()
+
+
+GPU_STEPS = (
+    *("hardware", "tests", "training", "training-compiled", "codebook", "pair", "sampling", "decode", "generate"),
+    *("pair-compiled", "write", "data", "scaling"),
+)
+
+
+@dataclass
+class GpuCheckConfig:
+    """evaluation/gpu_check.py"""
+
+    only: list[str] = flag(
+        [],
+        f"steps, in place of all: {' '.join(GPU_STEPS)}",
+        Rule(lambda value: set(value) <= set(GPU_STEPS), f"some of {' '.join(GPU_STEPS)}"),
+    )
+    minutes: float = flag(8.0, "for all steps together; what does not fit in is left out", positive)
+    json: str | None = flag(None, "file for the figures; null = gpu_check_DEVICE.json")
+    size: str = flag("paper", "paper | tiny: in a minute, shows that it runs", one_of("paper", "tiny"))
+    device: str = flag("cuda", "cuda | cpu, for a rehearsal", one_of("cuda", "cpu"))
 
 
 SCHEMAS = {

@@ -14,7 +14,7 @@ from common.script import run_script
 from config.cli import parse_command_line
 from config.loading import load_config, save_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
-from config.schema.benchmark import SCHEMAS
+from config.schema.benchmark import SCHEMAS, GpuCheckConfig
 from config.schema.data import CheckConfig, PhantomConfig, PreprocessConfig, SplitConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from config.schema.evaluation import (
@@ -181,6 +181,7 @@ PUBLISHED_FLAGS = {
     ReportConfig: "input-dir output title",
     DemoConfig: "output-dir short",
     SamplingStudyConfig: "demo output-dir strategies steps seeds num-samples device",
+    GpuCheckConfig: "only minutes json size device",
     SCHEMAS["hardware"]: BENCHMARK_FLAGS + "device",
     SCHEMAS["data"]: BENCHMARK_FLAGS + "items num-workers folder",
     SCHEMAS["codebook"]: BENCHMARK_FLAGS + "ways device",
