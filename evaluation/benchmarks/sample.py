@@ -134,7 +134,7 @@ def build_way(
     conditions = {"y": y, "res": torch.tensor(grid, device=device) / denoiser.vq_size}
     diffusion = GaussianDiffusion(denoiser.channels).to(device)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as in generation; in inference mode z and later x differ in kind, and each would be compiled for
     def run(function: Callable[[], Tensor]) -> Tensor:
         with autocast(device, precision):
             return function()

@@ -5,10 +5,12 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from common.compilation import CompiledDenoiser
 from common.errors import UserError
 from evaluation.benchmark import main
-from evaluation.benchmarks import biflownet, generate, measuring
+from evaluation.benchmarks import biflownet, generate, measuring, sample
 from evaluation.benchmarks.hardware import describe
 from evaluation.benchmarks.measuring import Limits, Report, Row, chosen, fitting
 
@@ -127,3 +129,16 @@ def test_no_generation_is_timed_where_the_file_differs(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "in_turn", None)
     with pytest.raises(UserError, match="read back, voxels differ by up to .*nothing was timed"):
         run(tmp_path, "generate", "--steps", "1", "--ways", "plain")
+
+
+def test_a_sampling_runs_what_the_comparison_has_compiled():
+    """Compiling takes minutes, and a step that compiles is no step to be timed."""
+    device, counter = torch.device("cpu"), CompileCounter()
+    network = sample.random_network(sample.SCALES["tiny"], device)
+    denoiser = CompiledDenoiser(network)
+    denoiser._compiled = torch.compile(network, dynamic=False, backend=counter)
+    way = sample.build_way(denoiser, (8, 8, 8), device)
+    way.predict()
+    compiled = counter.frame_count
+    way.sample()
+    assert counter.frame_count == compiled > 0
