@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
-from common.precision import clock, exact_float32
+from common.precision import clock
 from common.progress import Progress
 
 Built = TypeVar("Built")
@@ -151,7 +151,7 @@ def compared(
     """
     expected = None
     for name, (way, tolerance) in ways.items():
-        with exact_float32():
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             found, peak_gb = with_peak_memory(way, device)
         expected = found if expected is None else expected
         difference = (measure_difference or largest_difference)(found, expected)
@@ -197,7 +197,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, repeti
     On a GPU it is that of the matrix units, in float32 with TF32 where convolutions have it.
     """
     on_gpu = device.type == "cuda"
-    product = Product(device, dtype, tf32=on_gpu and torch.backends.cudnn.conv.fp32_precision == "tf32")
+    product = Product(device, dtype, tf32=on_gpu and torch.backends.cudnn.allow_tf32)
     return product.flops / min(product.times(repetitions))
 
 
@@ -218,12 +218,12 @@ class Product:
     def times(self, repetitions: int) -> list[float]:
         """Seconds of each."""
         settings = torch.backends.cuda.matmul
-        before = settings.fp32_precision
+        before = settings.allow_tf32
         try:
-            settings.fp32_precision = "tf32" if self.tf32 else "ieee"
+            settings.allow_tf32 = self.tf32
             return _warm_times(lambda: self._a @ self._a, self.device, repetitions)
         finally:
-            settings.fp32_precision = before
+            settings.allow_tf32 = before
 
 
 def _is_fast(dtype: torch.dtype) -> bool:

@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 
 from common.files import write_atomically
 from common.parallel import num_cores
+from common.precision import configure_backend
+from common.processes import choose_device
 from evaluation.benchmarks.measuring import Report
 
 PACKAGES = ("torch", "numpy", "nibabel", "isal", "SimpleITK")
@@ -21,6 +23,8 @@ PACKAGES = ("torch", "numpy", "nibabel", "isal", "SimpleITK")
 
 def run(cfg: DictConfig, command: str) -> None:
     """Measure the part of a config; `command` is noted among the circumstances."""
+    if "device" in cfg:
+        configure_backend(choose_device(cfg.device), fixed_shapes=True)
     report: Report = import_module(f"evaluation.benchmarks.{cfg.part}").measure(cfg)
     _show(report)
     if cfg.json is not None:
