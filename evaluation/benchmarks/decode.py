@@ -16,6 +16,7 @@ from statistics import median
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.decoding import decode
@@ -136,11 +137,9 @@ def random_latent(autoencoder: Autoencoder, grid: tuple[int, ...], device: torch
 
 
 def decoding_flops(autoencoder: Autoencoder, latent: Tensor) -> int:
-    """Operations of one pass, counted by shapes alone: it takes no memory."""
-    decoder = copy.deepcopy(autoencoder.decoder).to("meta")
-    vectors = torch.empty(1, *latent.shape, device="meta")
-    with torch.no_grad():
-        return count_flops(partial(decoder, vectors))
+    """Operations of one pass, counted on tensors without data: it takes no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        return count_flops(partial(autoencoder.decoder, torch.empty(1, *latent.shape, device=latent.device)))
 
 
 def _first_latent(folder: Path) -> Tensor:
