@@ -98,7 +98,7 @@ def joined(
         arithmetic, fixed_shapes: as of `configure_backend`.
 
     Raises:
-        UserError: CUDA is demanded and there is none, or a node has fewer GPUs than processes.
+        UserError: CUDA is demanded and there is none, a node has fewer GPUs than processes, or two share one.
     """
     place = _join(device, timeout)
     configure_backend(place.device, arithmetic, fixed_shapes)
@@ -129,6 +129,7 @@ def _join(device: str, timeout: timedelta | None) -> Distributed:
     if world_size > 1:
         backend = "nccl" if torch_device.type == "cuda" else "gloo"
         torch_distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        check_own_gpu(torch_distributed.distributed_c10d._get_default_store(), torch_device, rank, world_size)
     return Distributed(rank, local_rank, world_size, torch_device)
 
 
@@ -141,12 +142,54 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         raise UserError("device: cuda is demanded and this machine has no usable GPU; use device=cpu or device=auto")
     if device == "cpu" or not available:
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if count == 1:  # perhaps one of many, if each process sees its own alone; `check_own_gpu` finds out
+        return torch.device("cuda", 0)
+    if local_rank >= count:
         raise UserError(
-            f"world size that doesn't fit: process {local_rank} of this node has no GPU, the node has "
-            f"{torch.cuda.device_count()}; start torchrun with --nproc-per-node {torch.cuda.device_count()} or less"
+            f"world size that doesn't fit: process {local_rank} of this node has no GPU, the node has {count}; "
+            f"start torchrun with --nproc-per-node {count} or less"
         )
     return torch.device("cuda", local_rank)
+
+
+def check_own_gpu(store: torch_distributed.Store, device: torch.device, rank: int, world_size: int) -> None:
+    """UserError, on all ranks, where two processes have the same GPU; to be called by all before they use it together.
+
+    NCCL would end in a traceback. store: that they meet in.
+    """
+    if device.type != "cuda":
+        return
+    store.set(f"gpu of {rank}", f"{platform.node()}, GPU {torch.cuda.get_device_properties(device).uuid}")
+    gpus = [store.get(f"gpu of {other}").decode() for other in range(world_size)]
+    store.set(f"gpus known to {rank}", "")
+    if rank == 0:  # it may be the one that serves the store
+        store.wait([f"gpus known to {other}" for other in range(world_size)])
+    if sharing := [other for other, gpu in enumerate(gpus) if gpus.count(gpu) > 1]:
+        first = gpus[sharing[0]]
+        same = " and ".join(str(other) for other in sharing if gpus[other] == first)
+        raise UserError(
+            f"processes {same} share one GPU ({first}), expected one for each: start as many on a node as it has GPUs "
+            "(--nproc-per-node), or let each see its own (Slurm: --gpus-per-task=1)"
+        )
+
+
+@contextmanager
+def own_gpu(device: torch.device) -> Iterator[None]:
+    """As `check_own_gpu` for processes that a launcher has started and that have not met yet."""
+    if device.type != "cuda" or not is_launched() or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://"))  # kept: if rank 0 serves it, others go on with the same one
+    check_own_gpu(store, device, rank, world_size)
+    yield
+
+
+def is_launched() -> bool:
+    """Whether torchrun has started this process, or whoever sets what torchrun sets."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def device_name(device: torch.device) -> str:

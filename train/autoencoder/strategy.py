@@ -22,6 +22,11 @@ class TwoPassDDPStrategy(DDPStrategy):
     sums, and the running statistics of the discriminator's batch norm have no part in training.
     """
 
+    @property
+    def root_device(self) -> torch.device:
+        """Its only device, if there is one; otherwise, in processes that Lightning has started, by their places."""
+        return self.parallel_devices[0] if len(self.parallel_devices) == 1 else super().root_device
+
     def configure_ddp(self) -> None:
         """Called by `setup` before training, when the model is on its device and stage 2's parts are frozen."""
         model = self.lightning_module

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 
 from AutoEncoder.model.PatchVolume import AE_finetuning
+from common.processes import choose_device, is_launched
 from train.autoencoder.checkpoint_io import PREFIX, BackgroundCheckpointIO, RandomState
 from train.autoencoder.monitoring import JsonLinesLogger, StepProgress, TrainingMonitor
 from train.autoencoder.resume import Start
@@ -44,13 +47,19 @@ def build_trainer(
     work: BackgroundWork,
 ) -> pl.Trainer:
     """The trainer of the run in `root`, which goes on from `start`; `work` writes checkpoints and previews."""
-    world_size = int(os.environ.get("WORLD_SIZE", cfg.model.gpus))
-    per_node = processes_per_node(cfg)
+    devices, num_nodes, world_size = cfg.model.gpus, 1, cfg.model.gpus  # Lightning starts the processes
+    plugins = [BackgroundCheckpointIO(work, cfg.model.keep_checkpoints, start.content)]
+    if is_launched():
+        # To Lightning each process is a node with one device, so that it may be the only one that the process sees.
+        device = own_device(cfg)
+        devices = 1 if device.type == "cpu" else [device.index]
+        num_nodes = world_size = int(os.environ["WORLD_SIZE"])
+        plugins.append(TorchElasticEnvironment())  # also under Slurm, whose numbers are others
     with quiet_lightning():
         return pl.Trainer(
             accelerator=cfg.model.accelerator,
-            devices=per_node,
-            num_nodes=world_size // per_node,
+            devices=devices,
+            num_nodes=num_nodes,
             strategy=TwoPassDDPStrategy() if world_size > 1 else "auto",
             precision=PRECISIONS[str(cfg.model.precision)],
             max_epochs=-1,  # training counts in steps alone
@@ -63,7 +72,7 @@ def build_trainer(
                 TensorBoardLogger(root, name="", version="logs", purge_step=start.step or None),
             ],
             callbacks=_callbacks(cfg, root, monitor, validations, work),
-            plugins=[BackgroundCheckpointIO(work, cfg.model.keep_checkpoints, start.content)],
+            plugins=plugins,
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -95,9 +104,10 @@ def _callbacks(
     return [*callbacks, StopWhenAsked(watch)]
 
 
-def processes_per_node(cfg: DictConfig) -> int:
-    """Under torchrun the number of processes is its own; otherwise Lightning starts `gpus` of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", cfg.model.gpus))
+def own_device(cfg: DictConfig) -> torch.device:
+    """The device of this process; UserError: it has none."""
+    device = "cuda" if cfg.model.accelerator == "gpu" else cfg.model.accelerator
+    return choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager

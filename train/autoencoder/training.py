@@ -25,14 +25,14 @@ from common.errors import UserError
 from common.files import RUN_LEFTOVERS, check_still_there, lock_folder, remove_leftovers
 from common.log import close_logger, get_logger, process_rank
 from common.precision import check_precision, configure_backend
-from common.processes import group_left_in_order
+from common.processes import group_left_in_order, is_launched, own_gpu
 from config.loading import SAVED_CONFIG, require, save_config
 from dataset.order.split import Split, keep_split
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.monitoring import TrainingMonitor
 from train.autoencoder.resume import has_begun, load_weights, take_up
 from train.autoencoder.step_watch import NotFinite, TrainingStopped
-from train.autoencoder.trainer import build_trainer, processes_per_node, quiet_lightning
+from train.autoencoder.trainer import build_trainer, own_device, quiet_lightning
 from train.autoencoder.validation import Validations
 from train.loop.background import BackgroundWork
 from train.loop.continuing import read_config
@@ -59,6 +59,7 @@ def train(cfg: DictConfig, stage: int) -> dict[str, float]:
     with ExitStack() as closing:
         closing.enter_context(group_left_in_order())
         closing.callback(close_logger)
+        closing.enter_context(own_gpu(own_device(cfg)))
 
         # Data: headers, and a few files whole
         split = split_files(cfg)
@@ -135,13 +136,12 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
         raise UserError(f"model.resume_from_checkpoint: {source}: no such checkpoint file")
     if cfg.model.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("model.accelerator is gpu, but no CUDA device was found: set model.accelerator=cpu or auto")
-    on_gpu = cfg.model.accelerator != "cpu" and torch.cuda.is_available()
-    check_precision(torch.device("cuda" if on_gpu else "cpu"), "model.precision", cfg.model.precision)
-    wanted = processes_per_node(cfg)
-    if on_gpu and wanted > torch.cuda.device_count():
+    device = own_device(cfg)
+    check_precision(device, "model.precision", cfg.model.precision)
+    if device.type == "cuda" and not is_launched() and cfg.model.gpus > torch.cuda.device_count():
         raise UserError(
-            f"{wanted} processes on this node (model.gpus, or torchrun's --nproc-per-node), but it has "
-            f"{torch.cuda.device_count()} GPUs: start as many, or set model.accelerator=cpu"
+            f"model.gpus is {cfg.model.gpus}, but {torch.cuda.device_count()} GPU(s) were found: start as many "
+            "processes, or set model.accelerator=cpu"
         )
     if cfg.dataset.image_channels != 1:
         raise UserError(f"dataset.image_channels is {cfg.dataset.image_channels}, but volumes are read with 1 channel")
