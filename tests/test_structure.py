@@ -92,6 +92,14 @@ def test_only_scripts_touch_the_module_path():
             assert ("sys.path" in path.read_text()) == (path in SCRIPTS), path
 
 
+def test_one_place_leaves_the_process_group():
+    """A group that is destroyed after an error waits for peers that never come."""
+    for package in OURS:
+        for path in sources(package):
+            if "destroy_process_group" in path.read_text():
+                assert path == ROOT / "common" / "processes.py"
+
+
 def test_importing_only_defines_things_and_public_names_are_where_they_were_published():
     """In one process, which takes long to start."""
     code = (

@@ -65,12 +65,6 @@ def test_mixed_precision_trains_and_resumes(data, tmp_path, monkeypatch, amp_dty
     assert straight["loss"] == pytest.approx(plain["loss"], rel=0.05)
 
 
-@pytest.mark.gpu
-def test_fp16_trains(data, tmp_path):
-    options = {"enable_amp": True, "amp_dtype": "fp16", "max_steps": 2, "device": "cuda"}
-    assert train(runs.config(data, tmp_path, **options))["step"] == 2
-
-
 def test_fp16_on_a_cpu_is_refused(data, tmp_path):
     """Its convolutions take seconds each there."""
     with pytest.raises(UserError, match=r"^amp_dtype is fp16, which needs a GPU: take bf16 on a CPU$"):
