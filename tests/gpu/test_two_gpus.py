@@ -27,7 +27,7 @@ def launch(*arguments: str) -> list[str]:
 
 def options(tmp_path, *more: str) -> list[str]:
     data = runs.make_latents(tmp_path / "latents")
-    return runs.arguments(data, tmp_path / "results", "device=cuda", "batch_size=1", *more)
+    return runs.arguments(data, tmp_path / "results", "device=cuda", *more)
 
 
 def run_of(tmp_path):
