@@ -123,8 +123,8 @@ CONTINUABLE = [
     (
         BiFlowNetConfig,
         FREE,
-        "AE_ckpt results_dir run_name set_anew num_workers channels_last compile gradient_checkpointing cache "
-        "cache_dir cache_limit_gb log_every ckpt_every keep_checkpoints preview preview_steps",
+        "AE_ckpt results_dir run_name set_anew num_workers arithmetic channels_last compile gradient_checkpointing "
+        "cache cache_dir cache_limit_gb log_every ckpt_every keep_checkpoints preview preview_steps",
     ),
     (BiFlowNetConfig, EXTENDS, "epochs max_steps device"),
     (BiFlowNetConfig, BEGINNING, "ckpt continue_from"),
@@ -138,10 +138,9 @@ CONTINUABLE = [
         AutoencoderConfig,
         FREE,
         "model.num_workers model.accelerator model.checkpoint_every model.keep_checkpoints model.val_every "
-        "model.val_volumes model.log_every model.log_volume_every model.channels_last model.compile "
-        "model.gradient_checkpointing "
-        "model.perceptual_weights model.default_root_dir model.set_anew dataset.imgtype dataset.cache "
-        "dataset.cache_dir dataset.cache_limit_gb",
+        "model.val_volumes model.log_every model.log_volume_every model.arithmetic model.channels_last model.compile "
+        "model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.set_anew dataset.imgtype "
+        "dataset.cache dataset.cache_dir dataset.cache_limit_gb",
     ),
     (AutoencoderConfig, EXTENDS, "model.max_steps model.max_epochs model.gpus"),
     (AutoencoderConfig, BEGINNING, "model.resume_from_checkpoint model.continue_from"),

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as torch_distributed
 from autoencoder_runs import config
+from pytorch_lightning.utilities import rank_zero_only
 from user_errors import error_of
 
 from common.errors import UserError
@@ -84,20 +85,21 @@ join = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend, **options: join("gloo", **options)
 
 def main(argv):
-    if way == "setup":
-        place = processes.setup("auto")
-        assert str(place.device) == "cuda:0"
+    if way == "joined":
+        with processes.joined("auto") as place:
+            assert str(place.device) == "cuda:0"
+            torch.distributed.barrier()
     else:
         with processes.own_gpu(torch.device("cuda", 0)):
             join("gloo")  # the server of the store is there already
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 raise SystemExit(run_script(main))
 """
 
 
-@pytest.mark.parametrize("way", ["setup", "own_gpu"])
+@pytest.mark.parametrize("way", ["joined", "own_gpu"])
 @pytest.mark.parametrize("shared", ["shared", "own"])
 def test_two_processes_without_a_launchers_store(tmp_path, way, shared):
     """Rank 0 serves it, and leaves only after rank 1 has read what it needs."""
@@ -128,6 +130,7 @@ def test_a_launched_process_is_a_node_with_one_device_to_lightning(gpus, monkeyp
     launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**launched, "SLURM_NTASKS": "7", "SLURM_PROCID": "5", "SLURM_JOB_NAME": "train"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # which the trainer sets for good
     cfg = config(tmp_path / "data.json", tmp_path, "model.accelerator=auto")
     trainer = build_trainer(cfg, tmp_path, Start(), pl.Callback(), pl.Callback(), None)
     assert isinstance(trainer.strategy, TwoPassDDPStrategy)
