@@ -6,8 +6,6 @@
 Each stage is the real script with a small config of config/demo/. The same command again goes on where it stopped.
 """
 
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.child import LAUNCHER, run_child  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import parse_command_line  # noqa: E402
 from config.schema.evaluation import DemoConfig  # noqa: E402
-from evaluation.demonstration.stages import LAUNCHER, DemoPaths, evaluation_stages, training_stages  # noqa: E402
+from evaluation.demonstration.stages import DemoPaths, evaluation_stages, training_stages  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,16 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_stage(number: int, title: str, command: Sequence[str]) -> None:
     """Run one command in the project's folder; its failure ends the demo with the command to repeat."""
     announce(f"[{number}] {title}")
-    processes = 2 if LAUNCHER in command else 1
-    threads = max(1, (os.cpu_count() or 1) // processes)
     begin = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": f"{threads}"}
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment) as stage:
-        try:
-            status = stage.wait()
-        except KeyboardInterrupt:  # which the stage gets as well, and saves a checkpoint
-            stage.wait()
-            raise
+    status = run_child(command, processes=2 if LAUNCHER in command else 1, folder=ROOT)
     if status:
         raise UserError(
             f"stage {number} ({title}) ended with exit status {status}; what it said stands above. "

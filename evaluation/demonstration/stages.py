@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-LAUNCHER = "train/launch.py"
+from common.child import LAUNCHER
+
 PHANTOMS = {False: (40, 4, 16), True: (6, 1, 6)}  # short? -> phantoms per class to train, validate and hold out
 # What --short changes; everything else is as in the demo proper.
 SHORT = {
