@@ -4,6 +4,7 @@ Everything wrong with a config is reported in one line.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from importlib.util import find_spec
 from typing import get_args
 
@@ -11,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig, downsampling
-from config.schema.data import PreprocessConfig, VolumeClass
+from config.schema.data import PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
-from config.schema.evaluation import GenerationMetricsConfig
+from config.schema.evaluation import GenerationMetricsConfig, RecipeStudyConfig, fewest_volumes
 from config.schema.option import options_of
 
 
@@ -28,9 +29,9 @@ def validate(cfg: DictConfig, schema: type) -> None:
 def _single_values(cfg: DictConfig, schema: type) -> Iterator[str]:
     for option in options_of(schema):
         value = OmegaConf.select(cfg, option.name)
-        if VolumeClass in get_args(option.hint):
+        if row_type := next(filter(is_dataclass, get_args(option.hint)), None):
             for index, row in enumerate(value):
-                yield from (f"{option.name}[{index}]: {problem}" for problem in _single_values(row, VolumeClass))
+                yield from (f"{option.name}[{index}]: {problem}" for problem in _single_values(row, row_type))
         elif problem := option.problem(OmegaConf.to_container(value) if OmegaConf.is_list(value) else value):
             yield problem
 
@@ -101,10 +102,26 @@ def _generation_metrics(cfg: DictConfig) -> Iterator[str]:
         yield "resample and ignore_spacing exclude each other: give one of them"
 
 
+def _recipe_study(cfg: DictConfig) -> Iterator[str]:
+    if cfg.base is None:  # no study yet: the script says what it needs
+        return
+    names = [row.name for row in cfg.variants]
+    if len(names) < 2 or "" in names or len({name.casefold() for name in names}) < len(names):
+        yield f"variants must be two or more with different names, the first as the baseline, got {names}"
+    if (cfg.budget.steps is None) == (cfg.budget.seconds is None):
+        yield "budget must have either steps or seconds"
+    if cfg.stage == "autoencoder":
+        if cfg.generation is not None or any(row.generation for row in cfg.variants):
+            yield "generation is for stage diffusion: an autoencoder is judged by its reconstructions"
+    elif cfg.num_samples < (least := fewest_volumes(cfg.neighbours)):
+        yield f"num_samples must be at least {least} with neighbours {cfg.neighbours}, got {cfg.num_samples}"
+
+
 _BETWEEN_KEYS: dict[type, Callable[[DictConfig], Iterator[str]]] = {
     AutoencoderConfig: _autoencoder,
     BiFlowNetConfig: _biflownet,
     GenerationConfig: _generation,
     PreprocessConfig: _preprocess,
     GenerationMetricsConfig: _generation_metrics,
+    RecipeStudyConfig: _recipe_study,
 }

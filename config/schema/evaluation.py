@@ -1,10 +1,11 @@
-"""Options of the evaluations, of their report, of the demo and of the study on it."""
+"""Options of the evaluations, of their report, of the demo and of studies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 
 from config.schema.diffusion import SAMPLING_STRATEGIES
-from config.schema.option import device_flag, flag
-from config.schema.rules import Rule, at_least, interval, not_negative, one_of, positive, regex
+from config.schema.option import device_flag, flag, key
+from config.schema.rules import Rule, at_least, interval, name_of_a, not_negative, one_of, positive, regex
 
 # Those of evaluation/comparison/networks.py
 FEATURE_NETWORKS = ("medicalnet_resnet50", "imagenet_resnet50", "radimagenet_resnet50", "random_3d", "random_2d")
@@ -16,6 +17,7 @@ some_samplers = Rule(
     lambda value: value and set(value) <= set(SAMPLING_STRATEGIES), f"some of {' '.join(SAMPLING_STRATEGIES)}"
 )
 some_seeds = Rule(lambda value: value and min(value) >= 0, "one or more, each at least 0")
+different = Rule(lambda value: len(set(value)) == len(value), "all different")
 
 
 @dataclass
@@ -118,4 +120,63 @@ class SamplingStudyConfig:
     steps: list[int] = flag([5, 10, 15, 25, 50, 100], "of all but ddpm, which takes every timestep")
     seeds: list[int] = flag([0, 1, 2], "of the noise", some_seeds)
     num_samples: int = flag(8, "volumes per class, run and seed; a distance needs two", at_least(2))
+    device: str = device_flag()
+
+
+def fewest_volumes(neighbours: int) -> int:
+    """Of a class, so that resamples of 80 % of them still have so many neighbours each."""
+    return max(3, ceil((neighbours + 1) / 0.8))
+
+
+@dataclass
+class Budget:
+    """What each run of a study may cost: one of the two."""
+
+    steps: int | None = key(None, "optimiser steps of each run", at_least(1))
+    seconds: float | None = key(
+        None, "seconds of training of each run, turned into steps by a short run of each variant", positive
+    )
+    warm_up: int = key(20, "steps of that short run; its second half is timed", at_least(2))
+
+
+@dataclass
+class Variant:
+    """A recipe: what it changes."""
+
+    name: str = key("", "its row in the table, and its folder", name_of_a("folder"))
+    training: list[str] = key([], "key=value, over the training's configuration")
+    generation: list[str] = key([], "key=value, over the generation's configuration")
+
+
+@dataclass
+class RecipeStudyConfig:
+    """Training recipes of equal cost, compared on held-out volumes (evaluation/recipe_study.py)."""
+
+    output_dir: str | None = flag(None, "folder of the study; required")
+    stage: str = key("diffusion", "diffusion | autoencoder", one_of("diffusion", "autoencoder"))
+    base: str | None = key(None, "configuration of the training that variants change; required")
+    generation: str | None = key(None, "diffusion: configuration of the generation; required")
+    data: str | None = key(None, "JSON of what is trained on: latents, or the autoencoder's volumes; required")
+    volumes: str | None = key(
+        None, "split.json, or dataset JSON with one, of the volumes that are compared with; null = data"
+    )
+    autoencoder: str | None = key(
+        None, "checkpoint of the autoencoder: that of the latents, or of stage 1 where stage 2 is trained"
+    )
+    budget: Budget = field(default_factory=Budget)
+    seeds: list[int] = key(
+        [0, 1, 2], "of training and noise; each variant is trained once with each", some_seeds, different
+    )
+    variants: list[Variant] = key([], "name, training, generation of each; the others are compared with the first")
+    processes: int = key(1, "that a run trains in", at_least(1))
+
+    num_samples: int = key(8, "diffusion: volumes generated per class and run", at_least(1))
+    real_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity of the volumes' files", interval)
+    neighbours: int = key(5, "nearest neighbours of precision, recall, density and coverage", at_least(1))
+    slices: int = key(8, "slices of each plane for FID-2.5D", at_least(1))
+    num_pairs: int = key(100, "pairs of volumes of each set for MS-SSIM; all where there are fewer", at_least(1))
+    num_resamples: int = key(100, "resamples of the volumes, for the intervals", at_least(20))
+    lpips: str = key(
+        "auto", "autoencoder: auto (where VGG-16's weights are there) | on | off", one_of("auto", "on", "off")
+    )
     device: str = device_flag()

@@ -20,6 +20,7 @@ from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from config.schema.evaluation import (
     DemoConfig,
     GenerationMetricsConfig,
+    RecipeStudyConfig,
     ReconstructionConfig,
     ReportConfig,
     SamplingStudyConfig,
@@ -181,6 +182,7 @@ PUBLISHED_FLAGS = {
     ReportConfig: "input-dir output title",
     DemoConfig: "output-dir short",
     SamplingStudyConfig: "demo output-dir strategies steps seeds num-samples device",
+    RecipeStudyConfig: "output-dir device",
     GpuCheckConfig: "only minutes json size device",
     SCHEMAS["hardware"]: BENCHMARK_FLAGS + "device",
     SCHEMAS["data"]: BENCHMARK_FLAGS + "items num-workers folder",
