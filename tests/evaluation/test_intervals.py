@@ -2,11 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from common.errors import UserError
-from evaluation.metrics.intervals import bootstrap_interval, random_halves, subsampling_interval
+from evaluation.metrics.intervals import (
+    bootstrap_interval,
+    bootstrap_spread,
+    random_halves,
+    subsampling_interval,
+    subsampling_spread,
+)
 
 
 def test_interval_covers_the_mean_of_normal_numbers():
@@ -143,3 +150,17 @@ def test_random_halves_are_disjoint_and_random():
 def test_random_halves_refuse_before_the_first(count, half):
     with pytest.raises(UserError, match=f"two disjoint sets of {half} volumes each can't be drawn from {count}"):
         random_halves(count, half, 3)
+
+
+@pytest.mark.parametrize(
+    ("spread", "interval"), [(bootstrap_spread, bootstrap_interval), (subsampling_spread, subsampling_interval)]
+)
+def test_intervals_are_percentiles_of_the_spread(spread, interval):
+    values = torch.randn(30, generator=torch.Generator().manual_seed(0)).double()
+    found = spread(lambda chosen: values[chosen].mean().item(), [30], num_resamples=99, seed=1)
+    assert found.mean() == pytest.approx(values.mean().item())
+    of_interval = interval(lambda chosen: values[chosen].mean().item(), [30], num_resamples=99, seed=1)
+    assert np.quantile(found, [0.025, 0.975], method="weibull") == pytest.approx(of_interval)
+    # The same resamples for another statistic: differences can be taken one by one
+    shifted = spread(lambda chosen: values[chosen].mean().item() + 3, [30], num_resamples=99, seed=1)
+    np.testing.assert_allclose(shifted - found, 3)
