@@ -5,18 +5,17 @@ generation need these three. Another objective is another class that has them.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm import samplers, schedule
-from ddpm.schedule import Denoise, Generator, Limit, NoiseSchedule, Progress
+from ddpm.denoiser import Conditions, all_conditions, check_conditions, check_latent, conditioned, predict
+from ddpm.schedule import Generator, Limit, NoiseSchedule, Progress
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
-Conditions = Mapping[str, Tensor]  # what a denoiser is given beside (x, t), by the names of its arguments
 
 
 class GaussianDiffusion(nn.Module):
@@ -92,12 +91,12 @@ class GaussianDiffusion(nn.Module):
 
     def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None, conditions: Conditions | None = None):
         """Mean error (``loss_type``) of the noise predicted from x_t, a scalar; noise None: drawn."""
-        self._check_latent(x_start, "x_start")
+        check_latent(x_start, "x_start", self.channels)
         conditions = all_conditions(conditions, y, res)
         if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
             check_conditions(denoise_fn, conditions)
         noise = torch.randn_like(x_start) if noise is None else noise
-        prediction = predict_noise(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
+        prediction = predict(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
         return LOSSES[self.loss_type](prediction, noise)
 
     # -------------------------------------------------------------------------------------------------------- sampling
@@ -177,7 +176,7 @@ class GaussianDiffusion(nn.Module):
             ValueError: unknown strategy, ddim_steps or eta out of range, wrong shape of z, class ids that the denoiser
                 does not know, guidance without a null label, diffusers missing.
         """
-        self._check_latent(z, "z")
+        check_latent(z, "z", self.channels)
         sampler = samplers.get_sampler(strategy)
         if eta != 0 and "eta" not in sampler.options:
             warnings.warn(f"eta has no effect with the sampling strategy {strategy!r}.", stacklevel=2)
@@ -207,7 +206,7 @@ class GaussianDiffusion(nn.Module):
         Both are noised to timestep t (an int; None: T - 1) with the same noise, mixed, and denoised by ancestral
         sampling. The higher t, the more the model decides.
         """
-        self._check_latent(x1, "x1")
+        check_latent(x1, "x1", self.channels)
         if x1.shape != x2.shape:
             raise ValueError(f"x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} need the same shape to be interpolated.")
         start = self.num_timesteps - 1 if t is None else int(t)
@@ -218,66 +217,3 @@ class GaussianDiffusion(nn.Module):
         mixed = self.q_sample(torch.lerp(x1, x2, lam), times, samplers.noise_like(x1, generator))
         denoise = conditioned(denoise_fn, x1, all_conditions(conditions, y, res), cond_scale)
         return samplers.ancestral(denoise, mixed, self.schedule, self.limit_start, generator, progress, start=start)
-
-    def _check_latent(self, x: Tensor, name: str) -> None:
-        if x.ndim != 5 or x.shape[1] != self.channels:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (B, {self.channels}, d, h, w).")
-
-
-# -------------------------------------------------------------------------------------------------------- the denoiser
-
-
-def all_conditions(conditions: Conditions | None, y: Tensor | None, res: Tensor | None) -> dict[str, Tensor]:
-    """One mapping of the conditions that are given, together or singly."""
-    singly = {name: value for name, value in (("y", y), ("res", res)) if value is not None}
-    return {**(conditions or {}), **singly}
-
-
-def predict_noise(denoise_fn, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-    """Call a denoiser with the conditions that there are, so that plain functions of (x, t) are denoisers too."""
-    noise = denoise_fn(x, t, **conditions)
-    if noise.shape != x.shape:
-        raise ValueError(
-            f"the denoiser returned {tuple(noise.shape)} for latents {tuple(x.shape)}: it has to predict noise of the "
-            "same shape (a BiFlowNet with learn_sigma=True predicts twice the channels: build it without)."
-        )
-    return noise.to(x.dtype)  # half precision under autocast; steps and losses are computed in full
-
-
-def conditioned(denoise_fn, x: Tensor, conditions: Conditions, cond_scale: float) -> Denoise:
-    """The denoiser as a function of (x, t), with the conditions of the batch x and the guidance inside."""
-    check_conditions(denoise_fn, conditions)
-    if cond_scale == 1:
-        return partial(predict_noise, denoise_fn, conditions=conditions)
-    if "y" not in conditions or _attribute(denoise_fn, "null_label") is None:
-        reason = "the denoiser was trained without a null label" if "y" in conditions else "no class ids y were given"
-        raise ValueError(
-            f"cond_scale is {cond_scale}, but {reason}: guidance needs both. Use cond_scale=1, or a model trained with "
-            "label dropout (BiFlowNet(..., null_label=True))."
-        )
-    if "res" in conditions:
-        conditions = {**conditions, "res": conditions["res"].expand(len(x), 3)}
-    is_dropped = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    without = _attribute(denoise_fn, "drop_conditions")(conditions, is_dropped)  # (B, ...) each
-    both = {name: torch.cat([value, without[name]]) for name, value in conditions.items()}  # (2B, ...)
-
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        # One pass over both halves instead of two passes: the same work with fewer launches.
-        noise = predict_noise(denoise_fn, torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, C, d, h, w)
-        noise_with, noise_without = noise.chunk(2)  # (B, C, d, h, w) each
-        return torch.lerp(noise_without, noise_with, cond_scale)
-
-    return guided
-
-
-def check_conditions(denoise_fn, conditions: Conditions) -> None:
-    """Let the denoiser check values where it can (``BiFlowNet.check_conditions``): a wrong id is opaque on a GPU."""
-    check = _attribute(denoise_fn, "check_conditions")
-    if check is not None:
-        check(conditions)
-
-
-def _attribute(denoise_fn, name: str):
-    """An attribute of the denoiser, also through a DistributedDataParallel wrapper; None where there is none."""
-    inner = getattr(denoise_fn, "module", denoise_fn)
-    return getattr(denoise_fn, name, getattr(inner, name, None))

@@ -33,7 +33,7 @@ def train(cfg: DictConfig) -> dict:
 
     from dataset.Singleres_dataset import Singleres_dataset
     from ddpm.checkpoint import build_biflownet
-    from ddpm.diffusion import GaussianDiffusion
+    from ddpm.process import build_process
     from train.diffusion import checks
     from train.diffusion.batches import LatentBatches, make_cache
     from train.diffusion.state import Origin
@@ -42,6 +42,7 @@ def train(cfg: DictConfig) -> dict:
 
     with session(cfg.device, cfg.arithmetic) as here:
         checks.check_options(cfg, here)
+        process = build_process(cfg)
         cache = make_cache(cfg, here.logger)
         split = checks.find_training_split(cfg)
         dataset = Singleres_dataset(cfg.data_path, cfg.resolution, vq_size=cfg.vq_size, split=split, cache=cache)
@@ -51,7 +52,6 @@ def train(cfg: DictConfig) -> dict:
         torch.manual_seed(cfg.global_seed)  # the same weights on every rank
         model = build_biflownet(cfg)
         checks.check_grid(cfg, model)
-        process = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type)
         return fit(cfg, here, model, model, batches, process, origin or Origin())
 
 

@@ -35,7 +35,7 @@ from dataset.volumes.geometry import centred_affine
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
 from ddpm.checkpoint import load_biflownet
-from ddpm.diffusion import GaussianDiffusion
+from ddpm.process import build_process
 from ddpm.schedule import Progress as StepsDone
 from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
 from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
@@ -114,7 +114,7 @@ def _generate_batches(
     cfg: DictConfig, model, autoencoder, batches: list[list[Request]], settings: dict, made: Slices, place: Distributed
 ) -> None:
     """Samples, decodes and writes this process's volumes; on rank 0 their slices go to `made`."""
-    diffusion = GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type).to(place.device)
+    diffusion = build_process(cfg).to(place.device)
     # Volumes are counted, and every sampling step of a batch is a part of them.
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} volumes [{elapsed}<{remaining}{postfix}]"
     with Progress("generating", sum(map(len, batches)), "volume", layout=layout) as progress:

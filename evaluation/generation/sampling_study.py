@@ -26,7 +26,7 @@ from config.loading import SAVED_CONFIG, load_config
 from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import HELD_OUT, TRAINING
-from ddpm.diffusion import GaussianDiffusion
+from ddpm.process import build_process
 from ddpm.samplers import SAMPLERS
 from evaluation.demonstration.figures import distance_to_real, features, load_classes
 from evaluation.demonstration.stages import DemoPaths
@@ -100,7 +100,7 @@ class Study:
         self.results = self._read()
         self.floor = self._floor(features(training), training_labels, num_samples)
         self.autoencoder, self.model = load_models(self.cfg, device)
-        self.diffusion = GaussianDiffusion(self.cfg.volume_channels, self.cfg.timesteps, self.cfg.loss_type).to(device)
+        self.diffusion = build_process(self.cfg).to(device)
 
     def measure(self, run: Run, progress: Progress) -> dict[str, float]:
         """Sample, decode and compare one set of volumes."""
