@@ -11,42 +11,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import samplers, schedule
+from ddpm import predictions, samplers, schedule
 from ddpm.denoiser import Conditions, all_conditions, check_conditions, check_latent, conditioned, predict
-from ddpm.schedule import Generator, Limit, NoiseSchedule, Progress
+from ddpm.schedule import Denoise, Generator, Limit, NoiseSchedule, Progress
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 class GaussianDiffusion(nn.Module):
-    """Denoising diffusion with a cosine schedule and noise prediction (Wang et al., IEEE TMI 2025, section III-B).
+    """Denoising diffusion with a cosine schedule (Wang et al., IEEE TMI 2025, section III-B).
 
     Holds the schedule as float32 buffers and no parameters. The denoiser is an argument of each method that needs one:
-    ``denoise_fn(x, t, **conditions)``, noise like x. The conditions of a batch travel as one mapping from names to
-    tensors; y and res are two of them, which can also be given singly.
+    ``denoise_fn(x, t, **conditions)``, like x, what ``prediction`` says. The conditions of a batch travel as one
+    mapping from names to tensors; y and res are two of them, which can also be given singly.
 
     Args:
         channels: channels of the latents, C.
         timesteps: T, number of noise levels.
-        loss_type: 'l1' or 'l2', the norm of the noise error.
+        loss_type: 'l1' or 'l2', the norm of the prediction's error.
         use_dynamic_thres: keep predicted x_0 in range by each sample's own percentile rather than by clipping.
         dynamic_thres_percentile: that percentile, as a fraction in (0, 1].
+        prediction: what the denoiser predicts: 'noise', 'v' or 'x0' (``ddpm/predictions.py``).
 
     Shapes: x, noise (B, C, d, h, w); t (B,) int64 in [0, T); y (B,) class ids; res (3,) or (B, 3); other conditions
     (B, ...).
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
-    def __init__(self, channels, timesteps=1000, loss_type="l1", use_dynamic_thres=False, dynamic_thres_percentile=0.9):
+    def __init__(
+        self,
+        channels,
+        timesteps=1000,
+        loss_type="l1",
+        use_dynamic_thres=False,
+        dynamic_thres_percentile=0.9,
+        prediction="noise",
+    ):
         super().__init__()
         if channels < 1 or timesteps < 1:
             raise ValueError(f"channels ({channels}) and timesteps ({timesteps}) have to be at least 1.")
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSSES)}.")
+        if prediction not in predictions.PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}: choose one of {', '.join(predictions.PREDICTIONS)}.")
         if not 0 < dynamic_thres_percentile <= 1:
             raise ValueError(f"dynamic_thres_percentile is {dynamic_thres_percentile}: it has to lie in (0, 1].")
         self.channels = channels
         self.num_timesteps = timesteps
         self.loss_type = loss_type
+        self.prediction = prediction
         self.use_dynamic_thres = use_dynamic_thres
         self.dynamic_thres_percentile = dynamic_thres_percentile
         for name, table in schedule.noise_schedule(schedule.cosine_betas(timesteps))._asdict().items():
@@ -90,23 +105,32 @@ class GaussianDiffusion(nn.Module):
         return timesteps
 
     def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None, conditions: Conditions | None = None):
-        """Mean error (``loss_type``) of the noise predicted from x_t, a scalar; noise None: drawn."""
+        """Mean error (``loss_type``) of what is predicted from x_t, a scalar; noise None: drawn."""
         check_latent(x_start, "x_start", self.channels)
         conditions = all_conditions(conditions, y, res)
         if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
             check_conditions(denoise_fn, conditions)
         noise = torch.randn_like(x_start) if noise is None else noise
-        prediction = predict(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
-        return LOSSES[self.loss_type](prediction, noise)
+        output = predict(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
+        return LOSSES[self.loss_type](output, predictions.target(self.prediction, self.schedule, x_start, t, noise))
 
     # -------------------------------------------------------------------------------------------------------- sampling
+
+    def _denoise(self, denoise_fn, x: Tensor, conditions: Conditions, cond_scale: float) -> Denoise:
+        """The noise predictor that samplers work on; the one place where a prediction becomes noise."""
+        output = conditioned(denoise_fn, x, conditions, cond_scale)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return predictions.implied_noise(self.prediction, self.schedule, x, t, output(x, t))
+
+        return denoise
 
     @torch.no_grad()
     def p_mean_variance(
         self, denoise_fn, x, t, y=None, res=None, cond_scale=1.0, clip_denoised=True, conditions=None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of the model's x_{t-1} given x_t."""
-        noise = conditioned(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
+        noise = self._denoise(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
         x_start = self._limit(clip_denoised)(self.predict_start_from_noise(x, t, noise))
         return self.q_posterior(x_start, x, t)
 
@@ -115,7 +139,7 @@ class GaussianDiffusion(nn.Module):
         self, denoise_fn, x, t, y=None, res=None, cond_scale=1.0, clip_denoised=True, generator=None, conditions=None
     ) -> Tensor:
         """One ancestral step, from timesteps t (B,) to t - 1."""
-        noise = conditioned(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
+        noise = self._denoise(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
         return samplers.ancestral_step(x, t, noise, self.schedule, self._limit(clip_denoised), generator)
 
     @torch.no_grad()
@@ -134,7 +158,7 @@ class GaussianDiffusion(nn.Module):
         conditions=None,
     ) -> Tensor:
         """One DDIM step, from timesteps t (B,) to t_next (B,); t_next = -1 is clean data."""
-        noise = conditioned(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
+        noise = self._denoise(denoise_fn, x, all_conditions(conditions, y, res), cond_scale)(x, t)
         return samplers.ddim_step(x, t, t_next, noise, self.schedule, self._limit(clip_denoised), eta, generator)
 
     def p_sample_loop(self, denoise_fn, z, y=None, res=None, cond_scale=1.0, **options) -> Tensor:
@@ -183,7 +207,7 @@ class GaussianDiffusion(nn.Module):
         given = {"ddim_steps": ddim_steps, "eta": eta}
         options = {argument: given[option] for option, argument in sampler.options.items()}
         options["limit"] = self._limit(clip_denoised)
-        denoise = conditioned(denoise_fn, z, all_conditions(conditions, y, res), cond_scale)
+        denoise = self._denoise(denoise_fn, z, all_conditions(conditions, y, res), cond_scale)
         return sampler.run(denoise, z, self.schedule, generator=generator, progress=progress, **options)
 
     @torch.no_grad()
@@ -215,5 +239,5 @@ class GaussianDiffusion(nn.Module):
         times = torch.full((len(x1),), start, device=x1.device, dtype=torch.long)
         # Two independent noises would partly cancel in the mix, and leave less noise than timestep t has.
         mixed = self.q_sample(torch.lerp(x1, x2, lam), times, samplers.noise_like(x1, generator))
-        denoise = conditioned(denoise_fn, x1, all_conditions(conditions, y, res), cond_scale)
+        denoise = self._denoise(denoise_fn, x1, all_conditions(conditions, y, res), cond_scale)
         return samplers.ancestral(denoise, mixed, self.schedule, self.limit_start, generator, progress, start=start)

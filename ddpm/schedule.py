@@ -89,9 +89,13 @@ class NoiseSchedule(NamedTuple):
         return signal * x_start + at_timestep(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The x_0 that q_sample would have turned into x_t with this noise (eq. 4 solved for x_0)."""
-        scale = at_timestep(self.sqrt_recip_alphas_cumprod, t, x_t)
-        return scale * x_t - at_timestep(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+        """The x_0 that q_sample would have turned into x_t with this noise (eq. 4 solved for x_0), like x_t.
+
+        Noise in float64 is worked on in float64.
+        """
+        x = x_t.to(torch.promote_types(x_t.dtype, noise.dtype))
+        x_start = at_timestep(self.sqrt_recip_alphas_cumprod, t, x) * x
+        return (x_start - at_timestep(self.sqrt_recipm1_alphas_cumprod, t, x) * noise).to(x_t.dtype)
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7)."""

@@ -30,6 +30,7 @@ from config.schema.rules import (
     share,
 )
 
+PREDICTIONS = ("noise", "v", "x0")  # those of ddpm/predictions.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
 switches = Rule(lambda value: set(value) <= {0, 1}, "0 or 1 per level")
@@ -52,6 +53,7 @@ class DiffusionModelConfig:
     dit_num_heads: int = key(8, "attention heads of a DiT block", at_least(1))
     attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each", at_least(1))
     timesteps: int = flag(1000, "diffusion steps of the training", at_least(1))
+    prediction: str = key("noise", "what the network predicts: noise | v | x0", one_of(*PREDICTIONS))
 
 
 @dataclass
@@ -124,6 +126,8 @@ class BiFlowNetConfig(DiffusionModelConfig):
 @dataclass
 class GenerationConfig(DiffusionModelConfig):
     """Class-conditional generation (evaluation/class_conditional_generation.py and _4x.py)."""
+
+    prediction: str | None = key(None, "noise | v | x0; null = as the checkpoint was trained", one_of(*PREDICTIONS))
 
     AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required", section="Files")
     model_ckpt: str | None = flag(None, "BiFlowNet checkpoint; required")

@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.processes import Distributed, device_name
 from dataset.volumes.volume_io import is_whole_volume, read_header
+from ddpm.process import OFFICIAL
 from ddpm.samplers import get_sampler
 from evaluation.generation.requests import Request
 
@@ -107,6 +108,7 @@ def describe_run(cfg: DictConfig, place: Distributed, sampling_s: float, decodin
         "sampling_s": round(sampling_s, 3),
         "decoding_s": round(decoding_s, 3),
         "peak_memory_gb": round(_peak_memory_bytes(place.device) / 1e9, 3),
+        **{name: cfg[name] for name in OFFICIAL},  # a matter of the checkpoint, whose hash is compared
         "device": device_name(place.device),
         "batch_size": cfg.batch_size,
         "compile": cfg.compile,

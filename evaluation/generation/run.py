@@ -35,7 +35,7 @@ from dataset.volumes.geometry import centred_affine
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
 from ddpm.checkpoint import load_biflownet
-from ddpm.process import build_process
+from ddpm.process import build_process, take_process
 from ddpm.schedule import Progress as StepsDone
 from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
 from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
@@ -156,7 +156,10 @@ def _max_bytes(cfg: DictConfig) -> int | None:
 
 
 def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Autoencoder and BiFlowNet (EMA weights), after the checks that they fit the config."""
+    """Autoencoder and BiFlowNet (EMA weights), after the checks that they fit the config.
+
+    What the config leaves to the checkpoint (null) is set in it.
+    """
     autoencoder = load_autoencoder(cfg.AE_ckpt, device, downsample=cfg.downsample)
     if autoencoder.embedding_dim != cfg.volume_channels:
         raise UserError(
@@ -171,6 +174,7 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             f"{cfg.AE_ckpt}: not the autoencoder whose latents {cfg.model_ckpt} was trained on: give that one "
             "(either stage of it)"
         )
+    take_process(cfg, cfg.model_ckpt, checkpoint)
     for name in ("timesteps", *WITHOUT_SHAPE):
         trained = getattr(checkpoint.get("args"), name, cfg[name])
         if trained != cfg[name]:

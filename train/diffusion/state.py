@@ -15,6 +15,7 @@ from common.optimiser import build_adam
 from config.schema.diffusion import BiFlowNetConfig
 from config.schema.option import BEGINNING
 from ddpm.checkpoint import load_biflownet_weights
+from ddpm.process import OFFICIAL
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import step_of
 from train.loop.continuing import changes, news_of
@@ -185,6 +186,6 @@ class TrainingState:
 
 def _warn_of_other_values(args: argparse.Namespace | None, config: dict, path: Path, logger: logging.Logger) -> None:
     saved = vars(args) if isinstance(args, argparse.Namespace) else {}
-    found = changes(BiFlowNetConfig, {**config, **saved}, config)  # official files lack many keys
+    found = changes(BiFlowNetConfig, {**config, **OFFICIAL, **saved}, config)  # official files lack many keys
     for line in news_of([change for change in found if change.resume is not BEGINNING], config):
         logger.warning("%s was trained with other values; %s", path, line)
