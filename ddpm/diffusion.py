@@ -32,6 +32,7 @@ class GaussianDiffusion(nn.Module):
         use_dynamic_thres: keep predicted x_0 in range by each sample's own percentile rather than by clipping.
         dynamic_thres_percentile: that percentile, as a fraction in (0, 1].
         prediction: what the denoiser predicts: 'noise', 'v' or 'x0' (``ddpm/predictions.py``).
+        loss_weighting: of the losses at each timestep: 'none', 'min_snr' or 'x0' (``error_factors`` there).
 
     Shapes: x, noise (B, C, d, h, w); t (B,) int64 in [0, T); y (B,) class ids; res (3,) or (B, 3); other conditions
     (B, ...).
@@ -48,6 +49,7 @@ class GaussianDiffusion(nn.Module):
         use_dynamic_thres=False,
         dynamic_thres_percentile=0.9,
         prediction="noise",
+        loss_weighting="none",
     ):
         super().__init__()
         if channels < 1 or timesteps < 1:
@@ -56,6 +58,9 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSSES)}.")
         if prediction not in predictions.PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}: choose one of {', '.join(predictions.PREDICTIONS)}.")
+        if loss_weighting not in predictions.LOSS_WEIGHTINGS:
+            known = ", ".join(predictions.LOSS_WEIGHTINGS)
+            raise ValueError(f"loss_weighting is {loss_weighting!r}: choose one of {known}.")
         if not 0 < dynamic_thres_percentile <= 1:
             raise ValueError(f"dynamic_thres_percentile is {dynamic_thres_percentile}: it has to lie in (0, 1].")
         self.channels = channels
@@ -66,6 +71,8 @@ class GaussianDiffusion(nn.Module):
         self.dynamic_thres_percentile = dynamic_thres_percentile
         for name, table in schedule.noise_schedule(schedule.cosine_betas(timesteps))._asdict().items():
             self.register_buffer(name, table)
+        factors = predictions.error_factors(loss_weighting, prediction, self.schedule)
+        self.register_buffer("error_factors", factors, persistent=False)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -105,14 +112,18 @@ class GaussianDiffusion(nn.Module):
         return timesteps
 
     def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None, conditions: Conditions | None = None):
-        """Mean error (``loss_type``) of what is predicted from x_t, a scalar; noise None: drawn."""
+        """Mean error (``loss_type``, ``loss_weighting``) of what is predicted from x_t, a scalar; noise None: drawn."""
         check_latent(x_start, "x_start", self.channels)
         conditions = all_conditions(conditions, y, res)
         if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
             check_conditions(denoise_fn, conditions)
         noise = torch.randn_like(x_start) if noise is None else noise
         output = predict(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
-        return LOSSES[self.loss_type](output, predictions.target(self.prediction, self.schedule, x_start, t, noise))
+        target = predictions.target(self.prediction, self.schedule, x_start, t, noise)
+        if self.error_factors is not None:
+            factor = schedule.at_timestep(self.error_factors, t, x_start)
+            output, target = factor * output, factor * target
+        return LOSSES[self.loss_type](output, target)
 
     # -------------------------------------------------------------------------------------------------------- sampling
 

@@ -16,7 +16,13 @@ OFFICIAL = {"prediction": "noise"}
 def build_process(cfg: DictConfig) -> GaussianDiffusion:
     """The process of a training or generation config; what it refuses becomes a UserError."""
     try:
-        return GaussianDiffusion(cfg.volume_channels, cfg.timesteps, cfg.loss_type, prediction=cfg.prediction)
+        return GaussianDiffusion(
+            cfg.volume_channels,
+            cfg.timesteps,
+            cfg.loss_type,
+            prediction=cfg.prediction,
+            loss_weighting=cfg.get("loss_weighting", "none"),  # of no effect on sampling, so generation has none
+        )
     except ValueError as error:
         raise UserError(f"diffusion config: {error}") from error
 

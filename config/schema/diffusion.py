@@ -31,6 +31,7 @@ from config.schema.rules import (
 )
 
 PREDICTIONS = ("noise", "v", "x0")  # those of ddpm/predictions.py
+LOSS_WEIGHTINGS = ("none", "min_snr", "x0")  # those of ddpm/predictions.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
 switches = Rule(lambda value: set(value) <= {0, 1}, "0 or 1 per level")
@@ -79,6 +80,11 @@ class BiFlowNetConfig(DiffusionModelConfig):
     model: str = flag("BiFlowNet", "name of the model, part of the run folder's name", section="Model")
 
     loss_type: str = flag("l1", "l1 | l2", one_of("l1", "l2"), section="Diffusion", resume=CHANGES)
+    loss_weighting: str = tuned(
+        "none",
+        "weights of losses by timestep: none | min_snr (gamma 5) | x0 (as measured in x0; not for prediction noise)",
+        one_of(*LOSS_WEIGHTINGS),
+    )
     label_dropout: float = tuned(0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one)
 
     epochs: int = flag(1000, "epochs to train for", at_least(1), resume=EXTENDS, section="Optimisation")

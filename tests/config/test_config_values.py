@@ -131,8 +131,8 @@ CONTINUABLE = [
     (
         BiFlowNetConfig,
         CHANGES,
-        "loss_type label_dropout batch_size lr adam_betas lr_schedule lr_warmup grad_clip enable_amp amp_dtype "
-        "ema_decay ema_every ema_start global_seed split",
+        "loss_type loss_weighting label_dropout batch_size lr adam_betas lr_schedule lr_warmup grad_clip "
+        "enable_amp amp_dtype ema_decay ema_every ema_start global_seed split",
     ),
     (
         AutoencoderConfig,

@@ -41,7 +41,8 @@ QUICK = {"max_steps": 2, "lr": 1e-2, "preview_steps": 2}
 
 @pytest.mark.parametrize(
     "change",
-    [{"loss_type": "l2"}, {"timesteps": 50}, {"vq_size": 32}, {"global_seed": 1}, {"prediction": "v"}],
+    [{"loss_type": "l2"}, {"timesteps": 50}, {"vq_size": 32}, {"global_seed": 1}, {"prediction": "v"}]
+    + [{"loss_weighting": "min_snr"}],
 )
 def test_option_has_an_effect(data, tmp_path, plain_loss, change):
     changed = train(runs.config(data, tmp_path, **QUICK, **change))["loss"]
@@ -139,6 +140,7 @@ def test_gradient_overflow_at_every_scale_stops(data, tmp_path, monkeypatch):
         ({"resnet_groups": 7}, "BiFlowNet"),
         ({"AE_ckpt": "nowhere.ckpt"}, "nowhere.ckpt"),
         ({"ckpt": "nowhere.pt"}, "nowhere.pt"),
+        ({"loss_weighting": "x0"}, "loss_weighting 'x0' would weigh the noise .* use prediction 'v' or 'x0' with it"),
     ],
 )
 def test_wrong_option_is_one_line_before_any_work(data, tmp_path, values, message):
