@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ddpm import predictions, samplers, schedule
 from ddpm.denoiser import Conditions, all_conditions, check_conditions, check_latent, conditioned, predict
 from ddpm.schedule import Denoise, Generator, Limit, NoiseSchedule, Progress
+from ddpm.timesteps import check_timestep_draw, draw_fractions
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
@@ -33,6 +34,7 @@ class GaussianDiffusion(nn.Module):
         dynamic_thres_percentile: that percentile, as a fraction in (0, 1].
         prediction: what the denoiser predicts: 'noise', 'v' or 'x0' (``ddpm/predictions.py``).
         loss_weighting: of the losses at each timestep: 'none', 'min_snr' or 'x0' (``error_factors`` there).
+        timestep_draw: how training spreads its timesteps: 'uniform' or 'logit_normal' (``ddpm/timesteps.py``).
 
     Shapes: x, noise (B, C, d, h, w); t (B,) int64 in [0, T); y (B,) class ids; res (3,) or (B, 3); other conditions
     (B, ...).
@@ -50,6 +52,7 @@ class GaussianDiffusion(nn.Module):
         dynamic_thres_percentile=0.9,
         prediction="noise",
         loss_weighting="none",
+        timestep_draw="uniform",
     ):
         super().__init__()
         if channels < 1 or timesteps < 1:
@@ -61,12 +64,14 @@ class GaussianDiffusion(nn.Module):
         if loss_weighting not in predictions.LOSS_WEIGHTINGS:
             known = ", ".join(predictions.LOSS_WEIGHTINGS)
             raise ValueError(f"loss_weighting is {loss_weighting!r}: choose one of {known}.")
+        check_timestep_draw(timestep_draw)
         if not 0 < dynamic_thres_percentile <= 1:
             raise ValueError(f"dynamic_thres_percentile is {dynamic_thres_percentile}: it has to lie in (0, 1].")
         self.channels = channels
         self.num_timesteps = timesteps
         self.loss_type = loss_type
         self.prediction = prediction
+        self.timestep_draw = timestep_draw
         self.use_dynamic_thres = use_dynamic_thres
         self.dynamic_thres_percentile = dynamic_thres_percentile
         for name, table in schedule.noise_schedule(schedule.cosine_betas(timesteps))._asdict().items():
@@ -106,6 +111,8 @@ class GaussianDiffusion(nn.Module):
 
     def draw_timesteps(self, generators: Sequence[torch.Generator]) -> Tensor:
         """A timestep to train each sample at, (B,), by the sample's own generator and on its device."""
+        if self.timestep_draw != "uniform":
+            return (draw_fractions(self.timestep_draw, generators) * self.num_timesteps).long()
         timesteps = torch.empty(len(generators), dtype=torch.int64, device=generators[0].device)
         for place, generator in enumerate(generators):  # in place: a small kernel less for each, and no copies
             timesteps[place].random_(self.num_timesteps, generator=generator)

@@ -21,7 +21,9 @@ def build_process(cfg: DictConfig) -> GaussianDiffusion:
             cfg.timesteps,
             cfg.loss_type,
             prediction=cfg.prediction,
-            loss_weighting=cfg.get("loss_weighting", "none"),  # of no effect on sampling, so generation has none
+            # Of no effect on sampling, so generation has none of these.
+            loss_weighting=cfg.get("loss_weighting", "none"),
+            timestep_draw=cfg.get("timestep_draw", "uniform"),
         )
     except ValueError as error:
         raise UserError(f"diffusion config: {error}") from error

@@ -32,6 +32,7 @@ from config.schema.rules import (
 
 PREDICTIONS = ("noise", "v", "x0")  # those of ddpm/predictions.py
 LOSS_WEIGHTINGS = ("none", "min_snr", "x0")  # those of ddpm/predictions.py
+TIMESTEP_DRAWS = ("uniform", "logit_normal")  # those of ddpm/timesteps.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
 switches = Rule(lambda value: set(value) <= {0, 1}, "0 or 1 per level")
@@ -84,6 +85,11 @@ class BiFlowNetConfig(DiffusionModelConfig):
         "none",
         "weights of losses by timestep: none | min_snr (gamma 5) | x0 (as measured in x0; not for prediction noise)",
         one_of(*LOSS_WEIGHTINGS),
+    )
+    timestep_draw: str = tuned(
+        "uniform",
+        "timesteps trained on: uniform | logit_normal (most often the middle ones)",
+        one_of(*TIMESTEP_DRAWS),
     )
     label_dropout: float = tuned(0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one)
 

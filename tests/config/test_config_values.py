@@ -131,7 +131,7 @@ CONTINUABLE = [
     (
         BiFlowNetConfig,
         CHANGES,
-        "loss_type loss_weighting label_dropout batch_size lr adam_betas lr_schedule lr_warmup grad_clip "
+        "loss_type loss_weighting timestep_draw label_dropout batch_size lr adam_betas lr_schedule lr_warmup grad_clip "
         "enable_amp amp_dtype ema_decay ema_every ema_start global_seed split",
     ),
     (
