@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig, downsampling
 from config.schema.data import PreprocessConfig
-from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.schema.diffusion import FLOW_STRATEGIES, BiFlowNetConfig, GenerationConfig
 from config.schema.evaluation import GenerationMetricsConfig, RecipeStudyConfig, fewest_volumes
 from config.schema.option import options_of
 
@@ -57,15 +57,27 @@ def _levels(cfg: DictConfig) -> Iterator[str]:
         yield f"use_attn must have one entry per level of dim_mults {list(cfg.dim_mults)}, got {list(cfg.use_attn)}"
 
 
+def _process(cfg: DictConfig) -> Iterator[str]:
+    """Options of a diffusion that a flow has not."""
+    without = {"prediction": "noise", "loss_weighting": "none"}
+    for name, value in without.items():
+        if cfg.process == "flow" and cfg.get(name) not in (None, value):
+            yield f"{name} {cfg[name]} has no meaning with process flow, which predicts the velocity: leave it out"
+
+
 def _biflownet(cfg: DictConfig) -> Iterator[str]:
     yield from _levels(cfg)
+    yield from _process(cfg)
     if cfg.preview_steps > cfg.timesteps:
         yield f"preview_steps must be at most timesteps {cfg.timesteps}, got {cfg.preview_steps}"
 
 
 def _generation(cfg: DictConfig) -> Iterator[str]:
     yield from _levels(cfg)
-    if cfg.sampling_strategy != "ddpm" and cfg.ddim_steps > cfg.timesteps:
+    yield from _process(cfg)
+    if cfg.sampling_strategy in FLOW_STRATEGIES and cfg.eta != 0:
+        yield f"eta must be 0 with sampling_strategy {cfg.sampling_strategy}, which draws no noise, got {cfg.eta}"
+    if cfg.sampling_strategy not in ("ddpm", *FLOW_STRATEGIES) and cfg.ddim_steps > cfg.timesteps:
         yield f"ddim_steps must be at most timesteps {cfg.timesteps}, got {cfg.ddim_steps}"
     if cfg.sampling_strategy in ("dpm++", "unipc") and find_spec("diffusers") is None:
         yield (

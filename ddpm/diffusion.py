@@ -1,7 +1,7 @@
 """The diffusion process on normalised latents.
 
-A process draws its timesteps (``draw_timesteps``), makes the loss (``p_losses``) and samples (``sample``): training and
-generation need these three. Another objective is another class that has them.
+A process draws its timesteps (``draw_timesteps``), makes the loss (``p_losses``) and samples (``sample``; previews by
+``fast_strategy``): training and generation need these. Another objective is another class that has them.
 """
 
 import warnings
@@ -42,6 +42,8 @@ class GaussianDiffusion(nn.Module):
     Raises:
         ValueError: an argument out of range.
     """
+
+    fast_strategy = "ddim"  # of previews
 
     def __init__(
         self,

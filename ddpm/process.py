@@ -1,4 +1,4 @@
-"""The diffusion process that a config means: one place for training, previews, generation and studies."""
+"""The process that a config means, diffusion or flow: one place for training, previews, generation and studies."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,22 +8,28 @@ from omegaconf import DictConfig
 
 from common.errors import UserError
 from ddpm.diffusion import GaussianDiffusion
+from ddpm.flow import FLOW_SAMPLERS, RectifiedFlow
+from ddpm.samplers import SAMPLERS, Sampler
 
 # What the network's output means where a checkpoint doesn't say, as those of the official release.
-OFFICIAL = {"prediction": "noise"}
+OFFICIAL = {"process": "diffusion", "prediction": "noise"}
+SAMPLERS_OF = {"diffusion": SAMPLERS, "flow": FLOW_SAMPLERS}  # of each process
 
 
-def build_process(cfg: DictConfig) -> GaussianDiffusion:
+def build_process(cfg: DictConfig) -> GaussianDiffusion | RectifiedFlow:
     """The process of a training or generation config; what it refuses becomes a UserError."""
+    # These have no effect on sampling, so generation has none of them.
+    loss_weighting, timestep_draw = cfg.get("loss_weighting", "none"), cfg.get("timestep_draw", "uniform")
     try:
+        if cfg.process == "flow":  # the configuration refuses prediction and loss_weighting with it
+            return RectifiedFlow(cfg.volume_channels, cfg.timesteps, cfg.loss_type, timestep_draw)
         return GaussianDiffusion(
             cfg.volume_channels,
             cfg.timesteps,
             cfg.loss_type,
             prediction=cfg.prediction,
-            # Of no effect on sampling, so generation has none of these.
-            loss_weighting=cfg.get("loss_weighting", "none"),
-            timestep_draw=cfg.get("timestep_draw", "uniform"),
+            loss_weighting=loss_weighting,
+            timestep_draw=timestep_draw,
         )
     except ValueError as error:
         raise UserError(f"diffusion config: {error}") from error
@@ -33,10 +39,20 @@ def take_process(cfg: DictConfig, path: str | Path, checkpoint: Mapping[str, Any
     """Set the options of a generation config that say what the network's output means, by its checkpoint.
 
     Raises:
-        UserError: the config says something else.
+        UserError: the config says something else, or names a sampler of another process.
     """
     for name, official in OFFICIAL.items():
         trained = getattr(checkpoint.get("args"), name, official)
         if cfg[name] not in (None, trained):
             raise UserError(f"{name} is {cfg[name]}, but {path} was trained with {trained}: leave {name} out")
         cfg[name] = trained
+    if cfg.sampling_strategy not in SAMPLERS_OF[cfg.process]:
+        raise UserError(
+            f"sampling_strategy is {cfg.sampling_strategy}, but {path} was trained with process {cfg.process}: choose "
+            f"{' or '.join(SAMPLERS_OF[cfg.process])}"
+        )
+
+
+def find_sampler(strategy: str) -> Sampler:
+    """The sampler of this name, of whichever process."""
+    return {name: sampler for samplers in SAMPLERS_OF.values() for name, sampler in samplers.items()}[strategy]

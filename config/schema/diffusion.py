@@ -33,7 +33,9 @@ from config.schema.rules import (
 PREDICTIONS = ("noise", "v", "x0")  # those of ddpm/predictions.py
 LOSS_WEIGHTINGS = ("none", "min_snr", "x0")  # those of ddpm/predictions.py
 TIMESTEP_DRAWS = ("uniform", "logit_normal")  # those of ddpm/timesteps.py
+PROCESSES = ("diffusion", "flow")  # those of ddpm/process.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
+FLOW_STRATEGIES = ("euler",)  # those of ddpm/flow.py
 widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
 switches = Rule(lambda value: set(value) <= {0, 1}, "0 or 1 per level")
 token = Rule(lambda value: value > 0 and SUB_VOLUME % value == 0, f"a divisor of the sub-volume edge {SUB_VOLUME}")
@@ -54,8 +56,11 @@ class DiffusionModelConfig:
     resnet_groups: int = key(24, "groups of each GroupNorm", at_least(1))
     dit_num_heads: int = key(8, "attention heads of a DiT block", at_least(1))
     attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each", at_least(1))
-    timesteps: int = flag(1000, "diffusion steps of the training", at_least(1))
-    prediction: str = key("noise", "what the network predicts: noise | v | x0", one_of(*PREDICTIONS))
+    timesteps: int = flag(
+        1000, "diffusion steps of the training; of a flow what the network gets for t = 1", at_least(1)
+    )
+    process: str = key("diffusion", "diffusion | flow (rectified flow, of velocities)", one_of(*PROCESSES))
+    prediction: str = key("noise", "what the network predicts in a diffusion: noise | v | x0", one_of(*PREDICTIONS))
 
 
 @dataclass
@@ -132,13 +137,14 @@ class BiFlowNetConfig(DiffusionModelConfig):
     ckpt_every: int = flag(500, "optimiser steps between checkpoints", at_least(1), resume=FREE)
     keep_checkpoints: int = keep_checkpoints()
     preview: bool = key(True, "sample one volume per checkpoint into samples/", resume=FREE)
-    preview_steps: int = key(10, "DDIM steps of a preview", at_least(1), resume=FREE)
+    preview_steps: int = key(10, "DDIM or Euler steps of a preview", at_least(1), resume=FREE)
 
 
 @dataclass
 class GenerationConfig(DiffusionModelConfig):
     """Class-conditional generation (evaluation/class_conditional_generation.py and _4x.py)."""
 
+    process: str | None = key(None, "diffusion | flow; null = as the checkpoint was trained", one_of(*PROCESSES))
     prediction: str | None = key(None, "noise | v | x0; null = as the checkpoint was trained", one_of(*PREDICTIONS))
 
     AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required", section="Files")
@@ -165,9 +171,14 @@ class GenerationConfig(DiffusionModelConfig):
     )
 
     sampling_strategy: str = flag(
-        "ddpm", "ddpm (all timesteps) | ddim | dpm++ | unipc", one_of(*SAMPLING_STRATEGIES), section="Sampling"
+        "ddpm",
+        "ddpm (all timesteps) | ddim | dpm++ | unipc; of a flow euler",
+        one_of(*SAMPLING_STRATEGIES, *FLOW_STRATEGIES),
+        section="Sampling",
     )
-    ddim_steps: int = key(100, "steps of ddim, dpm++ and unipc; at most timesteps", at_least(1), flag="--ddim_steps")
+    ddim_steps: int = key(
+        100, "steps of ddim, dpm++ and unipc, at most timesteps; of euler", at_least(1), flag="--ddim_steps"
+    )
     eta: float = flag(0.0, "noise of ddim alone: 0 = deterministic, 1 = as much as ddpm", share)
     guidance_scale: float = flag(
         1.0, "classifier-free guidance; 1 = off, others need a model trained with label_dropout", not_negative

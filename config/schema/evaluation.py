@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from math import ceil
 
-from config.schema.diffusion import SAMPLING_STRATEGIES
+from config.schema.diffusion import FLOW_STRATEGIES, SAMPLING_STRATEGIES
 from config.schema.option import device_flag, flag, key
 from config.schema.rules import Rule, at_least, interval, name_of_a, not_negative, one_of, positive, regex
 
@@ -14,7 +14,8 @@ known_networks = Rule(
     f"auto, or some of {' '.join(FEATURE_NETWORKS)}",
 )
 some_samplers = Rule(
-    lambda value: value and set(value) <= set(SAMPLING_STRATEGIES), f"some of {' '.join(SAMPLING_STRATEGIES)}"
+    lambda value: value and set(value) <= {*SAMPLING_STRATEGIES, *FLOW_STRATEGIES},
+    f"some of {' '.join([*SAMPLING_STRATEGIES, *FLOW_STRATEGIES])}",
 )
 some_seeds = Rule(lambda value: value and min(value) >= 0, "one or more, each at least 0")
 different = Rule(lambda value: len(set(value)) == len(value), "all different")
@@ -116,7 +117,7 @@ class SamplingStudyConfig:
 
     demo: str = flag("demo", "folder of a finished demo")
     output_dir: str | None = flag(None, "folder of the results; required")
-    strategies: list[str] = flag([*SAMPLING_STRATEGIES], "samplers", some_samplers)
+    strategies: list[str] | None = flag(None, "samplers; null = all of the model's process", some_samplers)
     steps: list[int] = flag([5, 10, 15, 25, 50, 100], "of all but ddpm, which takes every timestep")
     seeds: list[int] = flag([0, 1, 2], "of the noise", some_seeds)
     num_samples: int = flag(8, "volumes per class, run and seed; a distance needs two", at_least(2))

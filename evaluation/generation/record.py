@@ -24,8 +24,7 @@ from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.processes import Distributed, device_name
 from dataset.volumes.volume_io import is_whole_volume, read_header
-from ddpm.process import OFFICIAL
-from ddpm.samplers import get_sampler
+from ddpm.process import OFFICIAL, find_sampler
 from evaluation.generation.requests import Request
 
 # Options of the network that no weight's shape tells: a wrong value loads, and gives other images.
@@ -37,7 +36,7 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
     return {
         "timesteps": cfg.timesteps,
         "sampling_strategy": cfg.sampling_strategy,
-        **{name: cfg[name] for name in get_sampler(cfg.sampling_strategy).options},
+        **{name: cfg[name] for name in find_sampler(cfg.sampling_strategy).options},
         "guidance_scale": cfg.guidance_scale,
         **{name: cfg[name] for name in WITHOUT_SHAPE},
         "precision": cfg.precision,

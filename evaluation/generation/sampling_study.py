@@ -26,14 +26,14 @@ from config.loading import SAVED_CONFIG, load_config
 from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import HELD_OUT, TRAINING
-from ddpm.process import build_process
-from ddpm.samplers import SAMPLERS
+from ddpm.process import SAMPLERS_OF, build_process
 from evaluation.demonstration.figures import distance_to_real, features, load_classes
 from evaluation.demonstration.stages import DemoPaths
 from evaluation.generation.requests import Request, list_requests
 from evaluation.generation.run import load_models, sample_latents
 
 ALL_TIMESTEPS = "ddpm"  # takes every timestep, whatever --steps says: the reference
+_ALL = [name for samplers in SAMPLERS_OF.values() for name in samplers]
 BATCH_SIZE = 16  # latents sampled together; results do not depend on it
 MEASURES = {
     "mmd": "distance to real (unbiased MMD, as in demo.json)",
@@ -58,7 +58,7 @@ def run_study(cfg: DictConfig) -> None:
     device = choose_device(cfg.device)
     configure_backend(device)
     study = Study(Path(cfg.demo), Path(cfg.output_dir), cfg.num_samples, device)
-    runs = planned_runs(cfg.strategies, cfg.steps, cfg.seeds, study.cfg.timesteps)
+    runs = planned_runs(study.strategies(cfg.strategies), cfg.steps, cfg.seeds, study.cfg.timesteps)
 
     todo = [run for run in runs if run not in study.results]
     study.write()
@@ -101,6 +101,16 @@ class Study:
         self.floor = self._floor(features(training), training_labels, num_samples)
         self.autoencoder, self.model = load_models(self.cfg, device)
         self.diffusion = build_process(self.cfg).to(device)
+
+    def strategies(self, asked: Sequence[str] | None) -> list[str]:
+        """Those of the model's process; all where none are asked for. UserError for one of another process."""
+        known = list(SAMPLERS_OF[self.cfg.process])
+        if strange := [name for name in asked or () if name not in known]:
+            raise UserError(
+                f"--strategies {strange[0]}: the demo's model was trained with process {self.cfg.process}: choose "
+                f"among {' '.join(known)}"
+            )
+        return list(asked or known)
 
     def measure(self, run: Run, progress: Progress) -> dict[str, float]:
         """Sample, decode and compare one set of volumes."""
@@ -198,7 +208,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 def table(results: Found, floor: Sequence[dict[str, float]]) -> str:
     """Markdown: steps x strategy for each measure, what real volumes get in the last row."""
-    strategies = [name for name in SAMPLERS if any(run.strategy == name for run in results)]
+    strategies = [name for name in _ALL if any(run.strategy == name for run in results)]
     lines = []
     for measure, meaning in MEASURES.items():
         found = over_seeds(results, measure)
@@ -222,7 +232,7 @@ def picture(results: Found, floor: Sequence[dict[str, float]]) -> bytes:
     canvas = FigureCanvasAgg(figure)  # by hand, so that no global matplotlib state is touched
     for axes, (measure, meaning) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
         found = over_seeds(results, measure)
-        for number, name in enumerate(name for name in SAMPLERS if name != ALL_TIMESTEPS):
+        for number, name in enumerate(name for name in _ALL if name != ALL_TIMESTEPS):
             points = [(steps, *found[strategy, steps]) for strategy, steps in sorted(found) if strategy == name]
             if points:
                 steps, means, spreads = zip(*points, strict=True)

@@ -99,6 +99,13 @@ def test_all_problems_are_reported_together():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("option", "value"), [("prediction", "x0"), ("loss_weighting", "min_snr")])
+def test_options_that_a_flow_has_not(option, value):
+    load_config(BiFlowNetConfig, None, ["process=flow", "timestep_draw=logit_normal"])
+    message = error_of(load_config, BiFlowNetConfig, None, ["process=flow", f"{option}={value}"])
+    assert message.startswith(f"{option} {value} has no meaning with process flow, which predicts the velocity")
+
+
 def test_same_class_twice_is_refused():
     row = "{id:0,name:a,grids:[[8,8,8]],spacings_mm:[[1,1,1]]}"
     named_twice = f"classes=[{row},{row.replace('id:0', 'id:1')}]"

@@ -196,7 +196,7 @@ def test_guidance_without_a_null_label_is_refused(models, tmp_path):
             r"asks for .*A_32x32x32.nii.gz a second time, after A: give",
         ),
         ({"tile": 30, "decoding": "tiles"}, "tile is 30: it has to be a multiple of downsample 4"),
-        ({"sampling_strategy": "euler"}, "sampling_strategy must be one of"),
+        ({"sampling_strategy": "heun"}, "sampling_strategy must be one of"),
         pytest.param(
             {"device": "cuda"},
             "no usable GPU",

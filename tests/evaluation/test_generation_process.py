@@ -13,6 +13,7 @@ from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
+from ddpm.flow import RectifiedFlow
 from evaluation.generation.record import read_record
 from evaluation.generation.requests import list_requests, noise_generator
 from evaluation.generation.run import generate
@@ -58,6 +59,19 @@ def test_the_prediction_is_read_from_the_checkpoint(models, tmp_path):
     assert "prediction: v\n" in (path.parent / "config.yaml").read_text()
 
 
+def test_a_flow_is_sampled_as_a_flow(models, tmp_path):
+    flow = trained(models, tmp_path, process="flow")
+    classes = [row(0, "Chest", CUBE, [8, 8, 16])]  # shifted otherwise each
+    cfg = config(models, tmp_path, classes, model_ckpt=flow, sampling_strategy="euler", ddim_steps=20, batch_size=2)
+    paths = generate(cfg)  # more steps than the 12 timesteps of the training
+    assert [voxels(path).shape for path in paths] == [(1, 32, 32, 32), (1, 32, 32, 64)]
+    record = read_record(paths[0])
+    assert (record["sampling_strategy"], record["ddim_steps"], record["run"]["process"]) == ("euler", 20, "flow")
+    assert "eta" not in record
+    alone = config(models, tmp_path / "alone", CHEST, model_ckpt=flow, sampling_strategy="euler", ddim_steps=20)
+    torch.testing.assert_close(voxels(paths[0]), by_hand(alone, RectifiedFlow(4, TIMESTEPS)), rtol=1e-5, atol=1e-5)
+
+
 def test_what_the_checkpoint_says_may_be_said_again(models, tmp_path):
     """And is no other setting: the volumes that are there stay."""
     (path,) = generate(config(models, tmp_path, CHEST))
@@ -87,6 +101,21 @@ def test_volumes_of_before_are_kept(models, tmp_path):
             {"prediction": "noise"},
             r"prediction is noise, but .*x0\.pt was trained with x0: leave",
         ),
+        ({}, {"process": "flow"}, r"^process is flow, but .*\.pt was trained with diffusion: leave process out$"),
+        (
+            {},
+            {"sampling_strategy": "euler"},
+            "euler, but .* was trained with process diffusion: choose ddpm or ddim",
+        ),
+        ({"process": "flow"}, {"process": "diffusion"}, "process is diffusion, but .* was trained with flow"),
+        (
+            {"process": "flow"},
+            {},
+            r"strategy is ddim, but .*flow\.pt was trained with process flow: choose euler$",
+        ),
+        ({"process": "flow"}, {"sampling_strategy": "ddpm"}, "sampling_strategy is ddpm, but"),
+        ({"process": "flow"}, {"sampling_strategy": "euler", "eta": 0.5}, "eta must be 0 with sampling_strategy euler"),
+        ({"process": "flow"}, {"process": "flow", "prediction": "v"}, "prediction v has no meaning with process flow"),
         ({}, {"prediction": "eps"}, r"prediction must be one of noise \| v \| x0"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from generation_models import CUBE, TIMESTEPS, config, row, save_models
 
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from config.loading import save_config
 from dataset import phantoms
@@ -156,6 +157,24 @@ def test_a_foreign_file_is_not_overwritten(demo, tmp_path):
     with pytest.raises(UserError, match="not a result of this script"):
         run(demo, tmp_path, *SMALL)
     assert (tmp_path / "sampling.json").read_text() == "[]"
+
+
+def test_a_flow_has_its_own_samplers(demo, tmp_path):
+    """And a diffusion not those of a flow."""
+    with pytest.raises(UserError, match="--strategies euler: .* process diffusion: choose among ddpm ddim dpm"):
+        run(demo, tmp_path / "study", "--strategies", "euler", "--steps", "2")
+    flow = tmp_path / "flow"
+    shutil.copytree(demo, flow)
+    path = flow / "biflownet" / "checkpoints" / "flow.pt"
+    checkpoint = load_checkpoint(path)
+    checkpoint["args"].process = "flow"
+    save_checkpoint(checkpoint, path)
+    classes = [row(0, "CTChest", CUBE), row(1, "MRBrain", CUBE)]
+    cfg = config(flow, flow / "generated", classes, process="flow", sampling_strategy="euler")
+    save_config(cfg, flow / "generated" / "seed_0")
+    content = run(flow, tmp_path / "study", "--steps", "3", "--seeds", "0")  # all of a flow's samplers
+    assert [(entry["strategy"], entry["steps"]) for entry in content["runs"]] == [("euler", 3)]
+    assert "| steps | euler |" in (tmp_path / "study" / "sampling_table.md").read_text()
 
 
 def test_runs_are_planned_cheapest_first():

@@ -42,7 +42,7 @@ QUICK = {"max_steps": 2, "lr": 1e-2, "preview_steps": 2}
 @pytest.mark.parametrize(
     "change",
     [{"loss_type": "l2"}, {"timesteps": 50}, {"vq_size": 32}, {"global_seed": 1}, {"prediction": "v"}]
-    + [{"loss_weighting": "min_snr"}, {"timestep_draw": "logit_normal"}],
+    + [{"loss_weighting": "min_snr"}, {"timestep_draw": "logit_normal"}, {"process": "flow"}],
 )
 def test_option_has_an_effect(data, tmp_path, plain_loss, change):
     changed = train(runs.config(data, tmp_path, **QUICK, **change))["loss"]

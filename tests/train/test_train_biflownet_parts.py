@@ -22,6 +22,7 @@ from common.processes import Distributed
 from config.loading import save_config
 from dataset.order.epochs import EpochSampler
 from ddpm.diffusion import GaussianDiffusion
+from ddpm.flow import RectifiedFlow
 from train.diffusion import preview, run_folder
 from train.diffusion.batches import GlobalBatchSampler
 from train.diffusion.draws import _mix, draw_dropped, draw_noise, sample_generators
@@ -190,12 +191,13 @@ class Denoiser(nn.Module):
         return x * 0
 
 
+@pytest.mark.parametrize("process", [GaussianDiffusion, RectifiedFlow])
 @pytest.mark.parametrize(("time_limit_s", "num_calls"), [(60.0, 3), (-1.0, 1)])
-def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, time_limit_s, num_calls):
+def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, process, time_limit_s, num_calls):
     autoencoder = load_autoencoder(runs.save_autoencoder(tmp_path / "ae.ckpt"))
     model = Denoiser()
     before = torch.get_rng_state()
-    grid, diffusion, logger = (8, 8, 16), GaussianDiffusion(4, 20), logging.getLogger("preview test")
+    grid, diffusion, logger = (8, 8, 16), process(4, 20), logging.getLogger("preview test")
     previews = Previews(
         tmp_path, [0, 1], grid, 3, model, diffusion, autoencoder, CPU, logger, time_limit_s=time_limit_s
     )

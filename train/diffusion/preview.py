@@ -1,8 +1,8 @@
 """A short look at what the diffusion model makes of one class, during training.
 
-Rank 0 samples one latent with a few DDIM steps, in a thread beside training. The next checkpoint waits for it, and then
-the other ranks wait for rank 0. So a preview has a time limit, far below the process groups' time-outs (nccl: 10
-minutes, gloo: 30).
+Rank 0 samples one latent with a few steps of DDIM or Euler, in a thread beside training. The next checkpoint waits for
+it, and then the other ranks wait for rank 0. So a preview has a time limit, far below the process groups' time-outs
+(nccl: 10 minutes, gloo: 30).
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Previews:
     folder: Path  # in the run's; gets `step_SSSSSSS_class_C.nii.gz` and `.png`
     classes: Sequence[int]  # ids that previews take turns at
     grid: tuple[int, int, int]  # latent grid (d, h, w)
-    steps: int  # of DDIM
+    steps: int  # of the process's fast sampler
     model: nn.Module  # the denoiser; a copy of it is made
     diffusion: nn.Module  # on `device`; only read
     autoencoder: nn.Module
@@ -93,9 +93,10 @@ class Previews:
         z = torch.randn((1, self.diffusion.channels, *self.grid), generator=generator).to(self.device)
         conditions = {"y": torch.tensor([class_id], device=self.device)}
         conditions["res"] = torch.tensor([self.grid], device=self.device) / self.model.vq_size  # (1, 3)
-        options = dict(strategy="ddim", ddim_steps=self.steps, generator=generator, progress=check)
+        options = dict(ddim_steps=self.steps, generator=generator, progress=check)
         with _moved(self.model, self.device):
-            return self.diffusion.sample(self.model, z, conditions=conditions, **options)
+            strategy = self.diffusion.fast_strategy
+            return self.diffusion.sample(self.model, z, strategy=strategy, conditions=conditions, **options)
 
     def _decode(self, latent: Tensor) -> Tensor:
         """Volume (1, D, H, W) on the CPU."""
