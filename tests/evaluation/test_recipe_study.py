@@ -49,6 +49,7 @@ def by_variant(content: dict) -> dict[str, list[dict]]:
     return {name: [r for r in content["runs"] if r["variant"] == name] for name in ("as is", "fast", "slow")}
 
 
+@pytest.mark.slow
 def test_a_study_is_killed_and_goes_on(demo, tmp_path):
     """As a process of its own, with the real scripts as its children."""
     file, output = study_file(demo, tmp_path), tmp_path / "out"
