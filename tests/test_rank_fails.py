@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 TIME_LIMIT_S = 100  # far above what a run takes, and below torch's time-outs
 DRIVER = """
 import importlib, os, runpy, sys, time
+from datetime import timedelta
 import torch.distributed as dist
 from common import launched
 from common.errors import UserError
@@ -36,7 +37,13 @@ def as_nccl(collective):
 
 for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "barrier"):
     setattr(dist, name, as_nccl(getattr(dist, name)))
-dist.destroy_process_group = dist.barrier
+
+def destroy():
+    store = dist.distributed_c10d._get_default_store()
+    store.set("leaving " + os.environ["RANK"], "")
+    store.wait(["leaving 0", "leaving 1"], timedelta(seconds=600))
+
+dist.destroy_process_group = destroy
 launched.GRACE_S = 1.0
 
 def fail(*args, **options):
