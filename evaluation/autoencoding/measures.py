@@ -153,11 +153,13 @@ def summarise(
                 notes.append(Warned(group, shown, ": no larger than a patch, or constant but at borders"))
             of_kept = units[is_there]
             if all(map(len, of_kept.of_classes)):
-                figure = make(name, model, partial(_mean, kept), of_kept, is_difference=model not in results)
+                figure = make(name, model, partial(mean_of, kept), of_kept, is_difference=model not in results)
                 std = kept.std().item() if math.isfinite(figure.value) and len(kept) > 1 else None
                 figures.append(replace(figure, std=std))
     for name, of_counts in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
-        statistics = {model: partial(_of_counts, of_counts, _counts(arrays)) for model, arrays in results.items()}
+        statistics = {
+            model: partial(of_counted_codes, of_counts, code_counts_of(arrays)) for model, arrays in results.items()
+        }
         for model in later:
             of, to = statistics[model], statistics[first]
             statistics[f"{model} minus {first}"] = lambda chosen, of=of, to=to: of(chosen) - to(chosen)
@@ -166,16 +168,18 @@ def summarise(
     return figures, notes
 
 
-def _counts(arrays: Sequence[Arrays]) -> Tensor:
+def code_counts_of(arrays: Sequence[Arrays]) -> Tensor:
     """(N, n_codes) float64."""
     return torch.from_numpy(np.stack([of_volume[COUNTS] for of_volume in arrays])).double()
 
 
-def _mean(values: Tensor, chosen: Tensor) -> float:
-    return values[chosen].mean().item()  # values: (N,)
+def mean_of(values: Tensor, chosen: Tensor) -> float:
+    """Of the values (N,) of some volumes."""
+    return values[chosen].mean().item()
 
 
-def _of_counts(function: Callable[[Tensor], float], counts: Tensor, chosen: Tensor) -> float:
+def of_counted_codes(function: Callable[[Tensor], float], counts: Tensor, chosen: Tensor) -> float:
+    """A function of code counts (n_codes,), of those of some volumes together, each as often as it is chosen."""
     times = torch.bincount(chosen, minlength=len(counts)).double()  # (N,)
     return function(times @ counts)  # counts: (N, n_codes)
 

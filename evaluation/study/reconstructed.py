@@ -1,13 +1,12 @@
 """The figures of a run's autoencoder on held-out volumes, with what they would be of other volumes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from AutoEncoder.model.codebook import codebook_usage, perplexity
 from common.files import file_sha256
@@ -16,7 +15,7 @@ from config.loading import load_config
 from config.schema.evaluation import ReconstructionConfig
 from dataset.order.data_split import HELD_OUT
 from dataset.volumes.pictures import central_slices
-from evaluation.autoencoding.measures import COUNTS, METRICS
+from evaluation.autoencoding.measures import METRICS, code_counts_of, mean_of, of_counted_codes
 from evaluation.autoencoding.plan import ROLE, Plan, make_plan, read_all
 from evaluation.autoencoding.reconstruction import Measurement, Networks
 from evaluation.comparison.sets import Group, list_set, units_of
@@ -53,9 +52,9 @@ class ReconstructedJudge:
         for name in OF_VOLUMES:
             values = torch.tensor([float(of_volume[name]) for of_volume in together], dtype=torch.float64)  # (N,)
             if values.isfinite().all():
-                statistics[name] = partial(_mean, values)
-        counts = torch.from_numpy(np.stack([of_volume[COUNTS] for of_volume in together])).double()  # (N, n_codes)
-        statistics |= {name: partial(_of_counts, function, counts) for name, function in OF_CODES.items()}
+                statistics[name] = partial(mean_of, values)
+        counts = code_counts_of(together)
+        statistics |= {name: partial(of_counted_codes, function, counts) for name, function in OF_CODES.items()}
         found = {}
         for name, statistic in statistics.items():
             of_subjects, sizes = by_subject(statistic, [units])
@@ -87,12 +86,3 @@ class ReconstructedJudge:
         works = [Measurement(cfg, plan, plan.checkpoints[0], group, networks).work() for group in groups]
         found = [do_work(work, g.sets[ROLE], self.place, 0)[0] for work, g in zip(works, groups, strict=True)]
         return groups, found
-
-
-def _mean(values: Tensor, chosen: Tensor) -> float:
-    return values[chosen].mean().item()
-
-
-def _of_counts(function: Callable[[Tensor], float], counts: Tensor, chosen: Tensor) -> float:
-    times = torch.bincount(chosen, minlength=len(counts)).double()  # (N,)
-    return function(times @ counts)
