@@ -1,25 +1,20 @@
-"""The diffusion process on normalised latents.
-
-A process draws its timesteps (``draw_timesteps``), makes the loss (``p_losses``) and samples (``sample``; previews by
-``fast_strategy``): training and generation need these. Another objective is another class that has them.
-"""
+"""The diffusion process on normalised latents."""
 
 import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm import predictions, samplers, schedule
-from ddpm.denoiser import Conditions, all_conditions, check_conditions, check_latent, conditioned, predict
+from ddpm.denoiser import Conditions, all_conditions, check_latent, conditioned, predict
+from ddpm.latent_process import LatentProcess
+from ddpm.latent_scaling import LatentScaling
 from ddpm.schedule import Denoise, Generator, Limit, NoiseSchedule, Progress
-from ddpm.timesteps import check_timestep_draw, draw_fractions
-
-LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+from ddpm.timesteps import draw_fractions
 
 
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(LatentProcess):
     """Denoising diffusion with a cosine schedule (Wang et al., IEEE TMI 2025, section III-B).
 
     Holds the schedule as float32 buffers and no parameters. The denoiser is an argument of each method that needs one:
@@ -34,7 +29,8 @@ class GaussianDiffusion(nn.Module):
         dynamic_thres_percentile: that percentile, as a fraction in (0, 1].
         prediction: what the denoiser predicts: 'noise', 'v' or 'x0' (``ddpm/predictions.py``).
         loss_weighting: of the losses at each timestep: 'none', 'min_snr' or 'x0' (``error_factors`` there).
-        timestep_draw: how training spreads its timesteps: 'uniform' or 'logit_normal' (``ddpm/timesteps.py``).
+        timestep_draw, scaling: as of ``LatentProcess``. Methods on x_t, that is all but p_losses, sample and
+            interpolate, take and give latents as the network sees them.
 
     Shapes: x, noise (B, C, d, h, w); t (B,) int64 in [0, T); y (B,) class ids; res (3,) or (B, 3); other conditions
     (B, ...).
@@ -55,25 +51,17 @@ class GaussianDiffusion(nn.Module):
         prediction="noise",
         loss_weighting="none",
         timestep_draw="uniform",
+        scaling: LatentScaling | None = None,
     ):
-        super().__init__()
-        if channels < 1 or timesteps < 1:
-            raise ValueError(f"channels ({channels}) and timesteps ({timesteps}) have to be at least 1.")
-        if loss_type not in LOSSES:
-            raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSSES)}.")
+        super().__init__(channels, timesteps, loss_type, timestep_draw, scaling)
         if prediction not in predictions.PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}: choose one of {', '.join(predictions.PREDICTIONS)}.")
         if loss_weighting not in predictions.LOSS_WEIGHTINGS:
             known = ", ".join(predictions.LOSS_WEIGHTINGS)
             raise ValueError(f"loss_weighting is {loss_weighting!r}: choose one of {known}.")
-        check_timestep_draw(timestep_draw)
         if not 0 < dynamic_thres_percentile <= 1:
             raise ValueError(f"dynamic_thres_percentile is {dynamic_thres_percentile}: it has to lie in (0, 1].")
-        self.channels = channels
-        self.num_timesteps = timesteps
-        self.loss_type = loss_type
         self.prediction = prediction
-        self.timestep_draw = timestep_draw
         self.use_dynamic_thres = use_dynamic_thres
         self.dynamic_thres_percentile = dynamic_thres_percentile
         for name, table in schedule.noise_schedule(schedule.cosine_betas(timesteps))._asdict().items():
@@ -102,9 +90,10 @@ class GaussianDiffusion(nn.Module):
 
     def limit_start(self, x_start: Tensor) -> Tensor:
         """Keep a predicted x_0 within [-1, 1], the range of normalised latents."""
+        x_start = self.restored(x_start)
         if self.use_dynamic_thres:
-            return schedule.dynamic_threshold(x_start, self.dynamic_thres_percentile)
-        return schedule.clip_start(x_start)
+            return self.scaled(schedule.dynamic_threshold(x_start, self.dynamic_thres_percentile))
+        return self.scaled(schedule.clip_start(x_start))
 
     def _limit(self, clip_denoised: bool) -> Limit:
         return self.limit_start if clip_denoised else (lambda x_start: x_start)
@@ -122,17 +111,14 @@ class GaussianDiffusion(nn.Module):
 
     def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None, conditions: Conditions | None = None):
         """Mean error (``loss_type``, ``loss_weighting``) of what is predicted from x_t, a scalar; noise None: drawn."""
-        check_latent(x_start, "x_start", self.channels)
         conditions = all_conditions(conditions, y, res)
-        if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
-            check_conditions(denoise_fn, conditions)
-        noise = torch.randn_like(x_start) if noise is None else noise
+        x_start, noise = self._training_pair(denoise_fn, x_start, noise, conditions)
         output = predict(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
         target = predictions.target(self.prediction, self.schedule, x_start, t, noise)
         if self.error_factors is not None:
             factor = schedule.at_timestep(self.error_factors, t, x_start)
             output, target = factor * output, factor * target
-        return LOSSES[self.loss_type](output, target)
+        return self._error(output, target)
 
     # -------------------------------------------------------------------------------------------------------- sampling
 
@@ -228,7 +214,7 @@ class GaussianDiffusion(nn.Module):
         options = {argument: given[option] for option, argument in sampler.options.items()}
         options["limit"] = self._limit(clip_denoised)
         denoise = self._denoise(denoise_fn, z, all_conditions(conditions, y, res), cond_scale)
-        return sampler.run(denoise, z, self.schedule, generator=generator, progress=progress, **options)
+        return self.restored(sampler.run(denoise, z, self.schedule, generator=generator, progress=progress, **options))
 
     @torch.no_grad()
     def interpolate(
@@ -258,6 +244,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"t is {start}: it has to lie between 0 and {self.num_timesteps - 1}.")
         times = torch.full((len(x1),), start, device=x1.device, dtype=torch.long)
         # Two independent noises would partly cancel in the mix, and leave less noise than timestep t has.
-        mixed = self.q_sample(torch.lerp(x1, x2, lam), times, samplers.noise_like(x1, generator))
+        mixed = self.q_sample(self.scaled(torch.lerp(x1, x2, lam)), times, samplers.noise_like(x1, generator))
         denoise = self._denoise(denoise_fn, x1, all_conditions(conditions, y, res), cond_scale)
-        return samplers.ancestral(denoise, mixed, self.schedule, self.limit_start, generator, progress, start=start)
+        x = samplers.ancestral(denoise, mixed, self.schedule, self.limit_start, generator, progress, start=start)
+        return self.restored(x)

@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddpm.denoiser import Conditions, all_conditions, check_conditions, check_latent, conditioned, predict
-from ddpm.diffusion import LOSSES
+from ddpm.denoiser import Conditions, all_conditions, check_latent, conditioned, predict
+from ddpm.latent_process import LatentProcess
+from ddpm.latent_scaling import LatentScaling
 from ddpm.samplers import Sampler
 from ddpm.schedule import Generator, Progress, per_sample
-from ddpm.timesteps import check_timestep_draw, draw_fractions
+from ddpm.timesteps import draw_fractions
 
 REFERENCE_VOXELS = 32**3  # of a latent, where times are not shifted
 TIME_UNIT = 2.0**-24  # a sampler's times are multiples of it: float32 holds them and their differences exactly
 
 
-class RectifiedFlow(nn.Module):
+class RectifiedFlow(LatentProcess):
     """Predicts the velocity noise - x_0 of x_t = (1 - t) x_0 + t noise, t from 0 (data) to 1 (noise).
 
     Times are shifted by the latent's size, in training and sampling alike, since larger grids need more noise to lose
@@ -32,6 +33,7 @@ class RectifiedFlow(nn.Module):
         timesteps: what the network is given at t = 1.
         loss_type: 'l1' or 'l2', the norm of the velocity's error.
         timestep_draw: how training spreads t before the shift: 'uniform' or 'logit_normal' (``ddpm/timesteps.py``).
+        scaling: as of ``LatentProcess``.
 
     Shapes: x, noise (B, C, d, h, w); t (B,) in [0, 1], before the shift; conditions as for ``GaussianDiffusion``.
 
@@ -41,17 +43,10 @@ class RectifiedFlow(nn.Module):
 
     fast_strategy = "euler"
 
-    def __init__(self, channels, timesteps=1000, loss_type="l1", timestep_draw="uniform"):
-        super().__init__()
-        if channels < 1 or timesteps < 1:
-            raise ValueError(f"channels ({channels}) and timesteps ({timesteps}) have to be at least 1.")
-        if loss_type not in LOSSES:
-            raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSSES)}.")
-        check_timestep_draw(timestep_draw)
-        self.channels = channels
-        self.num_timesteps = timesteps
-        self.loss_type = loss_type
-        self.timestep_draw = timestep_draw
+    def __init__(
+        self, channels, timesteps=1000, loss_type="l1", timestep_draw="uniform", scaling: LatentScaling | None = None
+    ):
+        super().__init__(channels, timesteps, loss_type, timestep_draw, scaling)
 
     def draw_timesteps(self, generators: Sequence[torch.Generator]) -> Tensor:
         """A time to train each sample at, float64, (B,), by the sample's own generator and on its device."""
@@ -59,15 +54,12 @@ class RectifiedFlow(nn.Module):
 
     def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None, conditions: Conditions | None = None):
         """Mean error (``loss_type``) of the velocity predicted from x_t, a scalar; noise None: drawn."""
-        check_latent(x_start, "x_start", self.channels)
         conditions = all_conditions(conditions, y, res)
-        if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
-            check_conditions(denoise_fn, conditions)
-        noise = torch.randn_like(x_start) if noise is None else noise
+        x_start, noise = self._training_pair(denoise_fn, x_start, noise, conditions)
         t = shift_time(t, size_ratio(x_start))
         time = per_sample(t, x_start)
         velocity = predict(denoise_fn, (1 - time) * x_start + time * noise, self._embedded(t), conditions)
-        return LOSSES[self.loss_type](velocity, noise - x_start)
+        return self._error(velocity, noise - x_start)
 
     @torch.no_grad()
     def sample(
@@ -109,7 +101,7 @@ class RectifiedFlow(nn.Module):
         def at_time(x: Tensor, t: Tensor) -> Tensor:
             return velocity(x, self._embedded(t))
 
-        return FLOW_SAMPLERS[strategy].run(at_time, z, steps=ddim_steps, progress=progress)
+        return self.restored(FLOW_SAMPLERS[strategy].run(at_time, z, steps=ddim_steps, progress=progress))
 
     def _embedded(self, t: Tensor) -> Tensor:
         """What the network is given for times t (B,), float32."""

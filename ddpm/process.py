@@ -9,20 +9,30 @@ from omegaconf import DictConfig
 from common.errors import UserError
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.flow import FLOW_SAMPLERS, RectifiedFlow
+from ddpm.latent_process import LatentProcess
+from ddpm.latent_scaling import LatentScaling
 from ddpm.samplers import SAMPLERS, Sampler
 
 # What the network's output means where a checkpoint doesn't say, as those of the official release.
 OFFICIAL = {"process": "diffusion", "prediction": "noise"}
+SCALING = "latent_scaling"  # entry of a checkpoint: mean and standard deviation of each channel, where they count
 SAMPLERS_OF = {"diffusion": SAMPLERS, "flow": FLOW_SAMPLERS}  # of each process
 
 
-def build_process(cfg: DictConfig) -> GaussianDiffusion | RectifiedFlow:
-    """The process of a training or generation config; what it refuses becomes a UserError."""
+def build_process(cfg: DictConfig, checkpoint: Mapping[str, Any] | None = None) -> LatentProcess:
+    """The process of a training or generation config; what it refuses becomes a UserError.
+
+    checkpoint: that of a generation, which says how latents are scaled. In training its `scaling` is still to be set.
+    """
     # These have no effect on sampling, so generation has none of them.
     loss_weighting, timestep_draw = cfg.get("loss_weighting", "none"), cfg.get("timestep_draw", "uniform")
+    state = (checkpoint or {}).get(SCALING)
+    scaling = LatentScaling(cfg.volume_channels) if state or cfg.get("latent_scaling") == "unit" else None
     try:
+        if state:
+            scaling.load_state_dict(state)
         if cfg.process == "flow":  # the configuration refuses prediction and loss_weighting with it
-            return RectifiedFlow(cfg.volume_channels, cfg.timesteps, cfg.loss_type, timestep_draw)
+            return RectifiedFlow(cfg.volume_channels, cfg.timesteps, cfg.loss_type, timestep_draw, scaling)
         return GaussianDiffusion(
             cfg.volume_channels,
             cfg.timesteps,
@@ -30,8 +40,9 @@ def build_process(cfg: DictConfig) -> GaussianDiffusion | RectifiedFlow:
             prediction=cfg.prediction,
             loss_weighting=loss_weighting,
             timestep_draw=timestep_draw,
+            scaling=scaling,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"diffusion config: {error}") from error
 
 

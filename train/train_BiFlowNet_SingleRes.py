@@ -47,6 +47,8 @@ def train(cfg: DictConfig) -> dict:
         split = checks.find_training_split(cfg)
         dataset = Singleres_dataset(cfg.data_path, cfg.resolution, vq_size=cfg.vq_size, split=split, cache=cache)
         checks.check_data(cfg, dataset, here)
+        if process.scaling is not None:
+            checks.set_scaling(process.scaling, dataset, here)
         batches = LatentBatches(dataset, cfg.batch_size, cfg.global_seed, cfg.num_workers, here)
         origin = here.distributed.on_main(lambda: checks.find_autoencoder(cfg, dataset, here.logger), share=False)
         torch.manual_seed(cfg.global_seed)  # the same weights on every rank

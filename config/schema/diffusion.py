@@ -33,6 +33,7 @@ from config.schema.rules import (
 PREDICTIONS = ("noise", "v", "x0")  # those of ddpm/predictions.py
 LOSS_WEIGHTINGS = ("none", "min_snr", "x0")  # those of ddpm/predictions.py
 TIMESTEP_DRAWS = ("uniform", "logit_normal")  # those of ddpm/timesteps.py
+LATENT_SCALINGS = ("range", "unit")  # those of ddpm/latent_scaling.py
 PROCESSES = ("diffusion", "flow")  # those of ddpm/process.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 FLOW_STRATEGIES = ("euler",)  # those of ddpm/flow.py
@@ -95,6 +96,11 @@ class BiFlowNetConfig(DiffusionModelConfig):
         "uniform",
         "timesteps trained on: uniform | logit_normal (most often the middle ones)",
         one_of(*TIMESTEP_DRAWS),
+    )
+    latent_scaling: str = key(
+        "range",
+        "latents as in their files, by the codebook's range, or unit: each channel to mean 0 and variance 1",
+        one_of(*LATENT_SCALINGS),
     )
     label_dropout: float = tuned(0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one)
 

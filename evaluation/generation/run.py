@@ -35,6 +35,7 @@ from dataset.volumes.geometry import centred_affine
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
 from ddpm.checkpoint import load_biflownet
+from ddpm.latent_process import LatentProcess
 from ddpm.process import build_process, take_process
 from ddpm.schedule import Progress as StepsDone
 from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
@@ -69,13 +70,14 @@ def generate(cfg: DictConfig) -> list[Path]:
         made: Slices = {}
         if todo:
             place.on_main(lambda: _check_disk(cfg, todo))
-            autoencoder, model = load_models(cfg, place.device)
+            autoencoder, model, process = load_models(cfg, place.device)
             for request in {request.grid: request for request in todo}.values():
                 limits = (request.tile, place.device, _max_bytes(cfg), cfg.precision)
                 check_memory(autoencoder, request.grid, *limits, f"{request.path}: ")
             place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
             batches = batches_of_one_shape(todo, [request.grid for request in todo], cfg.batch_size)
-            _generate_batches(cfg, model, autoencoder, batches[place.rank :: place.world_size], settings, made, place)
+            mine = batches[place.rank :: place.world_size]
+            _generate_batches(cfg, model, process, autoencoder, mine, settings, made, place)
             place.barrier()
 
         # Show what is there.
@@ -111,10 +113,16 @@ def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
 
 
 def _generate_batches(
-    cfg: DictConfig, model, autoencoder, batches: list[list[Request]], settings: dict, made: Slices, place: Distributed
+    cfg: DictConfig,
+    model,
+    process,
+    autoencoder,
+    batches: list[list[Request]],
+    settings: dict,
+    made: Slices,
+    place: Distributed,
 ) -> None:
     """Samples, decodes and writes this process's volumes; on rank 0 their slices go to `made`."""
-    diffusion = build_process(cfg).to(place.device)
     # Volumes are counted, and every sampling step of a batch is a part of them.
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} volumes [{elapsed}<{remaining}{postfix}]"
     with Progress("generating", sum(map(len, batches)), "volume", layout=layout) as progress:
@@ -125,7 +133,7 @@ def _generate_batches(
                 progress.reach(done + size * step / num_steps, f"step {step}/{num_steps}")
 
             begin = clock(place.device)
-            latents = sample_latents(cfg, model, diffusion, batch, place.device, show)  # (B, C, d, h, w)
+            latents = sample_latents(cfg, model, process, batch, place.device, show)  # (B, C, d, h, w)
             sampling_s = (clock(place.device) - begin) / len(batch)
             for request, latent in zip(batch, latents, strict=True):
                 begin = clock(place.device)
@@ -155,8 +163,8 @@ def _max_bytes(cfg: DictConfig) -> int | None:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Autoencoder and BiFlowNet (EMA weights), after the checks that they fit the config.
+def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Module, LatentProcess]:
+    """Autoencoder, BiFlowNet (EMA weights) and its process, after the checks that they fit the config.
 
     What the config leaves to the checkpoint (null) is set in it.
     """
@@ -186,7 +194,8 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
         )
     if cfg.channels_last:
         autoencoder, model = (network.to(memory_format=torch.channels_last_3d) for network in (autoencoder, model))
-    return autoencoder, CompiledDenoiser(model) if cfg.compile else model
+    process = build_process(cfg, checkpoint).to(device)
+    return autoencoder, CompiledDenoiser(model) if cfg.compile else model, process
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -195,7 +204,7 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
 def sample_latents(
     cfg: DictConfig,
     model,
-    diffusion,
+    process,
     batch: Sequence[Request],
     device: torch.device,
     progress: StepsDone | None = None,
@@ -208,7 +217,7 @@ def sample_latents(
     res = torch.tensor(batch[0].grid) / model.vq_size  # (3,)
     layout = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
     with autocast(device, cfg.precision):  # of the network: z and the steps are float32 and stay so
-        return diffusion.sample(
+        return process.sample(
             model,
             z.to(device, memory_format=layout),
             y=y.to(device),

@@ -26,7 +26,7 @@ from config.loading import SAVED_CONFIG, load_config
 from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import HELD_OUT, TRAINING
-from ddpm.process import SAMPLERS_OF, build_process
+from ddpm.process import SAMPLERS_OF
 from evaluation.demonstration.figures import distance_to_real, features, load_classes
 from evaluation.demonstration.stages import DemoPaths
 from evaluation.generation.requests import Request, list_requests
@@ -99,8 +99,7 @@ class Study:
         }
         self.results = self._read()
         self.floor = self._floor(features(training), training_labels, num_samples)
-        self.autoencoder, self.model = load_models(self.cfg, device)
-        self.diffusion = build_process(self.cfg).to(device)
+        self.autoencoder, self.model, self.process = load_models(self.cfg, device)
 
     def strategies(self, asked: Sequence[str] | None) -> list[str]:
         """Those of the model's process; all where none are asked for. UserError for one of another process."""
@@ -125,7 +124,7 @@ class Study:
             def show(step: int, num_steps: int, done: int = done, size: int = len(batch)) -> None:
                 progress.reach(start + round(run.steps * (done + size * step / num_steps) / len(requests)), name)
 
-            latents = sample_latents(cfg, self.model, self.diffusion, batch, self.device, show)  # (B, C, d, h, w)
+            latents = sample_latents(cfg, self.model, self.process, batch, self.device, show)  # (B, C, d, h, w)
             found |= dict(zip(batch, latents, strict=True))
         seconds = time.monotonic() - begin
         decoded = [decode(self.autoencoder, found[request], request.decoding, request.tile) for request in requests]

@@ -14,6 +14,7 @@ from common.errors import UserError
 from ddpm.checkpoint import load_biflownet
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.flow import RectifiedFlow
+from ddpm.latent_scaling import LatentScaling
 from evaluation.generation.record import read_record
 from evaluation.generation.requests import list_requests, noise_generator
 from evaluation.generation.run import generate
@@ -70,6 +71,18 @@ def test_a_flow_is_sampled_as_a_flow(models, tmp_path):
     assert "eta" not in record
     alone = config(models, tmp_path / "alone", CHEST, model_ckpt=flow, sampling_strategy="euler", ddim_steps=20)
     torch.testing.assert_close(voxels(paths[0]), by_hand(alone, RectifiedFlow(4, TIMESTEPS)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_scale_of_latents_is_read_from_the_checkpoint(models, tmp_path):
+    checkpoint, scaling = load_checkpoint(models / "flow.pt"), LatentScaling(4)
+    checkpoint["latent_scaling"] = {"mean": torch.tensor([0.1, 0.2, 0.3, 0.4]), "std": torch.full((4,), 0.2)}
+    scaling.load_state_dict(checkpoint["latent_scaling"])
+    save_checkpoint(checkpoint, tmp_path / "unit.pt")
+    cfg = config(models, tmp_path, CHEST, model_ckpt=str(tmp_path / "unit.pt"))
+    (path,) = generate(cfg)
+    expected = by_hand(cfg, GaussianDiffusion(4, TIMESTEPS, scaling=scaling))
+    torch.testing.assert_close(voxels(path), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, by_hand(cfg, GaussianDiffusion(4, TIMESTEPS)), atol=1e-2)
 
 
 def test_what_the_checkpoint_says_may_be_said_again(models, tmp_path):

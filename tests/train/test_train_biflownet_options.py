@@ -11,8 +11,9 @@ from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common import precision
 from common.errors import UserError
 from dataset.checking import before_training as sample_check
-from dataset.volumes.volume_io import write_latent
+from dataset.volumes.volume_io import read_latent, write_latent
 from ddpm.diffusion import GaussianDiffusion
+from ddpm.latent_scaling import LatentScaling
 from train.diffusion import run_folder, state
 from train.train_BiFlowNet_SingleRes import train
 
@@ -42,11 +43,30 @@ QUICK = {"max_steps": 2, "lr": 1e-2, "preview_steps": 2}
 @pytest.mark.parametrize(
     "change",
     [{"loss_type": "l2"}, {"timesteps": 50}, {"vq_size": 32}, {"global_seed": 1}, {"prediction": "v"}]
-    + [{"loss_weighting": "min_snr"}, {"timestep_draw": "logit_normal"}, {"process": "flow"}],
+    + [
+        {"loss_weighting": "min_snr"},
+        {"timestep_draw": "logit_normal"},
+        {"process": "flow"},
+        {"latent_scaling": "unit"},
+    ],
 )
 def test_option_has_an_effect(data, tmp_path, plain_loss, change):
     changed = train(runs.config(data, tmp_path, **QUICK, **change))["loss"]
     assert changed != pytest.approx(plain_loss, rel=1e-6)
+
+
+def test_the_scale_of_latents_is_kept_where_a_run_goes_on(data, tmp_path):
+    """The weights know the scale that the run began with, though the files' may have changed since."""
+    options = {**QUICK, "latent_scaling": "unit"}
+    began = train(runs.config(data, tmp_path, **options))
+    saved = checkpoint(began["folder"], 2)["latent_scaling"]
+    latents = torch.stack([read_latent(path) for path in sorted(data.parent.rglob("*.nii.gz"))])
+    torch.testing.assert_close(saved["std"], latents.std((0, 2, 3, 4), correction=0))
+    torch.testing.assert_close(saved["mean"], latents.mean((0, 2, 3, 4)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentScaling, "measure", lambda self, latents: self.std.fill_(7))
+        went_on = train(runs.config(data, tmp_path, **{**options, "max_steps": 3}))
+    torch.testing.assert_close(checkpoint(went_on["folder"], 3)["latent_scaling"], saved, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])

@@ -4,20 +4,24 @@ import logging
 from pathlib import Path
 
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common.errors import UserError
 from common.precision import check_precision
+from common.progress import tracked
 from config.loading import require
 from dataset.checking.before_training import check_latents
 from dataset.order.data_split import NO_SPLIT, SPLIT_NAME, TRAINING, DataSplit, find_split, read_split
 from dataset.Singleres_dataset import Singleres_dataset
+from dataset.volumes.volume_io import read_latent
+from ddpm.latent_scaling import LatentScaling
 from train.diffusion.state import Origin
 from train.loop.continuing import is_run_folder, read_config
 from train.loop.session import Session
 
 MODELS = ("BiFlowNet",)
+MOST_MEASURED = 1000  # latents whose mean and standard deviation are taken for those of all
 
 
 def check_options(cfg: DictConfig, here: Session) -> None:
@@ -141,3 +145,16 @@ def find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logger: loggin
             "train/generate_training_latent.py"
         )
     return Origin(autoencoder, fingerprint)
+
+
+def set_scaling(scaling: LatentScaling, dataset: Singleres_dataset, here: Session) -> None:
+    """Measure the latents' mean and standard deviation; of thousands of files an even share tells as much as all."""
+
+    def measure() -> dict[str, Tensor]:
+        step = -(-len(dataset) // MOST_MEASURED)
+        scaling.measure(read_latent(path) for path in tracked(dataset.files[::step], "measuring", "latent"))
+        return scaling.state_dict()
+
+    scaling.load_state_dict(here.distributed.on_main(measure))
+    stds = ", ".join(f"{value:.3g}" for value in scaling.std.tolist())
+    here.logger.info("latent_scaling unit: channels with standard deviations %s are scaled to 1", stds)

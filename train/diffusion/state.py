@@ -15,7 +15,8 @@ from common.optimiser import build_adam
 from config.schema.diffusion import BiFlowNetConfig
 from config.schema.option import BEGINNING
 from ddpm.checkpoint import load_biflownet_weights
-from ddpm.process import OFFICIAL
+from ddpm.latent_scaling import LatentScaling
+from ddpm.process import OFFICIAL, SCALING
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import step_of
 from train.loop.continuing import changes, news_of
@@ -45,15 +46,23 @@ class TrainingState:
     epoch: int = 0  # the epoch that the next step belongs to
     samples_seen: int = 0  # of this epoch, over all ranks
     autoencoder: str | None = None  # fingerprint of the autoencoder that made the latents, if known
+    scaling: LatentScaling | None = None  # of the process, where it has one
     _read: tuple[Path | None, dict | None] = (None, None)  # a checkpoint file's content, by its path
 
     @classmethod
-    def start(cls, cfg: DictConfig, model: nn.Module, device: torch.device, autoencoder: str | None) -> "TrainingState":
+    def start(
+        cls,
+        cfg: DictConfig,
+        model: nn.Module,
+        device: torch.device,
+        autoencoder: str | None,
+        scaling: LatentScaling | None = None,
+    ) -> "TrainingState":
         """That of a new run; `model` is on its device."""
         ema = EMA(model, cfg.ema_decay, cfg.ema_every, cfg.ema_start)
         optimizer = build_adam(model.parameters(), cfg.lr, tuple(cfg.adam_betas), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.enable_amp and cfg.amp_dtype == "fp16")
-        return cls(model, ema, optimizer, scaler, autoencoder=autoencoder)
+        return cls(model, ema, optimizer, scaler, autoencoder=autoencoder, scaling=scaling)
 
     def is_finished(self, epochs: int, max_steps: int | None) -> bool:
         return self.epoch >= epochs or (max_steps is not None and self.step >= max_steps)
@@ -99,6 +108,7 @@ class TrainingState:
             "global_batch": global_batch,
             "rng": random_state(),
             "autoencoder": self.autoencoder,
+            SCALING: None if self.scaling is None else self.scaling.state_dict(),
         }
 
     def check_fits(self, path: str | Path) -> None:
@@ -130,6 +140,8 @@ class TrainingState:
         self._load_position(checkpoint, path, num_samples, global_batch, logger)
         self.end_epoch_if_done(global_batch, num_samples)
         self._check_latents(checkpoint, path, logger, is_own)
+        if self.scaling is not None and checkpoint.get(SCALING):
+            self.scaling.load_state_dict(checkpoint[SCALING])  # what the weights know, though data may have come since
         if not is_own:
             _warn_of_other_values(checkpoint.get("args"), config, path, logger)
         if "rng" in checkpoint:

@@ -38,7 +38,7 @@ def fit(
         model: the denoiser, `model(x, t, **conditions)`, the same on every rank.
         trained: the part of it whose parameters train, are averaged and saved; the model itself where all do.
         batches: what it trains on, with the conditions that it is given.
-        process: the diffusion process: `draw_timesteps`, `p_losses`, `sample`.
+        process: a `LatentProcess`: diffusion or flow, its scaling set.
         origin: the autoencoder that made the latents.
 
     Returns:
@@ -57,7 +57,7 @@ def fit(
     model.to(device, memory_format=layout)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     process.to(device)
-    state = TrainingState.start(cfg, trained, device, origin.fingerprint)
+    state = TrainingState.start(cfg, trained, device, origin.fingerprint, process.scaling)
 
     # Run folder, and where to go on from
     if cfg.ckpt:

@@ -1,0 +1,66 @@
+"""What diffusion and flow have in common: options, the scale of latents, what comes before and after the network."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.denoiser import Conditions, check_conditions, check_latent
+from ddpm.latent_scaling import LatentScaling
+from ddpm.timesteps import check_timestep_draw
+
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+class LatentProcess(nn.Module):
+    """A process between normalised latents and noise. It has no parameters; the denoiser is an argument of its methods.
+
+    Training and generation need of one: ``draw_timesteps``, ``p_losses``, ``sample``, and for previews
+    ``fast_strategy``, the name of a sampler that takes few steps.
+
+    Args:
+        channels: channels of the latents, C.
+        timesteps: T, number of noise levels, or what a flow's network is given for t = 1.
+        loss_type: 'l1' or 'l2', the norm of the prediction's error.
+        timestep_draw: how training spreads its timesteps: 'uniform' or 'logit_normal' (``ddpm/timesteps.py``).
+        scaling: what latents go through on the way in and back out; noise is mixed in between. None: nothing.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    fast_strategy: str
+
+    def __init__(
+        self, channels: int, timesteps: int, loss_type: str, timestep_draw: str, scaling: LatentScaling | None
+    ) -> None:
+        super().__init__()
+        if channels < 1 or timesteps < 1:
+            raise ValueError(f"channels ({channels}) and timesteps ({timesteps}) have to be at least 1.")
+        if loss_type not in LOSSES:
+            raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSSES)}.")
+        check_timestep_draw(timestep_draw)
+        self.channels = channels
+        self.num_timesteps = timesteps
+        self.loss_type = loss_type
+        self.timestep_draw = timestep_draw
+        self.scaling = scaling
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Normalised latents (B, C, d, h, w) as the network sees them."""
+        return x if self.scaling is None else self.scaling(x)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """The inverse of ``scaled``."""
+        return x if self.scaling is None else self.scaling.restore(x)
+
+    def _training_pair(
+        self, denoise_fn, x_start: Tensor, noise: Tensor | None, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """Latents as the network sees them, and noise like them, drawn where it is None; both checked."""
+        check_latent(x_start, "x_start", self.channels)
+        if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
+            check_conditions(denoise_fn, conditions)
+        return self.scaled(x_start), torch.randn_like(x_start) if noise is None else noise
+
+    def _error(self, output: Tensor, target: Tensor) -> Tensor:
+        return LOSSES[self.loss_type](output, target)
