@@ -13,7 +13,6 @@ Singleres_latents.json (the folders that train/generate_training_latent.py write
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,13 +26,11 @@ from config.schema.data import PhantomConfig  # noqa: E402
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_command_line(argv, PhantomConfig, None, __doc__)
     require(cfg, "output_dir")
-    from common.progress import tracked
     from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION
     from dataset.preparation.phantoms import write_phantoms
 
-    progress = partial(tracked, label="making", unit="phantom")
     counts = {TRAINING: cfg.num_per_class, VALIDATION: cfg.num_validation, HELD_OUT: cfg.num_held_out}
-    write_phantoms(Path(cfg.output_dir), counts, cfg.size, cfg.seed, progress)
+    write_phantoms(Path(cfg.output_dir), counts, cfg.size, cfg.seed, cfg.num_workers, show=True)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_stage(number, title, command)
 
     announce(f"[{len(stages) + len(last) + 1}] figures on phantoms that were not trained on")
-    stage_ckpts = (paths.stage1_ckpt, paths.stage2_ckpt)
-    passed = write_report(output, paths.phantoms, stage_ckpts, paths.generated / "seed_0", judge=not cfg.short)
+    passed = write_report(paths, judge=not cfg.short)
     announce(f"done in {(time.monotonic() - begin) / 60:.1f} minutes: {output / 'demo.png'}, {output / 'demo.json'}")
     announce(f"report: {paths.evaluation / 'report.html'}")
     if not passed:

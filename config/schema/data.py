@@ -164,3 +164,4 @@ class PhantomConfig:
     num_held_out: int = flag(16, "more of each class, held out from all training", not_negative)
     size: int = flag(64, "voxels along each axis", at_least(16))
     seed: int = flag(0, "seed of anatomy, intensities, texture and spacing", not_negative)
+    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative)

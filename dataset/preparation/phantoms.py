@@ -1,7 +1,7 @@
 """What dataset/phantoms.py makes: the anatomy of a chest and a head, and data sets of them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.parallel import map_in_processes
 from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, Shares
 from dataset.order.draw_split import given_split
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes
@@ -217,11 +218,11 @@ def only_training(count: int) -> dict[str, int]:
 
 
 def write_phantoms(
-    output_dir: Path, counts: Mapping[str, int], size: int, seed: int, progress: Callable = iter
+    output_dir: Path, counts: Mapping[str, int], size: int, seed: int, num_workers: int = 0, show: bool = False
 ) -> None:
     """Writes the phantoms, their JSONs and the split; files that are there already and whole are left alone.
 
-    counts: side of the split -> phantoms of each class.
+    counts: side of the split -> phantoms of each class. num_workers, show: as of `map_in_processes`.
 
     UserError if `output_dir` holds phantoms of another size or seed, or more of them than asked for.
     """
@@ -235,10 +236,15 @@ def write_phantoms(
                 jobs.append((path, class_id, start + i))
                 sides[path] = side
     check_no_others(output_dir, {path for path, _, _ in jobs})
-    for path, class_id, index in progress(jobs):
+
+    def make(job: tuple[Path, int, int]) -> None:
+        path, class_id, index = job
         if not is_whole_volume(path):
             phantom = make_phantom(class_id, index, size, seed)
             write_nifti(path, phantom.data, affine_from_spacing(phantom.spacing_mm))
+
+    for _ in map_in_processes(make, jobs, num_workers, "making", "phantom", show):
+        pass
     add_classes(output_dir, {class_id: name for class_id, (name, _) in enumerate(CLASSES)})
     total = sum(counts.values())
     shares = Shares(None, counts[VALIDATION] / total, counts[HELD_OUT] / total, seed)

@@ -1,21 +1,22 @@
 """The demo's figures, measured on phantoms that were not trained on: a table, demo.json and demo.png.
 
-Features of a volume are its means over 8³ blocks, a vector of 512. The distance of two sets of volumes is the unbiased
-MMD with an RBF kernel on these; its bandwidth is the median distance within the real set, the same for all sets.
+Features of a volume are those of the fixed random network of volumes (`evaluation/comparison/networks.py`), which sees
+texture. Each figure of generated volumes stands beside what as many training phantoms get, as they are (the floor) and
+after encoding and decoding (no diffusion model on these latents can be expected to do better).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from AutoEncoder.checkpoint import load_autoencoder
-from AutoEncoder.decoding import decode
 from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
 from common.files import write_atomically
@@ -24,58 +25,83 @@ from dataset.preparation.classes import VOLUMES_JSON
 from dataset.volumes.intensity import MODEL_RANGE
 from dataset.volumes.pictures import save_comparison
 from dataset.volumes.volume_io import read_model_volume
-from evaluation.metrics.distances import median_bandwidth, mmd_rbf, nearest_class_mean
-from evaluation.metrics.reconstruction import psnr
+from evaluation.comparison.networks import VOLUME, build_networks
+from evaluation.comparison.sets import ALL
+from evaluation.demonstration.stages import DemoPaths
+from evaluation.metrics.distances import frechet_distance, nearest_class_mean
+from evaluation.metrics.manifolds import precision_recall_density_coverage
 
-FEATURE_GRID = 8
 MIN_GENERATED = 16  # volumes, for the figures to be judged
+NEIGHBOURS = 5  # of the manifolds of precision and recall, as in evaluation
 PICTURED = 3  # volumes of each kind and class in the picture, each in two planes
-TARGETS = {  # of some figures: in words, and whether a value reaches it
-    "PSNR after stage 2, dB": ("at least 26", lambda value: value >= 26),
-    "gain of stage 2, dB": ("at least 1", lambda value: value >= 1),
-    "class obtained is the class asked for": ("at least 0.9", lambda value: value >= 0.9),
-    "generated / decoded noise": ("at most 0.333", lambda value: value <= 1 / 3),
-}
 
 
-def write_report(output: Path, phantoms: Path, stage_checkpoints: Sequence[Path], generated: Path, judge: bool) -> bool:
-    """Measure, write demo.json and demo.png into `output`, print the table; whether all targets were reached.
+@dataclass(frozen=True)
+class Target:
+    """What a figure has to reach: in words, and whether a value does."""
 
-    phantoms: folder of dataset/phantoms.py, whose split says which are held out. stage_checkpoints: autoencoder after
-    each stage. generated: folder of the generated volumes, `CLASS_…nii.gz`. judge: False leaves the targets out (a run
-    too short to reach them), and all counts as reached.
+    words: str
+    is_reached: Callable[[float], bool]
+
+
+AT_LEAST_27 = Target("at least 27", lambda value: value >= 27)
+AT_LEAST_1 = Target("at least 1", lambda value: value >= 1)
+MOSTLY = Target("at least 0.9", lambda value: value >= 0.9)
+NEAR = Target("at most 1.4", lambda value: value <= 1.4)
+ABOVE_0 = Target("above 0", lambda value: value > 0)
+
+
+@dataclass(frozen=True)
+class DemoFigure:
+    """target: None where none is judged."""
+
+    name: str
+    value: float
+    target: Target | None = None
+
+    @property
+    def is_reached(self) -> bool:
+        return self.target is None or self.target.is_reached(self.value)
+
+
+def write_report(paths: DemoPaths, judge: bool) -> bool:
+    """Measure, write demo.json and demo.png, print the table; whether all targets were reached.
+
+    judge: False leaves the targets out (a run too short to reach them), and all counts as reached.
     Raises UserError: volumes or checkpoints are missing or unreadable.
     """
-    names = list(json.loads((phantoms / "PatchVolume_data.json").read_text()))
-    real, labels = load_classes(phantoms, HELD_OUT)
-    training, _ = load_classes(phantoms, TRAINING)
-    made, asked = load_generated(generated, names)
-    if judge and len(made) < MIN_GENERATED:
-        raise UserError(f"{generated}: {len(made)} generated volumes, at least {MIN_GENERATED} are needed to judge")
-    before, after = (load_autoencoder(path) for path in stage_checkpoints)
+    names = list(json.loads((paths.phantoms / "PatchVolume_data.json").read_text()))
+    held_out, training = (load_classes(paths.phantoms, side) for side in (HELD_OUT, TRAINING))
+    generated = load_generated(paths.generated / "seed_0", names)
+    if judge and len(generated[0]) < MIN_GENERATED:
+        found = f"{paths.generated}: {len(generated[0])} generated volumes"
+        raise UserError(f"{found}, at least {MIN_GENERATED} are needed to judge")
+    autoencoder = load_autoencoder(paths.stage2_ckpt)
 
-    reconstructed = reconstruct(after, real)
-    figures = reconstruction_figures(real, reconstruct(before, real), reconstructed)
-    figures |= generation_figures(real, labels, training, made, asked, decoded_noise(after, made))
-    targets = TARGETS if judge else {}
+    figures = reconstruction_figures(paths.evaluation / "reconstruction.json")
+    drawn = as_many(training, generated[1])
+    sets = {"training phantoms": drawn, "their reconstructions": (reconstruct(autoencoder, drawn[0]), drawn[1])}
+    figures += generation_figures(names, held_out, {**sets, "generated": generated})
 
-    words = {name: targets[name][0] if name in targets else "" for name in figures}
-    content = {name: {"value": value, "target": words[name]} for name, value in figures.items()}
-    content["volumes"] = {"real, held out": len(real), "generated": len(made), "training": len(training)}
-    write_atomically(output / "demo.json", (json.dumps(content, indent=2) + "\n").encode())
-    draw(output / "demo.png", names, (real, labels), reconstructed, (made, asked))
-    passed = {name: is_reached(figures[name]) for name, (_, is_reached) in targets.items()}
-    print_table(figures, words, passed)
-    return all(passed.values())
+    content: dict = {f.name: {"value": f.value, "target": f.target.words if f.target else ""} for f in figures}
+    counts = {"real, held out": held_out, "generated": generated, "training": training}
+    content["volumes"] = {kind: len(volumes) for kind, (volumes, _) in counts.items()}
+    write_atomically(paths.output / "demo.json", (json.dumps(content, indent=2) + "\n").encode())
+    draw(paths.output / "demo.png", names, held_out, autoencoder, generated)
+    print_table(figures, judge)
+    return not judge or all(figure.is_reached for figure in figures)
 
 
-def load_classes(folder: Path, side: str) -> tuple[Tensor, Tensor]:
+Volumes = tuple[Tensor, Tensor]  # (N, 1, D, H, W) and class ids (N,)
+
+
+def load_classes(folder: Path, side: str) -> Volumes:
     """The phantoms on a side of the split: volumes (N, 1, D, H, W) in [-1, 1] and class ids (N,)."""
     files = files_of_side(folder / VOLUMES_JSON, side)
     return _load({int(class_id): of_class for class_id, of_class in files.items()})
 
 
-def load_generated(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def load_generated(folder: Path, names: Sequence[str]) -> Volumes:
     """Generated volumes (N, 1, D, H, W) and the class ids that were asked for, (N,)."""
     files = {class_id: sorted(folder.glob(f"{name}_*.nii.gz")) for class_id, name in enumerate(names)}
     if not any(files.values()):
@@ -83,7 +109,7 @@ def load_generated(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return _load(files)
 
 
-def _load(files: Mapping[int, Sequence[Path]]) -> tuple[Tensor, Tensor]:
+def _load(files: Mapping[int, Sequence[Path]]) -> Volumes:
     volumes = [read_model_volume(path, MODEL_RANGE).data for of_class in files.values() for path in of_class]
     labels = [class_id for class_id, of_class in files.items() for _ in of_class]
     return torch.stack(volumes), torch.tensor(labels)
@@ -94,65 +120,85 @@ def reconstruct(autoencoder: Autoencoder, volumes: Tensor) -> Tensor:
     return torch.cat([autoencoder.reconstruct(volume[None]).clamp(*MODEL_RANGE) for volume in volumes])
 
 
-def decoded_noise(autoencoder: Autoencoder, like: Tensor) -> Tensor:
-    """As many volumes as `like` that the decoder makes of standard normal noise: what an untrained model would give."""
-    grid = [extent // autoencoder.downsample_factor for extent in like.shape[-3:]]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(like), autoencoder.embedding_dim, *grid, generator=generator)
-    return torch.stack([decode(autoencoder, z) for z in noise])
+def as_many(volumes: Volumes, like: Tensor) -> Volumes:
+    """The first volumes of each class, as many as the class has in `like`, class ids (M,)."""
+    data, labels = volumes
+    chosen = torch.cat([(labels == label).nonzero().flatten()[: int((like == label).sum())] for label in like.unique()])
+    return data[chosen], labels[chosen]
 
 
 def features(volumes: Tensor) -> Tensor:
-    """Means over 8³ blocks, (N, 1, D, H, W) -> (N, 512)."""
-    return F.adaptive_avg_pool3d(volumes, FEATURE_GRID).flatten(1)
+    """Of the random network of volumes, (N, 1, D, H, W) -> (N, F)."""
+    (network,) = build_networks(["random_3d"], None, 1, torch.device("cpu"))
+    with torch.no_grad():
+        return torch.cat([network(volume[None])[VOLUME][:, 0] for volume in volumes])
 
 
-def distance_to_real(real_features: Tensor, other_features: Tensor) -> float:
-    """Unbiased MMD of two sets of features; its bandwidth depends on the real set alone."""
-    bandwidth = median_bandwidth(*real_features.chunk(2))  # pooled again: every pair of the real set, once
-    return mmd_rbf(real_features, other_features, bandwidth=bandwidth)
+def reconstruction_figures(results: Path) -> list[DemoFigure]:
+    """Mean PSNR over the held-out phantoms after both stages, as evaluation found it."""
+    found = json.loads(results.read_text(encoding="utf-8"))["figures"]
+    psnr = {row["model"]: row["value"] for row in found if (row["metric"], row["group"]) == ("PSNR", ALL)}
+    return [
+        DemoFigure("PSNR after stage 1, dB", psnr["stage1"]),
+        DemoFigure("PSNR after stage 2, dB", psnr["stage2"], AT_LEAST_27),
+        DemoFigure("gain of stage 2, dB", psnr["stage2"] - psnr["stage1"], AT_LEAST_1),
+    ]
 
 
-def reconstruction_figures(real: Tensor, before: Tensor, after: Tensor) -> dict[str, float]:
-    """Mean PSNR over the held-out phantoms after both stages."""
-    stage1, stage2 = (sum(map(psnr, x_hat, real)) / len(real) for x_hat in (before, after))
-    return {"PSNR after stage 1, dB": stage1, "PSNR after stage 2, dB": stage2, "gain of stage 2, dB": stage2 - stage1}
+def generation_figures(names: Sequence[str], real: Volumes, sets: Mapping[str, Volumes]) -> list[DemoFigure]:
+    """Of each class what sets of as many volumes get against the held-out phantoms.
+
+    names: of the classes. sets: by what they are; the last, "generated", is judged by "their reconstructions".
+    """
+    real_features, labels = features(real[0]), real[1]
+    found = {kind: (features(volumes), of) for kind, (volumes, of) in sets.items()}
+    made, asked = found["generated"]
+    obtained = nearest_class_mean(real_features, labels, made)
+    figures = [DemoFigure("class obtained is the class asked for", (obtained == asked).double().mean().item(), MOSTLY)]
+    for label, name in enumerate(names):
+        of_real = real_features[labels == label]
+        of_kinds = {kind: values[of == label] for kind, (values, of) in found.items()}
+        distances = {kind: frechet_distance(of_real, values) for kind, values in of_kinds.items()}
+        figures += [DemoFigure(f"{name}, FID-3D: {kind}", value) for kind, value in distances.items()]
+        ratio = distances["generated"] / distances["their reconstructions"]
+        figures.append(DemoFigure(f"{name}, FID-3D: generated / reconstructions", ratio, NEAR))
+        shares = {kind: manifold_shares(of_real, values) for kind, values in of_kinds.items()}
+        judged = {("precision", "generated"): ABOVE_0}
+        figures += [
+            DemoFigure(f"{name}, {metric}: {kind}", values[metric], judged.get((metric, kind)))
+            for metric in ("precision", "recall")
+            for kind, values in shares.items()
+        ]
+    return figures
 
 
-def generation_figures(
-    real: Tensor, labels: Tensor, training: Tensor, made: Tensor, asked: Tensor, noise: Tensor
-) -> dict[str, float]:
-    """Whether the class asked for is the class obtained, and distances to the held-out phantoms."""
-    real_features = features(real)
-    obtained = nearest_class_mean(real_features, labels, features(made))
-    distances = [distance_to_real(real_features, features(x)) for x in (made, noise, training)]
-    return {
-        "class obtained is the class asked for": (obtained == asked).double().mean().item(),
-        "distance to real: generated": distances[0],
-        "distance to real: decoded noise": distances[1],
-        "distance to real: training phantoms": distances[2],
-        "generated / decoded noise": distances[0] / distances[1],
-    }
+def manifold_shares(real: Tensor, other: Tensor) -> dict[str, float]:
+    """Precision and recall of features (N, F) and (M, F); NaN where a set is too small."""
+    if min(len(real), len(other)) <= NEIGHBOURS:
+        return {"precision": math.nan, "recall": math.nan}
+    found = precision_recall_density_coverage(real, other, NEIGHBOURS)
+    return {metric: found[metric].mean().item() for metric in ("precision", "recall")}
 
 
-def draw(path: Path, names: Sequence[str], real, reconstructed: Tensor, made) -> None:
+def draw(path: Path, names: Sequence[str], real: Volumes, autoencoder: Autoencoder, made: Volumes) -> None:
     """Central axial and coronal slices: per class a row of real, of reconstructed and of generated volumes."""
     rows = []
     for class_id, name in enumerate(names):
-        chosen = (real[1] == class_id).nonzero().flatten()[:PICTURED]
-        generated = made[0][made[1] == class_id][:PICTURED]
-        shown = {"real": real[0][chosen], "reconstructed": reconstructed[chosen], "generated": generated}
+        originals = real[0][real[1] == class_id][:PICTURED]
+        shown = {"real": originals, "reconstructed": reconstruct(autoencoder, originals)}
+        shown["generated"] = made[0][made[1] == class_id][:PICTURED]
         rows += [(f"{name} {kind}", list(volumes)) for kind, volumes in shown.items()]
     save_comparison(path, rows, planes=("axial", "coronal"), title="Phantoms: central slices, not trained on")
 
 
-def print_table(figures: Mapping[str, float], targets: Mapping[str, str], passed: Mapping[str, bool]) -> None:
-    """The figures with their targets on the terminal; none is judged where `passed` is empty."""
+def print_table(figures: Sequence[DemoFigure], judge: bool) -> None:
+    """The figures on the terminal, with targets where they are judged."""
     table = Table("figure", "value", "target", "", title="Demo, measured on held-out phantoms")
-    for name, value in figures.items():
-        verdict = {True: "reached", False: "MISSED", None: ""}[passed.get(name)]
-        table.add_row(name, f"{value:.4g}", targets[name], verdict)
+    for figure in figures:
+        target = figure.target if judge else None
+        verdict = "" if target is None else "reached" if figure.is_reached else "MISSED"
+        table.add_row(figure.name, f"{figure.value:.4g}", target.words if target else "", verdict)
     console = Console()
     console.print(table)
-    if not passed:
+    if not judge:
         console.print("Short run: it shows that every stage works; no target is judged.")

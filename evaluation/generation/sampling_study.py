@@ -27,17 +27,18 @@ from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import HELD_OUT, TRAINING
 from ddpm.process import SAMPLERS_OF
-from evaluation.demonstration.figures import distance_to_real, features, load_classes
+from evaluation.demonstration.figures import features, load_classes
 from evaluation.demonstration.stages import DemoPaths
 from evaluation.generation.requests import Request, list_requests
 from evaluation.generation.run import load_models, sample_latents
+from evaluation.metrics.distances import frechet_distance, median_bandwidth, mmd_rbf
 
 ALL_TIMESTEPS = "ddpm"  # takes every timestep, whatever --steps says: the reference
 _ALL = [name for samplers in SAMPLERS_OF.values() for name in samplers]
 BATCH_SIZE = 16  # latents sampled together; results do not depend on it
 MEASURES = {
-    "mmd": "distance to real (unbiased MMD, as in demo.json)",
-    "class_mean": "RMS difference of the class means, in intensities of [-1, 1]",
+    "fid": "FID-3D on random features, mean over the classes, as in demo.json",
+    "mmd": "unbiased MMD on the same features, all classes together",
 }
 
 
@@ -96,6 +97,7 @@ class Study:
             "num_samples": num_samples,
             "timesteps": self.cfg.timesteps,
             "guidance_scale": self.cfg.guidance_scale,
+            "measures": list(MEASURES),
         }
         self.results = self._read()
         self.floor = self._floor(features(training), training_labels, num_samples)
@@ -136,11 +138,10 @@ class Study:
 
     def _compare(self, made: Tensor, asked: Tensor) -> dict[str, float]:
         """Both measures of features (N, F) of classes (N,) against the held-out phantoms."""
-        squares = [
-            (made[asked == label].mean(0) - self.real[self.labels == label].mean(0)).square().mean()
-            for label in self.labels.unique()
-        ]
-        return {"mmd": distance_to_real(self.real, made), "class_mean": torch.stack(squares).mean().sqrt().item()}
+        classes = self.labels.unique()
+        distances = [frechet_distance(self.real[self.labels == label], made[asked == label]) for label in classes]
+        bandwidth = median_bandwidth(*self.real.chunk(2))  # of every pair of the real set, whatever it is compared with
+        return {"fid": statistics.fmean(distances), "mmd": mmd_rbf(self.real, made, bandwidth=bandwidth)}
 
     def _floor(self, training: Tensor, labels: Tensor, num_samples: int) -> list[dict[str, float]]:
         """What real volumes get: disjoint sets of training phantoms, each as large as a run."""

@@ -178,7 +178,7 @@ PUBLISHED_FLAGS = {
     ValidityConfig: EVALUATION_FLAGS + FEATURE_FLAGS + "real other AE-ckpt",
     CheckConfig: "intensity-range patch-size subject-pattern num-workers seed num-pictures picture report",
     SplitConfig: "subject-pattern validation held-out seed anew",
-    PhantomConfig: "output-dir num-per-class num-validation num-held-out size seed",
+    PhantomConfig: "output-dir num-per-class num-validation num-held-out size seed num-workers",
     ReportConfig: "input-dir output title",
     DemoConfig: "output-dir short",
     SamplingStudyConfig: "demo output-dir strategies steps seeds num-samples device",

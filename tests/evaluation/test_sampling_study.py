@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from generation_models import CUBE, TIMESTEPS, config, row, save_models
 
 from common.checkpoint_files import load_checkpoint, save_checkpoint
@@ -14,10 +13,11 @@ from common.errors import UserError
 from config.loading import save_config
 from dataset import phantoms
 from dataset.order.data_split import HELD_OUT
-from evaluation.demonstration.figures import distance_to_real, features, load_generated
+from evaluation.demonstration.figures import features, load_generated
 from evaluation.generation import sampling_study
 from evaluation.generation.run import generate
 from evaluation.generation.sampling_study import Run, planned_runs, table
+from evaluation.metrics.distances import frechet_distance, median_bandwidth, mmd_rbf
 from evaluation.sampling_study import main
 
 
@@ -80,11 +80,11 @@ def test_the_distance_is_that_of_the_demos_report(demo, study, tmp_path):
     made, asked = load_generated(tmp_path / "seed_1", ["CTChest", "MRBrain"])
     real, labels = sampling_study.load_classes(demo / "phantoms", HELD_OUT)
     # Latents on the border between two codes may round to either, see tests/evaluation/test_generation.py.
-    assert entry["mmd"] == pytest.approx(distance_to_real(features(real), features(made)), abs=1e-3)
-    squares = [
-        (features(made)[asked == i].mean(0) - features(real)[labels == i].mean(0)).square().mean() for i in (0, 1)
-    ]
-    assert entry["class_mean"] == pytest.approx(torch.stack(squares).mean().sqrt().item(), abs=1e-3)
+    expected = [frechet_distance(features(real)[labels == i], features(made)[asked == i]) for i in (0, 1)]
+    assert entry["fid"] == pytest.approx(sum(expected) / 2, rel=0.02)
+    assert entry["mmd"] == pytest.approx(
+        mmd_rbf(features(real), features(made), bandwidth=median_bandwidth(*features(real).chunk(2))), abs=2e-3
+    )
 
 
 def test_a_second_run_does_only_what_is_new(demo, study, tmp_path, monkeypatch):
@@ -191,11 +191,11 @@ def test_runs_are_planned_cheapest_first():
 
 def test_the_table_has_means_and_spreads():
     results = {
-        Run(5, 0, "ddim"): {"mmd": 0.1, "class_mean": 0.3},
-        Run(5, 1, "ddim"): {"mmd": 0.3, "class_mean": 0.3},
-        Run(1000, 0, "ddpm"): {"mmd": -0.01, "class_mean": 0.2},
+        Run(5, 0, "ddim"): {"mmd": 0.1, "fid": 0.3},
+        Run(5, 1, "ddim"): {"mmd": 0.3, "fid": 0.3},
+        Run(1000, 0, "ddpm"): {"mmd": -0.01, "fid": 0.2},
     }
-    lines = table(results, [{"mmd": 0.0, "class_mean": 0.04}, {"mmd": 0.02, "class_mean": 0.04}]).splitlines()
+    lines = table(results, [{"mmd": 0.0, "fid": 0.04}, {"mmd": 0.02, "fid": 0.04}]).splitlines()
     assert "| steps | ddpm | ddim |" in lines
     assert "| 5 |  | 0.2000 ± 0.1414 |" in lines
     assert "| 1000 | -0.0100 |  |" in lines
