@@ -1,4 +1,4 @@
-"""What a step of each training needs at paper size, counted on tensors without data: the table of the documents."""
+"""What a step of each training needs and does at paper size, counted on tensors without data: the documents' tables."""
 
 import weakref
 from collections.abc import Callable
@@ -11,13 +11,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from AutoEncoder.model.adversarial_training import feature_matching_loss, generator_loss
 from AutoEncoder.model.networks import ResBlock
 from AutoEncoder.model.PatchVolume import patchvolumeAE
 from ddpm.BiFlowNet import BiFlowNet
 
-PERFORMANCE = Path(__file__).parents[2] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PERFORMANCE = DOCS / "performance.md"
 # GB in float32, in bf16, and in both with checkpointing
 ROWS = {
     "stage 1, 24 patches of 64³": (49.4, 27.2, 21.9, 11.0),
@@ -129,3 +131,21 @@ def test_what_encoding_needs():
     with FakeTensorMode(), torch.no_grad(), PeakMemory() as memory:
         patchvolumeAE(official_autoencoder()).eval().encode(torch.empty(8, 1, 64, 64, 64), quantize=False)
     assert memory.peak / 1e9 == pytest.approx(2.0, rel=0.2)
+
+
+# row of docs/reproduction.md -> step of so many samples as the row's
+OPERATIONS = {
+    "stage 1, generator, one patch of 64³ | 1.8e12": ("stage 1, 24 patches of 64³", 24),
+    "stage 2, generator, 128 × 256 × 256 | 3.4e13": ("stage 2, one volume of 128 × 256 × 256", 1),
+    "BiFlowNet, latent 32³ | 9.5e11": ("BiFlowNet, 16 latents of 32³", 16),
+    "BiFlowNet, latent 64³ | 7.6e12": ("BiFlowNet, one latent of 64³", 1),
+}
+
+
+@pytest.mark.parametrize("row", OPERATIONS)
+def test_operations_of_a_step(row):
+    assert f"| {row} |" in (DOCS / "reproduction.md").read_text()
+    name, samples = OPERATIONS[row]
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        STEPS[name](False)().backward()
+    assert counter.get_total_flops() / samples == pytest.approx(float(row.rpartition("| ")[2]), rel=0.03)
