@@ -16,7 +16,7 @@ from common import precision
 from common.errors import UserError
 from config.schema.diffusion import BiFlowNetConfig
 from dataset.Singleres_dataset import Singleres_dataset
-from ddpm import diffusion
+from ddpm import latent_process
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
 from train.diffusion import agreement, run_folder, saving, training
@@ -136,7 +136,7 @@ class NoReading(TorchDispatchMode):
 def test_steps_read_no_value(data, tmp_path, monkeypatch, late_flags, options):
     """From the second step's batch to the third's; StepFlags itself may read, as its copy is done by then."""
     monkeypatch.setitem(precision.PRECISIONS, "fp16", torch.bfloat16)
-    monkeypatch.setattr(diffusion, "check_conditions", lambda *_: None)  # not on a GPU
+    monkeypatch.setattr(latent_process, "check_conditions", lambda *_: None)  # not on a GPU
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self, read=torch.Tensor.tolist: outside(lambda: read(self)))
     mode, steps = NoReading(), []
 
