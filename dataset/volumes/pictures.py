@@ -3,6 +3,7 @@
 Axes of a volume: D = z, H = x, W = y (see dataset/volumes/volume_io.py).
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -166,6 +167,13 @@ def save_slice_grid(
     except OSError as error:
         raise UserError(f"{path}: the picture cannot be written: {error.strerror or error}") from error
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as a PNG file, without touching matplotlib's global state."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
 def _wrapped(text: str, inches: float) -> str:

@@ -218,12 +218,12 @@ class Product:
     def times(self, repetitions: int) -> list[float]:
         """Seconds of each."""
         settings = torch.backends.cuda.matmul
-        before = settings.allow_tf32
+        before = settings.allow_tf32, settings.fp32_precision
         try:
             settings.allow_tf32 = self.tf32
             return _warm_times(lambda: self._a @ self._a, self.device, repetitions)
-        finally:
-            settings.allow_tf32 = before
+        finally:  # the older name turns "none", torch's first state, into "ieee"
+            settings.allow_tf32, settings.fp32_precision = before
 
 
 def _is_fast(dtype: torch.dtype) -> bool:

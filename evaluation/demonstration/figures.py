@@ -163,10 +163,9 @@ def generation_figures(names: Sequence[str], real: Volumes, sets: Mapping[str, V
         ratio = distances["generated"] / distances["their reconstructions"]
         figures.append(DemoFigure(f"{name}, FID-3D: generated / reconstructions", ratio, NEAR))
         shares = {kind: manifold_shares(of_real, values) for kind, values in of_kinds.items()}
-        judged = {("precision", "generated"): ABOVE_0}
         figures += [
-            DemoFigure(f"{name}, {metric}: {kind}", values[metric], judged.get((metric, kind)))
-            for metric in ("precision", "recall")
+            DemoFigure(f"{name}, {metric}: {kind}", values[metric], judged if kind == "generated" else None)
+            for metric, judged in (("precision", ABOVE_0), ("recall", None))
             for kind, values in shares.items()
         ]
     return figures

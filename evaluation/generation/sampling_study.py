@@ -1,7 +1,6 @@
 """Samples a demo's volumes by several samplers and numbers of steps, and measures how near to real ones they are."""
 
 import hashlib
-import io
 import json
 import statistics
 import time
@@ -10,7 +9,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -26,6 +24,7 @@ from config.loading import SAVED_CONFIG, load_config
 from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import HELD_OUT, TRAINING
+from dataset.volumes.pictures import png_of
 from ddpm.process import SAMPLERS_OF
 from evaluation.demonstration.figures import features, load_classes
 from evaluation.demonstration.stages import DemoPaths
@@ -229,7 +228,6 @@ def _cell(value: tuple[float, float | None] | None) -> str:
 def picture(results: Found, floor: Sequence[dict[str, float]]) -> bytes:
     """PNG: each measure against the number of steps; ddpm as a band, real volumes as a line."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # by hand, so that no global matplotlib state is touched
     for axes, (measure, meaning) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
         found = over_seeds(results, measure)
         for number, name in enumerate(name for name in _ALL if name != ALL_TIMESTEPS):
@@ -249,6 +247,4 @@ def picture(results: Found, floor: Sequence[dict[str, float]]) -> bytes:
         axes.set_xlabel("steps")
         axes.set_title(meaning, fontsize=9)
         axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return png_of(figure)

@@ -1,6 +1,5 @@
 """What there is of a study for reading: study.md with tables, study.png with slices, curves.png of an autoencoder."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,12 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from common.files import write_atomically
-from dataset.volumes.pictures import save_slice_grid
+from dataset.volumes.pictures import png_of, save_slice_grid
 from evaluation.results.scales import SCALES
 from evaluation.study.recipes import RUN_NAME
 from evaluation.study.running import read_metrics
@@ -208,7 +206,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def curves(output: Path, results: Sequence[Result]) -> bytes:
     """PNG: what autoencoders log of their codebook and of validation, against the optimiser steps; a line a run."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # by hand, so that no global matplotlib state is touched
     for axes, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         for number, (variant, of_variant) in enumerate(by_variant(results).items()):
             for i, result in enumerate(of_variant):
@@ -221,6 +218,4 @@ def curves(output: Path, results: Sequence[Result]) -> bytes:
         axes.set_xlabel("steps")
         axes.set_title(title, fontsize=9)
         axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return png_of(figure)

@@ -96,13 +96,13 @@ def test_a_type_that_a_cpu_emulates_is_measured_by_a_small_product(monkeypatch):
 
 def test_a_product_leaves_the_settings_as_they_were():
     settings = torch.backends.cuda.matmul
-    before = settings.allow_tf32
+    before = settings.fp32_precision
     product = measuring.Product(torch.device("cpu"), torch.bfloat16, tf32=True)
     seen = []
     product._a = type("Matrix", (), {"__matmul__": lambda *_: seen.append(settings.fp32_precision)})()
     assert len(product.times(2)) == 2
     assert set(seen) == {"tf32"}
-    assert settings.allow_tf32 == before
+    assert settings.fp32_precision == before
 
 
 def test_hardware(tmp_path):

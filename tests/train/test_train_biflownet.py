@@ -245,16 +245,16 @@ def test_official_checkpoint_goes_on(data, tmp_path, capfd, name, step):
     official["epoch"] = 3
     torch.save(official, tmp_path / name)
 
-    result = train(
-        runs.config(data, tmp_path, ckpt=str(tmp_path / name), max_steps=step + 1, ckpt_every=1, prediction="v")
-    )
+    changed = {"prediction": "v", "latent_scaling": "unit"}  # of which official files say nothing
+    result = train(runs.config(data, tmp_path, ckpt=str(tmp_path / name), max_steps=step + 1, ckpt_every=1, **changed))
     ended = checkpoint(result["folder"], step + 1)
     assert (ended["step"], ended["epoch"], ended["samples_seen"]) == (step + 1, 3, 2)
     # Adam's count of steps goes on: its state came along.
     assert {state["step"].item() for state in ended["opt"]["state"].values()} == {3}
     text = capfd.readouterr().err
     assert ("no step in the file or its name" in text) == (step == 0)
-    assert "trained with other values; changed: timesteps: 500 -> 1000, prediction: noise -> v" in text
+    assert "trained with other values; changed: timesteps: 500 -> 1000, prediction: noise -> v, " in text
+    assert "latent_scaling: range -> unit" in text
 
 
 def test_ctrl_c_saves_and_says_130(data, ae_ckpt, tmp_path, monkeypatch, capfd):

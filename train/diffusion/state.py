@@ -198,6 +198,7 @@ class TrainingState:
 
 def _warn_of_other_values(args: argparse.Namespace | None, config: dict, path: Path, logger: logging.Logger) -> None:
     saved = vars(args) if isinstance(args, argparse.Namespace) else {}
-    found = changes(BiFlowNetConfig, {**config, **OFFICIAL, **saved}, config)  # official files lack many keys
+    # Official files lack many keys, and those of before the latents' scale have none of it.
+    found = changes(BiFlowNetConfig, {**config, **OFFICIAL, SCALING: "range", **saved}, config)
     for line in news_of([change for change in found if change.resume is not BEGINNING], config):
         logger.warning("%s was trained with other values; %s", path, line)
