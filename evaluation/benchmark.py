@@ -3,6 +3,7 @@
 python evaluation/benchmark.py hardware             what the hardware itself does
 python evaluation/benchmark.py data                 at the paper's size
 python evaluation/benchmark.py codebook             a training step of the codebook
+python evaluation/benchmark.py convolution          convolutions of few channels on a CPU
 python evaluation/benchmark.py sample               sampling steps of BiFlowNet
 python evaluation/benchmark.py decode               latents to volumes
 python evaluation/benchmark.py generate             a seed to a file

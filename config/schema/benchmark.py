@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from config.schema.option import device_flag, flag, key
 from config.schema.rules import Rule, at_least, one_of, positive
 
-PARTS = ("hardware", "data", "codebook", "autoencoder", "biflownet", "sample", "decode", "generate", "write", "scaling")
+PARTS = tuple("hardware data codebook convolution autoencoder biflownet sample decode generate write scaling".split())
 three = Rule(lambda value: len(value) == 3, "three whole numbers z x y")
 
 
@@ -47,6 +47,11 @@ class DataBenchmark(BenchmarkConfig):
 class CodebookBenchmark(BenchmarkConfig):
     ways: str | None = ways_key()
     device: str = device_flag()
+
+
+@dataclass
+class ConvolutionBenchmark(BenchmarkConfig):
+    """Always on a CPU."""
 
 
 @dataclass
@@ -137,6 +142,7 @@ SCHEMAS = {
     "hardware": HardwareBenchmark,
     "data": DataBenchmark,
     "codebook": CodebookBenchmark,
+    "convolution": ConvolutionBenchmark,
     "autoencoder": AutoencoderBenchmark,
     "biflownet": BiFlowNetBenchmark,
     "sample": SampleBenchmark,

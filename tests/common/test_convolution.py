@@ -1,4 +1,4 @@
-"""A single sample on a CPU is convolved in halves: the same results and gradients, by another kernel."""
+"""Single samples on a CPU are convolved in halves, gradients of few channels are computed with them last: the same."""
 
 import pytest
 import torch
@@ -27,6 +27,19 @@ def test_halves_are_the_whole(grid):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16, 16), (1, 4, 32, 16, 16)])
+def test_gradients_of_few_channels_are_the_same(shape):
+    torch.manual_seed(0)
+    conv, x = Conv3d(4, 5, kernel_size=3, padding=1), torch.randn(shape)
+    assert conv._has_faster_gradients(x)
+    found, expected = results(conv, conv, x), results(lambda v: nn.Conv3d.forward(conv, v), conv, x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    assert "FewChannels" in repr(conv(x.requires_grad_()).grad_fn) or len(x) == 1
+    with torch.no_grad():
+        assert not conv._has_faster_gradients(x)
+
+
 @pytest.mark.parametrize(
     ("options", "shape"),
     [
@@ -40,5 +53,5 @@ def test_halves_are_the_whole(grid):
 )
 def test_what_is_fast_as_it_is_stays_so(options, shape):
     conv, x = Conv3d(4, 5, **options), torch.randn(shape)
-    assert not conv._is_faster_in_halves(x)
+    assert not (conv._is_plain(x) and conv._is_faster_in_halves(x))
     torch.testing.assert_close(conv(x), nn.Conv3d.forward(conv, x), rtol=0, atol=0)

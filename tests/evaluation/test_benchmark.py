@@ -61,7 +61,7 @@ def test_data(tmp_path):
         (["data", "--repetitions", "0"], "repetitions must be at least 1, got 0"),
         (
             ["nothing"],
-            "part must be one of hardware | data | codebook | autoencoder | biflownet | sample | decode | generate",
+            "part must be one of hardware | data | codebook | convolution | autoencoder | biflownet | sample | decode",
         ),
     ],
 )

@@ -90,6 +90,12 @@ def test_no_codebook_is_timed_where_the_codes_differ(monkeypatch):
         main(["codebook", "--size", "tiny", "--device", "cpu"])
 
 
+def test_convolution(tmp_path):
+    plain, ours = run(tmp_path, "convolution")["rows"]
+    assert (plain["name"], ours["name"]) == ("patches of 16³, torch", "patches of 16³, ours")
+    assert 0 < ours["difference"] < 1e-4  # another kernel than torch's, the same gradients
+
+
 def test_write(tmp_path):
     rows = run(tmp_path, "write", "--folder", str(tmp_path))["rows"]
     assert [row["name"] for row in rows] == ["plain", "float32", "int16"]
