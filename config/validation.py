@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig, downsampling
 from config.schema.data import PreprocessConfig
-from config.schema.diffusion import FLOW_STRATEGIES, BiFlowNetConfig, GenerationConfig
+from config.schema.diffusion import FLOW_STRATEGIES, BiFlowNetConfig, BiFlowNetMultiresConfig, GenerationConfig
 from config.schema.evaluation import GenerationMetricsConfig, RecipeStudyConfig, fewest_volumes
 from config.schema.option import options_of
 
@@ -65,7 +65,24 @@ def _process(cfg: DictConfig) -> Iterator[str]:
             yield f"{name} {cfg[name]} has no meaning with process flow, which predicts the velocity: leave it out"
 
 
+def _attributes(cfg: DictConfig) -> Iterator[str]:
+    names = [row.name for row in cfg.attributes]
+    if "" in names or len(set(names)) < len(names):
+        yield f"attributes must have different names, got {names}"
+    for index, row in enumerate(cfg.attributes):
+        if (row.range is None) == (len(row.categories) == 0):
+            yield f"attributes[{index}]: {row.name} needs either a range or categories"
+        if row.categories and len(set(row.categories)) < max(2, len(row.categories)):
+            yield f"attributes[{index}]: categories must be two or more different ones, got {list(row.categories)}"
+
+
 def _biflownet(cfg: DictConfig) -> Iterator[str]:
+    yield from _attributes(cfg)
+    if cfg.class_weights and len(cfg.class_weights) != cfg.num_classes:
+        yield f"class_weights must be one for each of {cfg.num_classes} classes, got {list(cfg.class_weights)}"
+    grids = [tuple(row.grid) for row in cfg.get("buckets", [])]
+    if len(set(grids)) < len(grids):
+        yield f"buckets must have different grids, got {grids}"
     yield from _levels(cfg)
     yield from _process(cfg)
     if cfg.preview_steps > cfg.timesteps:
@@ -132,6 +149,7 @@ def _recipe_study(cfg: DictConfig) -> Iterator[str]:
 _BETWEEN_KEYS: dict[type, Callable[[DictConfig], Iterator[str]]] = {
     AutoencoderConfig: _autoencoder,
     BiFlowNetConfig: _biflownet,
+    BiFlowNetMultiresConfig: _biflownet,
     GenerationConfig: _generation,
     PreprocessConfig: _preprocess,
     GenerationMetricsConfig: _generation_metrics,

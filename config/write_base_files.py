@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.data import PreprocessConfig
-from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.schema.diffusion import BiFlowNetConfig, BiFlowNetMultiresConfig, GenerationConfig
 from config.schema.option import Option, options_of
 
 COMMENT_COLUMN = 34
@@ -71,6 +71,13 @@ BASE_FILES = (
         """
 # Every key of the latent diffusion training with its default; the keys are the flags of
 # train/train_BiFlowNet_SingleRes.py with underscores. A flag on the command line wins over this file.""",
+    ),
+    BaseFile(
+        "BiFlowNet_multires_base.yaml",
+        BiFlowNetMultiresConfig,
+        """
+# Every key of the latent diffusion training at several resolutions with its default; the keys are the flags of
+# train/train_BiFlowNet_MultiRes.py with underscores. A flag on the command line wins over this file.""",
     ),
     BaseFile(
         "generation_base.yaml",

@@ -6,6 +6,7 @@ export(
         "VQGANDataset": "vqgan",
         "VQGANDataset_4x": "vqgan_4x",
         "Singleres_dataset": "Singleres_dataset",
+        "Multires_dataset": "Multires_dataset",
         "GenerateTrData_dataset": "tr_generate",
     },
 )

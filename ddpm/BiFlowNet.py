@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm import blocks
+from ddpm.architecture import check_arguments, count_down_factor, count_flow_levels, grid_multiple
+from ddpm.attributes import AttributeEmbedding, AttributeSpec
 from ddpm.blocks import DiTBlock, FinalLayer, PatchEmbed_Voxel, ResnetBlock
 from ddpm.diffusion import GaussianDiffusion
 
@@ -48,6 +50,7 @@ class BiFlowNet(nn.Module):
         res_condition: whether ``forward`` takes ``res``.
         num_mid_DiT: transformer blocks between the input and output blocks of the intra-patch flow.
         null_label: one more class, id cond_classes, for samples without a label (classifier-free guidance).
+        attributes: what else the network is told of a sample; beside the official one.
 
     Attributes:
         gradient_checkpointing: keep only the inputs of blocks for the backward pass, which computes the rest again:
@@ -77,11 +80,12 @@ class BiFlowNet(nn.Module):
         res_condition=True,
         num_mid_DiT=1,
         null_label=False,
+        attributes: tuple[AttributeSpec, ...] = (),
     ):
         super().__init__()
         init_dim = dim if init_dim is None else init_dim
         widths = [init_dim, *(dim * mult for mult in dim_mults)]
-        _check_arguments(
+        check_arguments(
             dim=dim,
             widths=widths,
             attention=use_sparse_linear_attn,
@@ -116,6 +120,7 @@ class BiFlowNet(nn.Module):
         self.final_conv = nn.Sequential(
             ResnetBlock(2 * init_dim, dim, resnet_groups), nn.Conv3d(dim, self.out_channels, kernel_size=1)
         )
+        self.attribute_emb = AttributeEmbedding(attributes, 4 * dim) if attributes else None
         self.initialize_weights()
 
     def _build_conditions(self, dim: int) -> None:
@@ -195,7 +200,17 @@ class BiFlowNet(nn.Module):
                 nn.init.zeros_(module.linear.weight)
                 nn.init.zeros_(module.linear.bias)
 
-    def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None, res: Tensor | None = None) -> Tensor:
+        if self.attribute_emb is not None:
+            self.attribute_emb.reset_to_zero()
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        y: Tensor | None = None,
+        res: Tensor | None = None,
+        attributes: Tensor | None = None,
+    ) -> Tensor:
         """Predicted noise, (B, C, d, h, w), twice the channels with learn_sigma.
 
         Args:
@@ -203,20 +218,27 @@ class BiFlowNet(nn.Module):
             time: timesteps (B,).
             y: class ids (B,), exactly when the model has classes; ``check_conditions`` checks their values.
             res: latent grid size divided by vq_size, (3,) or (B, 3), exactly when the model has res_condition.
+            attributes: as `AttributeSpec.encoded` has them, NaN where unknown, (B, A); None: all unknown.
 
         Raises:
             ValueError: wrong shapes, or a condition missing or superfluous.
         """
-        self._check_inputs(x, time, y, res)
-        condition = self.embed_conditions(time, y, res)  # (B, K)
+        self._check_inputs(x, time, y, res, attributes)
+        condition = self.embed_conditions(time, y, res, attributes)  # (B, K)
         features = self.intra_patch_flow(x, condition)  # 2F × (B, M, d, h, w)
         return self.inter_patch_flow(x, condition, features)  # (B, C, d, h, w)
 
-    def embed_conditions(self, time: Tensor, y: Tensor | None, res: Tensor | None) -> Tensor:
-        """Timestep, class and resolution as one vector per sample, (B, K)."""
+    def embed_conditions(
+        self, time: Tensor, y: Tensor | None, res: Tensor | None, attributes: Tensor | None = None
+    ) -> Tensor:
+        """Timestep, class, resolution and attributes as one vector per sample, (B, K)."""
         condition = self.time_mlp(time)  # (B, 4·dim)
         if y is not None:
             condition = condition + self.cond_emb(y)  # (B, 4·dim)
+        if self.attribute_emb is not None:
+            if attributes is None:
+                attributes = torch.full((len(time), len(self.attribute_emb.specs)), math.nan, device=time.device)
+            condition = condition + self.attribute_emb(attributes)  # (B, 4·dim)
         if res is not None:
             resolution = self.res_mlp(res.to(condition.dtype))  # (4·dim) or (B, 4·dim)
             condition = torch.cat([condition, resolution.expand_as(condition)], dim=-1)  # (B, 8·dim)
@@ -285,13 +307,19 @@ class BiFlowNet(nn.Module):
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # no block draws
 
     def drop_conditions(self, conditions: Mapping[str, Tensor], is_dropped: Tensor) -> dict[str, Tensor]:
-        """The conditions of a batch, without labels where is_dropped (B,) is true. All stay without a null label."""
-        if self.null_label is None or "y" not in conditions:
-            return dict(conditions)
-        return {**conditions, "y": conditions["y"].masked_fill(is_dropped, self.null_label)}
+        """The conditions of a batch, without labels and attributes where is_dropped (B,) is true.
+
+        Labels stay where the model has no null label.
+        """
+        kept = dict(conditions)
+        if self.null_label is not None and "y" in kept:
+            kept["y"] = kept["y"].masked_fill(is_dropped, self.null_label)
+        if "attributes" in kept:
+            kept["attributes"] = kept["attributes"].masked_fill(is_dropped[:, None], math.nan)
+        return kept
 
     def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:
-        """Raise ValueError for class ids that the model does not have.
+        """Raise ValueError for class ids, or categories of attributes, that the model does not have.
 
         Not part of ``forward``: it reads values, which makes a GPU wait and breaks a compiled graph. Sampling calls it
         once, the loss on a CPU alone.
@@ -300,8 +328,12 @@ class BiFlowNet(nn.Module):
         if y is not None and y.numel() and num_ids and not 0 <= int(y.min()) <= int(y.max()) < num_ids:
             null = "" if self.null_label is None else f" ({self.null_label}: no class)"
             raise ValueError(f"class ids {sorted(set(y.tolist()))}: this model knows 0 to {num_ids - 1}{null}.")
+        if self.attribute_emb is not None and "attributes" in conditions:
+            self.attribute_emb.check(conditions["attributes"])
 
-    def _check_inputs(self, x: Tensor, time: Tensor, y: Tensor | None, res: Tensor | None) -> None:
+    def _check_inputs(
+        self, x: Tensor, time: Tensor, y: Tensor | None, res: Tensor | None, attributes: Tensor | None
+    ) -> None:
         if x.ndim != 5 or x.shape[1] != self.channels:
             raise ValueError(f"latents have shape {tuple(x.shape)}: expected (B, {self.channels}, d, h, w).")
         if any(size % factor for size, factor in zip(x.shape[2:], self.grid_multiple, strict=True)):
@@ -322,6 +354,10 @@ class BiFlowNet(nn.Module):
             raise ValueError(f"res_condition is {self.res_condition}: this model {wanted}.")
         if res is not None and tuple(res.shape) not in ((3,), (batch, 3)):
             raise ValueError(f"res has shape {tuple(res.shape)}: expected (3,) or ({batch}, 3).")
+        if attributes is not None and self.attribute_emb is None:
+            raise ValueError("attributes were given: this model has none.")
+        if attributes is not None:
+            self.attribute_emb.check_shape(attributes, batch)
 
 
 def _resnet(
@@ -331,57 +367,3 @@ def _resnet(
     if skip is not None:
         x = torch.cat([x, skip], dim=1)  # (B, 2·C, d, h, w)
     return attention(block(x, condition))
-
-
-def count_flow_levels(widths: list[int]) -> int:
-    """F: how many U-Net levels keep the width of the first convolution. widths: that one, then one per level."""
-    num_flow = 0
-    while num_flow + 1 < len(widths) and widths[num_flow + 1] == widths[0]:
-        num_flow += 1
-    return num_flow
-
-
-def count_down_factor(widths: list[int]) -> int:
-    """How many times the U-Net makes the grid smaller: levels F-1 … L-2 halve it. widths: as for count_flow_levels."""
-    return 2 ** (len(widths) - 1 - count_flow_levels(widths))
-
-
-def grid_multiple(widths: list[int], sub_volume_size: tuple[int, int, int] = (8, 8, 8)) -> tuple[int, int, int]:
-    """What each side of a latent grid (d, h, w) has to be a multiple of: whole sub-volumes, and the U-Net's halvings.
-
-    widths: as for count_flow_levels; [1, *dim_mults] gives the same where the first convolution has the base width.
-    """
-    return tuple(math.lcm(size, count_down_factor(widths)) for size in sub_volume_size)
-
-
-def _check_arguments(
-    dim, widths, attention, sub_volume_size, patch_size, init_kernel_size, resnet_groups, num_heads, needs_classes
-) -> None:
-    """Report all constructor arguments that do not fit together at once."""
-    levels = widths[1:]
-    faults = [
-        (dim < 12 or dim % 6, f"dim {dim} has to be a multiple of 6, at least 12 (sines and cosines on three axes)"),
-        (dim % num_heads, f"dim {dim} has to be divisible by DiT_num_heads {num_heads}"),
-        (
-            any(width % resnet_groups for width in (dim, *widths)),
-            f"the U-Net's widths {sorted({dim, *widths})} have to be divisible by resnet_groups {resnet_groups}",
-        ),
-        (
-            count_flow_levels(widths) == 0,
-            f"the first U-Net level ({levels[:1]}) has to be as wide as init_dim {widths[0]}: the two flows meet there",
-        ),
-        (
-            len(attention) != len(levels),
-            f"use_sparse_linear_attn has {len(attention)} flags for {len(levels)} levels of dim_mults",
-        ),
-        (len(sub_volume_size) != 3, f"sub_volume_size {tuple(sub_volume_size)} needs three sizes"),
-        (
-            any(size % patch_size for size in sub_volume_size),
-            f"sub_volume_size {tuple(sub_volume_size)} has to be divisible by patch_size {patch_size}",
-        ),
-        (init_kernel_size % 2 == 0, f"init_kernel_size {init_kernel_size} has to be odd"),
-        (needs_classes, "null_label needs cond_classes"),
-    ]
-    messages = [message for is_wrong, message in faults if is_wrong]
-    if messages:
-        raise ValueError(f"BiFlowNet: {'; '.join(messages)}.")

@@ -10,18 +10,24 @@ from omegaconf import DictConfig
 
 from common.checkpoint_files import load_checkpoint, load_weights
 from common.errors import UserError
+from ddpm.attributes import specs_of
 from ddpm.BiFlowNet import BiFlowNet
 
+ATTRIBUTES = "attribute_emb."  # what the names of their weights begin with
 SHAPE_FLAGS = ("volume_channels", "model_dim", "dim_mults", "use_attn", "patch_size", "num_dit", "num_classes")
 
 logger = logging.getLogger(__name__)
 
 
-def build_biflownet(cfg: DictConfig, null_label: bool | None = None) -> BiFlowNet:
+def build_biflownet(
+    cfg: DictConfig, null_label: bool | None = None, attributes: list[Mapping] | None = None
+) -> BiFlowNet:
     """A new BiFlowNet from a training or generation config; what the model refuses becomes a UserError.
 
     null_label: whether the class table has a row for "no label"; None = where `label_dropout` > 0.
+    attributes: rows of a training config; None = those of `cfg`.
     """
+    rows = cfg.attributes if attributes is None else attributes
     if null_label is None:
         null_label = cfg.get("label_dropout", 0.0) > 0
     try:
@@ -38,6 +44,7 @@ def build_biflownet(cfg: DictConfig, null_label: bool | None = None) -> BiFlowNe
             DiT_num_heads=cfg.dit_num_heads,
             attn_heads=cfg.attn_heads,
             null_label=null_label,
+            attributes=specs_of(rows),
         )
     except ValueError as error:
         raise UserError(f"BiFlowNet config: {error}") from error
@@ -48,12 +55,13 @@ def load_biflownet(
 ) -> BiFlowNet:
     """Builds the model of a generation config with a checkpoint's EMA weights, frozen and in eval mode.
 
-    Whether the model has the null label (which guidance needs) is read off the file.
+    Whether the model has the null label (which guidance needs), and which attributes, is read off the file.
     checkpoint, errors: as of `load_biflownet_weights`.
     """
     checkpoint = load_checkpoint(path) if checkpoint is None else checkpoint
     weights = _biflownet_weights(path, checkpoint, use_ema=True)
-    model = build_biflownet(cfg, null_label=_has_null_label(checkpoint, weights, cfg.num_classes))
+    has_null_label = _has_null_label(checkpoint, weights, cfg.num_classes)
+    model = build_biflownet(cfg, has_null_label, getattr(checkpoint.get("args"), "attributes", []))
     load_biflownet_weights(model, path, checkpoint=checkpoint)
     return model.eval().requires_grad_(False).to(device)
 
@@ -64,7 +72,8 @@ def load_biflownet_weights(
     """Loads a checkpoint's averaged (or plain) weights into a model of the same shape.
 
     A model with a null label takes a file without one: its null row then stays as initialised, with a warning. The
-    null row of a file is left aside by a model without one.
+    null row of a file is left aside by a model without one. Attributes that the file doesn't know stay as initialised,
+    and add nothing at first.
 
     checkpoint: what the file holds, where it has been read already.
 
@@ -79,6 +88,11 @@ def load_biflownet_weights(
     elif model.null_label is not None and len(table) == len(own) - 1:
         logger.warning("%s has no null label: the model's own null row stays as initialised", path)
         weights["cond_emb.weight"] = torch.cat([table.to(own), own[-1:]])
+    new = {n: w for n, w in model.state_dict().items() if n.startswith(ATTRIBUTES) and n not in weights}
+    if new:
+        names = ", ".join(dict.fromkeys(name.split(".")[2] for name in new))
+        logger.warning("%s knows no %s: the model's own part for it stays as initialised", path, names)
+        weights |= new
     args = checkpoint.get("args")
     flags = [f"{name}={getattr(args, name)}" for name in SHAPE_FLAGS if hasattr(args, name)]
     trained = f"; the file was trained with {', '.join(flags)}" if flags else ""

@@ -103,14 +103,31 @@ class GaussianDiffusion(LatentProcess):
     def draw_timesteps(self, generators: Sequence[torch.Generator]) -> Tensor:
         """A timestep to train each sample at, (B,), by the sample's own generator and on its device."""
         if self.timestep_draw != "uniform":
-            return (draw_fractions(self.timestep_draw, generators) * self.num_timesteps).long()
+            return self.timesteps_at(draw_fractions(self.timestep_draw, generators))
         timesteps = torch.empty(len(generators), dtype=torch.int64, device=generators[0].device)
         for place, generator in enumerate(generators):  # in place: a small kernel less for each, and no copies
             timesteps[place].random_(self.num_timesteps, generator=generator)
         return timesteps
 
-    def p_losses(self, denoise_fn, x_start, t, y=None, res=None, noise=None, conditions: Conditions | None = None):
-        """Mean error (``loss_type``, ``loss_weighting``) of what is predicted from x_t, a scalar; noise None: drawn."""
+    def timesteps_at(self, fractions: Tensor) -> Tensor:
+        """Timesteps (B,) at fractions (B,) of the way from data to noise, in [0, 1)."""
+        return (fractions * self.num_timesteps).long()
+
+    def p_losses(
+        self,
+        denoise_fn,
+        x_start,
+        t,
+        y=None,
+        res=None,
+        noise=None,
+        conditions: Conditions | None = None,
+        reduction="mean",
+    ) -> Tensor:
+        """Mean error (``loss_type``, ``loss_weighting``) of what is predicted from x_t; noise None: drawn.
+
+        reduction: "mean": a scalar; "none": of each sample, (B,).
+        """
         conditions = all_conditions(conditions, y, res)
         x_start, noise = self._training_pair(denoise_fn, x_start, noise, conditions)
         output = predict(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
@@ -118,7 +135,7 @@ class GaussianDiffusion(LatentProcess):
         if self.error_factors is not None:
             factor = schedule.at_timestep(self.error_factors, t, x_start)
             output, target = factor * output, factor * target
-        return self._error(output, target)
+        return self._error(output, target, reduction)
 
     # -------------------------------------------------------------------------------------------------------- sampling
 

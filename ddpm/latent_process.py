@@ -14,8 +14,8 @@ LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 class LatentProcess(nn.Module):
     """A process between normalised latents and noise. It has no parameters; the denoiser is an argument of its methods.
 
-    Training and generation need of one: ``draw_timesteps``, ``p_losses``, ``sample``, and for previews
-    ``fast_strategy``, the name of a sampler that takes few steps.
+    Training and generation need of one: ``draw_timesteps``, ``timesteps_at``, ``p_losses``, ``sample``, and for
+    previews ``fast_strategy``, the name of a sampler that takes few steps.
 
     Args:
         channels: channels of the latents, C.
@@ -62,5 +62,8 @@ class LatentProcess(nn.Module):
             check_conditions(denoise_fn, conditions)
         return self.scaled(x_start), torch.randn_like(x_start) if noise is None else noise
 
-    def _error(self, output: Tensor, target: Tensor) -> Tensor:
-        return LOSSES[self.loss_type](output, target)
+    def _error(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
+        """The mean error, () for reduction "mean", (B,) for "none"."""
+        if reduction == "mean":
+            return LOSSES[self.loss_type](output, target)
+        return LOSSES[self.loss_type](output, target, reduction="none").flatten(1).mean(1)

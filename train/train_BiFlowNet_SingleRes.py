@@ -9,6 +9,7 @@ Ctrl-C saves a checkpoint first. Several nodes need `--results-dir` on a file sy
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,32 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(cfg: DictConfig) -> dict:
     """Train on the latents of `cfg` until they are done or a signal asks to stop; returns and raises as `fit`."""
-    import torch
-
     from dataset.Singleres_dataset import Singleres_dataset
-    from ddpm.checkpoint import build_biflownet
-    from ddpm.process import build_process
-    from train.diffusion import checks
-    from train.diffusion.batches import LatentBatches, make_cache
-    from train.diffusion.state import Origin
-    from train.diffusion.training import fit
-    from train.loop.session import session
+    from train.diffusion.start import start_training
 
-    with session(cfg.device, cfg.arithmetic) as here:
-        checks.check_options(cfg, here)
-        process = build_process(cfg)
-        cache = make_cache(cfg, here.logger)
-        split = checks.find_training_split(cfg)
-        dataset = Singleres_dataset(cfg.data_path, cfg.resolution, vq_size=cfg.vq_size, split=split, cache=cache)
-        checks.check_data(cfg, dataset, here)
-        if process.scaling is not None:
-            checks.set_scaling(process.scaling, dataset, here)
-        batches = LatentBatches(dataset, cfg.batch_size, cfg.global_seed, cfg.num_workers, here)
-        origin = here.distributed.on_main(lambda: checks.find_autoencoder(cfg, dataset, here.logger), share=False)
-        torch.manual_seed(cfg.global_seed)  # the same weights on every rank
-        model = build_biflownet(cfg)
-        checks.check_grid(cfg, model)
-        return fit(cfg, here, model, model, batches, process, origin or Origin())
+    open_dataset = partial(Singleres_dataset, cfg.data_path, cfg.resolution)
+    return start_training(
+        cfg, BiFlowNetConfig, open_dataset, lambda dataset: dict.fromkeys(dataset.buckets, cfg.batch_size)
+    )
 
 
 if __name__ == "__main__":

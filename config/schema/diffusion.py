@@ -23,6 +23,7 @@ from config.schema.rules import (
     below_one,
     betas,
     inner_path,
+    interval,
     not_negative,
     one_of,
     positive,
@@ -37,9 +38,36 @@ LATENT_SCALINGS = ("range", "unit")  # those of ddpm/latent_scaling.py
 PROCESSES = ("diffusion", "flow")  # those of ddpm/process.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 FLOW_STRATEGIES = ("euler",)  # those of ddpm/flow.py
+attribute_name = Rule(
+    lambda value: value.isidentifier() and value.isascii(),
+    "a name of letters, digits and _, no digit first",
+)
+all_positive = Rule(lambda value: all(0 < item < float("inf") for item in value), "numbers above 0")
 widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
 switches = Rule(lambda value: set(value) <= {0, 1}, "0 or 1 per level")
 token = Rule(lambda value: value > 0 and SUB_VOLUME % value == 0, f"a divisor of the sub-volume edge {SUB_VOLUME}")
+
+
+@dataclass
+class Attribute:
+    """One row of `attributes`: what is known of some or all volumes beside their class."""
+
+    name: str = key("", "letters, digits and _; what generation calls it", attribute_name)
+    range: list[float] | None = key(None, "of a number: its lowest and highest value", interval)
+    categories: list[str] = key([], "otherwise: what there is, e.g. [F, M]")
+    source: str = key(
+        "volume", "volume (spacing_x, size_x, ... of the prepared volumes), or a CSV or JSON-lines file with a column "
+        "file or subject"
+    )  # fmt: skip
+    column: str | None = key(None, "of the source; null = the name")
+
+
+@dataclass
+class Bucket:
+    """One row of `buckets`: how latents of one size are trained on."""
+
+    grid: list[int] = key([], "latent grid (z, x, y)", latent_grid)
+    batch_size: int = key(1, "latents per process and step", at_least(1))
 
 
 @dataclass
@@ -65,8 +93,8 @@ class DiffusionModelConfig:
 
 
 @dataclass
-class BiFlowNetConfig(DiffusionModelConfig):
-    """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
+class LatentTrainingConfig(DiffusionModelConfig):
+    """What training of the latent diffusion model has at one resolution and at several."""
 
     data_path: str | None = flag(None, "JSON: class id -> folder of latents; required", section="Files")
     split: str | None = flag(
@@ -103,10 +131,21 @@ class BiFlowNetConfig(DiffusionModelConfig):
         one_of(*LATENT_SCALINGS),
     )
     label_dropout: float = tuned(0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one)
+    attributes: list[Attribute] = key([], "what volumes are told apart by beside their class: docs/training.md")
+    attribute_dropout: float = tuned(
+        0.1, "share of attributes, each and all at once, that are taken for unknown, for guidance", below_one
+    )
 
     epochs: int = flag(1000, "epochs to train for", at_least(1), resume=EXTENDS, section="Optimisation")
     max_steps: int | None = flag(None, "optimiser steps to train; null = epochs decide", at_least(1), resume=EXTENDS)
     batch_size: int = flag(16, "latents per process and step", at_least(1), resume=CHANGES)
+    accumulate: int = key(
+        1, "passes that a batch is split into, whose gradients are added: less memory, the same step", at_least(1),
+        resume=FREE,
+    )  # fmt: skip
+    class_weights: list[float] = tuned(
+        [], "how often latents of class 0, 1, ... are taken beside those of weight 1; empty = all alike", all_positive
+    )
     lr: float = tuned(1e-4, "learning rate of Adam", positive)
     adam_betas: list[float] = tuned([0.9, 0.999], "Adam betas", betas)
     lr_schedule: str = tuned(
@@ -126,8 +165,9 @@ class BiFlowNetConfig(DiffusionModelConfig):
     ema_every: int = tuned(10, "optimiser steps between updates of the averaged weights", at_least(1))
     ema_start: int = tuned(2000, "optimiser step before which the averaged weights are a plain copy", not_negative)
 
-    resolution: list[int] = flag([32, 32, 32], "latent grid (z, x, y); multiples of 8", latent_grid, section="Run")
-    cache: str = key("float32", "uncompressed latent copies: float32 | none", one_of("float32", "none"), resume=FREE)
+    cache: str = key(
+        "float32", "uncompressed latent copies: float32 | none", one_of("float32", "none"), resume=FREE, section="Run"
+    )
     cache_dir: str | None = key(
         None, "folder of the cache; null = FOLDER_cache beside each folder of latents", resume=FREE
     )
@@ -142,8 +182,42 @@ class BiFlowNetConfig(DiffusionModelConfig):
     log_every: int = flag(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
     ckpt_every: int = flag(500, "optimiser steps between checkpoints", at_least(1), resume=FREE)
     keep_checkpoints: int = keep_checkpoints()
+    val_every: int = key(
+        1000, "optimiser steps between held-out losses, of the split's validation side; 0 = none", not_negative,
+        resume=FREE,
+    )  # fmt: skip
+    val_latents: int = key(32, "latents of each class and size that they are measured on", at_least(1), resume=FREE)
     preview: bool = key(True, "sample one volume per checkpoint into samples/", resume=FREE)
     preview_steps: int = key(10, "DDIM or Euler steps of a preview", at_least(1), resume=FREE)
+
+
+@dataclass
+class BiFlowNetConfig(LatentTrainingConfig):
+    """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
+
+    resolution: list[int] = flag([32, 32, 32], "latent grid (z, x, y); multiples of 8", latent_grid)
+
+
+@dataclass
+class BiFlowNetMultiresConfig(LatentTrainingConfig):
+    """Training of the latent diffusion model on latents of several sizes (train/train_BiFlowNet_MultiRes.py)."""
+
+    batch_size: int = flag(
+        42,
+        "latents of 32x32x32 per process and step; of other sizes as many as have the same voxels, but at least one. "
+        "buckets say otherwise",
+        at_least(1),
+        resume=CHANGES,
+    )
+    buckets: list[Bucket] = tuned([], "grid and batch_size of each size of latents; empty = by batch_size")
+    bucket_order: str = tuned(
+        "turns",
+        "turns (a smaller bucket starts again until the largest is through) | proportional (as often as it has data)",
+        one_of("turns", "proportional"),
+    )
+    bucket_temperature: float = tuned(
+        1.0, "proportional: above 1 the smaller buckets come more often, by batches^(1/temperature)", positive
+    )
 
 
 @dataclass
@@ -162,6 +236,12 @@ class GenerationConfig(DiffusionModelConfig):
     )
     output_dtype: str = flag("float32", "float32 | int16 (whole HU, else scaled codes)", one_of("float32", "int16"))
 
+    attributes: list[str] = flag(
+        [],
+        "values of the attributes that the model was trained with, as age=63 sex=F; those not given are unknown, but "
+        "spacing and size are the volume's",
+    )
+    extrapolate: bool = flag(False, "scalars may lie outside the range that was trained on")
     class_names: list[str] = key(
         [], "classes by name or id; empty = all of the table", flag="--classes", section="Requests (docs/generation.md)"
     )

@@ -85,7 +85,7 @@ class EpochSampler(Sampler[SampleKey]):
     def order(self, epoch: int) -> list[int]:
         """The indices of this process in one epoch."""
         if self.shuffle:
-            indices = _generator(ORDER_STREAM, self.seed, epoch).permutation(self.length)
+            indices = generator_of(ORDER_STREAM, self.seed, epoch).permutation(self.length)
         else:
             indices = np.arange(self.length)
         whole = np.resize(indices, self.num_samples * self.world_size)  # cut, or filled from the start
@@ -117,8 +117,9 @@ class EpochDataset(torch.utils.data.Dataset):
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random numbers of one sample in one epoch."""
-    return _generator(SAMPLE_STREAM, seed, epoch, index)
+    return generator_of(SAMPLE_STREAM, seed, epoch, index)
 
 
-def _generator(*entropy: int) -> np.random.Generator:
+def generator_of(*entropy: int) -> np.random.Generator:
+    """Random numbers that depend on these alone."""
     return np.random.default_rng([int(number) % 2**63 for number in entropy])

@@ -54,6 +54,8 @@ def make_record(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
     """What a volume depends on, as it is compared; `settings` are what the whole run has in common."""
     record = {**asdict(request), **settings}
     del record["path"]
+    if not request.attributes:  # as records of before have none
+        del record["attributes"]
     return json.loads(json.dumps(record))  # tuples become lists, as in a record that is read back
 
 

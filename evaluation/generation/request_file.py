@@ -3,9 +3,10 @@
     - {class: CTLegs, seed: 0-9, resolution: 512 256 256, spacing: 1.25 1.25 1.25}        class,seed,num_samples
     - {class: 3, num_samples: 20}                                                         MRT1Brain,0-9,2
 
-`class` (name or id) is needed; `seed` (or several, as 0-9 or 0-3,7), `num_samples`, `resolution` (voxels z y x) and
-`spacing` (mm, x y z) come from the options where they aren't given. In a CSV the numbers of a cell are separated by
-spaces or x; files as Excel writes them (semicolons, tabs, byte order mark, UTF-16) are read too.
+`class` (name or id) is needed; `seed` (or several, as 0-9 or 0-3,7), `num_samples`, `resolution` (voxels z y x),
+`spacing` (mm, x y z) and `attributes` ({age: 63}; in a CSV age=63 sex=F) come from the options where they aren't given.
+In a CSV the numbers of a cell are separated by spaces or x; files as Excel writes them (semicolons, tabs, byte order
+mark, UTF-16) are read too.
 """
 
 import csv
@@ -22,8 +23,9 @@ import yaml
 
 from common.errors import UserError
 from common.text import decode
+from evaluation.generation.attributes import Attributes, parse_attributes
 
-FIELDS = ("class", "seed", "num_samples", "resolution", "spacing")
+FIELDS = ("class", "seed", "num_samples", "resolution", "spacing", "attributes")
 NOTHING = ("", "~", "null")  # how YAML writes a field without value
 MOST_VOLUMES = 100_000  # of one run; more is a slip of the keyboard, or should be several runs
 
@@ -38,6 +40,7 @@ class Entry:
     num_samples: int | None = None
     resolution: tuple[int, int, int] | None = None  # voxels (z, y, x)
     spacing_mm: tuple[float, float, float] | None = None  # (x, y, z)
+    attributes: Attributes | None = None
 
 
 def read_request_file(path: str | Path) -> list[Entry]:
@@ -163,7 +166,17 @@ def _entry(where: str, fields: dict[str, Any]) -> Entry:
         _numbers(where, given, "num_samples", 1, is_whole=True)[0] if "num_samples" in given else None,
         _numbers(where, given, "resolution", 3, is_whole=True) if "resolution" in given else None,
         _numbers(where, given, "spacing", 3, is_whole=False) if "spacing" in given else None,
+        _attributes(where, given["attributes"]) if "attributes" in given else None,
     )
+
+
+def _attributes(where: str, value: Any) -> Attributes:
+    """Of {age: 63, sex: F} in YAML, or of the text age=63 sex=F."""
+    if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+        return parse_attributes([f"{name}={item}" for name, item in value.items()], where)
+    if not isinstance(value, str):
+        raise UserError(f"{where}attributes are given as {{age: 63, sex: F}} or age=63 sex=F, got {value!r:.60}")
+    return parse_attributes(re.split(r"\s+(?=\w+=)", value.strip()), where)
 
 
 def _numbers(where: str, fields: dict[str, Any], name: str, count: int, is_whole: bool) -> tuple[Any, ...]:

@@ -19,7 +19,8 @@ from dataset.preparation.manifest import Intensity, common_intensity
 from dataset.volumes.geometry import LARGEST_SPACING_MM, SMALLEST_SPACING_MM, is_plausible_spacing
 from dataset.volumes.index import read_class_folders
 from dataset.volumes.intensity import MODEL_RANGE
-from ddpm.BiFlowNet import grid_multiple
+from ddpm.architecture import grid_multiple
+from evaluation.generation.attributes import Attributes, file_suffix, parse_attributes
 from evaluation.generation.request_file import MOST_VOLUMES, Entry, parse_seeds, read_request_file
 
 Triple = tuple[int, int, int]
@@ -42,6 +43,7 @@ class Request:
     decoding: str  # "exact", "blended" or "tiles"
     tile: int | None  # edge in voxels of the tiles it is decoded in; None: as a whole
     intensity: Intensity | None = None  # how -1 and 1 are written; None: as they are
+    attributes: Attributes = ()  # as they are asked for
 
     @property
     def intensity_range(self) -> tuple[float, float]:
@@ -69,7 +71,7 @@ def list_requests(cfg: DictConfig) -> list[Request]:
         if len(requests) + len(sizes) * len(entry.seeds) * entry.num_samples > MOST_VOLUMES:
             raise UserError(f"{entry.where}more than {MOST_VOLUMES:,} volumes are asked for: do it in several runs")
         for request in _requests_of(cfg, entry, row, sizes, intensities[row.id]):
-            for key in (request.path, noise_key(request)):
+            for key in (request.path, (noise_key(request), request.attributes)):
                 if key in asked_by:
                     raise UserError(
                         f"{entry.where or f'classes: {row.name}: '}asks for {request.path} a second time, after "
@@ -97,6 +99,7 @@ def _entries(cfg: DictConfig) -> Iterator[Entry]:
         "num_samples": cfg.num_samples,
         "resolution": None if cfg.resolution is None else tuple(cfg.resolution),
         "spacing_mm": None if cfg.spacing is None else tuple(map(float, cfg.spacing)),
+        "attributes": parse_attributes(cfg.attributes),
     }
     if cfg.requests is None:
         names = cfg.class_names or [row.name for row in cfg.classes]
@@ -130,9 +133,10 @@ def _requests_of(
         for seed in entry.seeds:
             folder = seed_folder(cfg, seed)
             for sample in range(entry.num_samples):
-                path = _volume_path(folder, f"{row.name}_{h}x{w}x{d}", sample, entry.num_samples)
+                stem = f"{row.name}_{h}x{w}x{d}{file_suffix(entry.attributes)}"
+                path = _volume_path(folder, stem, sample, entry.num_samples)
                 asked = (row.id, row.name, seed, grid, spacing_mm, sample)
-                yield Request(*asked, path, (h, w, d), decoding, tile, intensity)
+                yield Request(*asked, path, (h, w, d), decoding, tile, intensity, entry.attributes)
 
 
 def _volume_path(folder: Path, stem: str, sample: int, num_samples: int) -> Path:

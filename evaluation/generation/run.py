@@ -38,6 +38,7 @@ from ddpm.checkpoint import load_biflownet
 from ddpm.latent_process import LatentProcess
 from ddpm.process import build_process, take_process
 from ddpm.schedule import Progress as StepsDone
+from evaluation.generation.attributes import encoded_attributes
 from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
 from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
 from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder
@@ -71,6 +72,8 @@ def generate(cfg: DictConfig) -> list[Path]:
         if todo:
             place.on_main(lambda: _check_disk(cfg, todo))
             autoencoder, model, process = load_models(cfg, place.device)
+            for request in todo:
+                attributes_of(cfg, model, request)
             for request in {request.grid: request for request in todo}.values():
                 limits = (request.tile, place.device, _max_bytes(cfg), cfg.precision)
                 check_memory(autoencoder, request.grid, *limits, f"{request.path}: ")
@@ -187,10 +190,10 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
         trained = getattr(checkpoint.get("args"), name, cfg[name])
         if trained != cfg[name]:
             raise UserError(f"{name} is {cfg[name]}, but {cfg.model_ckpt} was trained with {trained}: give that")
-    if cfg.guidance_scale != 1 and model.null_label is None:
+    if cfg.guidance_scale != 1 and model.null_label is None and model.attribute_emb is None:
         raise UserError(
             f"guidance_scale is {cfg.guidance_scale}, but {cfg.model_ckpt} has no null label: use 1, or a model that "
-            "was trained with label_dropout above 0"
+            "was trained with label_dropout above 0, or with attributes"
         )
     if cfg.channels_last:
         autoencoder, model = (network.to(memory_format=torch.channels_last_3d) for network in (autoencoder, model))
@@ -199,6 +202,12 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def attributes_of(cfg: DictConfig, model: nn.Module, request: Request) -> list[float]:
+    """As `encoded_attributes`, for this model."""
+    specs = () if model.attribute_emb is None else model.attribute_emb.specs
+    return encoded_attributes(specs, request, cfg.extrapolate, cfg.model_ckpt)
 
 
 def sample_latents(
@@ -214,14 +223,15 @@ def sample_latents(
     shape = (cfg.volume_channels, *batch[0].grid)
     z = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, d, h, w)
     y = torch.tensor([request.class_id for request in batch])  # (B,)
-    res = torch.tensor(batch[0].grid) / model.vq_size  # (3,)
+    conditions = {"y": y, "res": torch.tensor(batch[0].grid) / model.vq_size}  # (B,), (3,)
+    if model.attribute_emb is not None:
+        conditions["attributes"] = torch.tensor([attributes_of(cfg, model, request) for request in batch])  # (B, A)
     layout = torch.channels_last_3d if cfg.channels_last else torch.contiguous_format
     with autocast(device, cfg.precision):  # of the network: z and the steps are float32 and stay so
         return process.sample(
             model,
             z.to(device, memory_format=layout),
-            y=y.to(device),
-            res=res.to(device),
+            conditions={name: value.to(device) for name, value in conditions.items()},
             cond_scale=cfg.guidance_scale,
             strategy=cfg.sampling_strategy,
             eta=cfg.eta,

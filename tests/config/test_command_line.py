@@ -170,7 +170,7 @@ PUBLISHED_FLAGS = {
     GenerationConfig: "classes AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn "
     "sampling-strategy ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta "
     "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
-    "arithmetic channels-last compile class-table",
+    "arithmetic channels-last compile class-table attributes extrapolate",
     ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
     GenerationMetricsConfig: EVALUATION_FLAGS
     + FEATURE_FLAGS

@@ -131,7 +131,8 @@ CONTINUABLE = [
         BiFlowNetConfig,
         FREE,
         "AE_ckpt results_dir run_name set_anew num_workers arithmetic channels_last compile gradient_checkpointing "
-        "cache cache_dir cache_limit_gb log_every ckpt_every keep_checkpoints preview preview_steps",
+        "cache cache_dir cache_limit_gb log_every ckpt_every keep_checkpoints preview preview_steps accumulate "
+        "val_every val_latents",
     ),
     (BiFlowNetConfig, EXTENDS, "epochs max_steps device"),
     (BiFlowNetConfig, BEGINNING, "ckpt continue_from"),
@@ -139,7 +140,7 @@ CONTINUABLE = [
         BiFlowNetConfig,
         CHANGES,
         "loss_type loss_weighting timestep_draw label_dropout batch_size lr adam_betas lr_schedule lr_warmup grad_clip "
-        "enable_amp amp_dtype ema_decay ema_every ema_start global_seed split",
+        "enable_amp amp_dtype ema_decay ema_every ema_start global_seed split class_weights attribute_dropout",
     ),
     (
         AutoencoderConfig,

@@ -18,7 +18,7 @@ from dataset import check
 from dataset.cache import latents as latent_cache
 from dataset.cache import volumes as cache_module
 from dataset.cache.latents import LatentCache
-from dataset.order.epochs import EpochSampler
+from dataset.order.buckets import BucketOrder
 from dataset.Singleres_dataset import Singleres_dataset
 from dataset.volumes.index import list_volumes
 from dataset.volumes.latent_record import start_folder
@@ -57,7 +57,7 @@ def built(root: Path, num_workers: int = 0, **options) -> Singleres_dataset:
 
 
 def loader_of(data: Singleres_dataset, num_workers: int = 0, batch_size: int = 2) -> DataLoader | CacheLoader:
-    order = GlobalBatchSampler(EpochSampler(len(data), seed=3, drop_last=True), batch_size)
+    order = GlobalBatchSampler(BucketOrder([range(len(data))], [batch_size], seed=3))
     return make_loader(data, order, num_workers, pin_memory=False)
 
 
@@ -142,7 +142,7 @@ def test_pinned_memory_is_asked_for_by_the_training_thread(root, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", pinned_empty)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned_empty(0, pin_memory=True) is None or tensor)
-    order = GlobalBatchSampler(EpochSampler(NUM_LATENTS, seed=3, drop_last=True), 9)
+    order = GlobalBatchSampler(BucketOrder([range(NUM_LATENTS)], [9], seed=3))
     loader = make_loader(data, order, 2, pin_memory=True)
     next(iter(loader))
     close_loader(loader)

@@ -167,7 +167,7 @@ def test_a_preview_on_a_nearly_full_gpu(gpu, tmp_path, caplog, leaving, is_made)
     model = build_biflownet(cfg).eval()
     logger = logging.getLogger("preview test")
     diffusion = GaussianDiffusion(4, 20).to(gpu)
-    previews = Previews(tmp_path, [0, 1], (16, 16, 16), 3, model, diffusion, autoencoder, gpu, logger)
+    previews = Previews(tmp_path, [(0, (16, 16, 16)), (1, (16, 16, 16))], 3, model, diffusion, autoencoder, gpu, logger)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     held = fill_memory(gpu, leaving)
     path = previews.write(12, 1, weights)

@@ -195,7 +195,7 @@ def test_a_preview_due_where_training_stopped_is_made(data, ae_ckpt, tmp_path, m
 
 
 def test_previews_that_fail_do_not_end_the_training(data, ae_ckpt, tmp_path, monkeypatch, uninterrupted, capfd):
-    def fail(self, class_id: int) -> None:
+    def fail(self, class_id: int, grid: tuple) -> None:
         raise RuntimeError("CUDA error: odd")
 
     monkeypatch.setattr(Previews, "_sample", fail)

@@ -20,6 +20,8 @@ from common.files import lock_folder
 from common.log import close_logger, get_logger
 from common.processes import Distributed
 from config.loading import save_config
+from config.schema.diffusion import BiFlowNetConfig
+from dataset.order.buckets import BucketOrder
 from dataset.order.epochs import EpochSampler
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.flow import RectifiedFlow
@@ -41,7 +43,7 @@ def make_config(results: Path, **values) -> dict:
 
 def open_folder(config: dict) -> Path:
     with contextlib.ExitStack() as closing:
-        return run_folder.open_run_folder(config, closing)[0]
+        return run_folder.open_run_folder(BiFlowNetConfig, config, closing)[0]
 
 
 @pytest.mark.parametrize(
@@ -121,12 +123,13 @@ def test_checkpoint_name_has_seven_digits(tmp_path):
 @pytest.mark.parametrize("samples_seen", [0, 4, 8])
 def test_two_ranks_see_the_global_batches_of_one(samples_seen):
     def batches(world_size: int, rank: int) -> tuple[list[list[int]], range]:
-        order = EpochSampler(11, seed=5, rank=rank, world_size=world_size, drop_last=True)
-        sampler = GlobalBatchSampler(order, batch_size=4 // world_size)
+        sampler = GlobalBatchSampler(BucketOrder([range(11)], [4], seed=5), rank, world_size)
         sampler.start_at(epoch=3, samples_seen=samples_seen)
-        return [[key.index for key in batch] for batch in sampler], sampler.positions
+        return [[key.index for key in batch] for batch in sampler], range(rank, 4, world_size)
 
     whole, _ = batches(1, 0)
+    order = EpochSampler(11, seed=5).order(3)  # the order that runs had before there were several sizes
+    assert whole == [order[0:4], order[4:8]][samples_seen // 4 :]
     assert len(whole) == 2 - samples_seen // 4  # 11 samples make two batches of 4; three samples are left out
     for rank in range(2):
         share, positions = batches(2, rank)
@@ -199,7 +202,7 @@ def test_preview_is_bounded_and_leaves_the_global_generator(tmp_path, caplog, pr
     before = torch.get_rng_state()
     grid, diffusion, logger = (8, 8, 16), process(4, 20), logging.getLogger("preview test")
     previews = Previews(
-        tmp_path, [0, 1], grid, 3, model, diffusion, autoencoder, CPU, logger, time_limit_s=time_limit_s
+        tmp_path, [(0, grid), (1, grid)], 3, model, diffusion, autoencoder, CPU, logger, time_limit_s=time_limit_s
     )
     path = previews.write(12, 1, model.state_dict())
     assert torch.equal(torch.get_rng_state(), before)
@@ -220,7 +223,7 @@ def test_a_preview_without_memory_is_left_out(tmp_path, caplog, monkeypatch):
     model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
     decode = preview.decode
     monkeypatch.setattr(preview, "decode", lambda *latent, max_bytes: decode(*latent, max_bytes=1000))
-    previews = Previews(tmp_path, [1], (8, 8, 8), 3, model, diffusion, autoencoder, CPU, logger)
+    previews = Previews(tmp_path, [(1, (8, 8, 8))], 3, model, diffusion, autoencoder, CPU, logger)
     assert previews.write(12, 0, model.state_dict()) is None
     assert "preview of step 12: not enough memory; say preview=false" in caplog.text
 
@@ -239,7 +242,7 @@ def test_whatever_fails_in_a_preview_is_said_in_a_line(tmp_path, caplog, monkeyp
         raise error
 
     model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
-    previews = Previews(tmp_path / "samples", [1], (8, 8, 8), 3, model, diffusion, None, CPU, logger)
+    previews = Previews(tmp_path / "samples", [(1, (8, 8, 8))], 3, model, diffusion, None, CPU, logger)
     monkeypatch.setattr(previews, "_decode", lambda latent: torch.zeros(1, 8, 8, 8))
     place = preview if where == "write_volume" else previews.model if where == "load_state_dict" else previews
     monkeypatch.setattr(place, where, fail)
@@ -251,7 +254,7 @@ def test_whatever_fails_in_a_preview_is_said_in_a_line(tmp_path, caplog, monkeyp
 def test_a_preview_does_not_make_a_deleted_run_folder_again(tmp_path, monkeypatch, fails):
     model, diffusion = Denoiser(), GaussianDiffusion(4, 20)
     run = tmp_path / "run"
-    previews = Previews(run / "samples", [1], (8, 8, 8), 3, model, diffusion, None, CPU, logging.getLogger())
+    previews = Previews(run / "samples", [(1, (8, 8, 8))], 3, model, diffusion, None, CPU, logging.getLogger())
     monkeypatch.setattr(previews, "_decode", lambda latent: 1 / 0 if fails else torch.zeros(1, 8, 8, 8))
     with pytest.raises(UserError, match=f"^{run}: the run folder was deleted during training, which ends here"):
         previews.write(12, 0, model.state_dict())
@@ -261,7 +264,7 @@ def test_a_preview_does_not_make_a_deleted_run_folder_again(tmp_path, monkeypatc
 def test_a_preview_is_given_up_when_training_stops(tmp_path, caplog):
     """Within one step of sampling: schedulers grant little time after their signal."""
     model, diffusion, logger = Denoiser(), GaussianDiffusion(4, 20), logging.getLogger("preview test")
-    arguments = (tmp_path, [1], (8, 8, 8), 3, model, diffusion, None, CPU, logger)
+    arguments = (tmp_path, [(1, (8, 8, 8))], 3, model, diffusion, None, CPU, logger)
     previews = Previews(*arguments, is_stopping=lambda: True)
     assert previews.write(12, 0, model.state_dict()) is None
     assert len(previews.model.calls) == 1

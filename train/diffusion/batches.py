@@ -1,60 +1,53 @@
-"""A run's batches of latents: shuffled by (seed, epoch), split over ranks, resumable within an epoch."""
+"""A run's batches of latents: each of one size, shuffled by (seed, epoch), split over ranks, resumable in an epoch."""
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.errors import UserError
 from common.files import check_still_there
 from dataset.cache.latents import LatentCache
-from dataset.order.epochs import EpochSampler, SampleKey
-from dataset.Singleres_dataset import Singleres_dataset
-from train.diffusion.checks import check_split_of_run
+from dataset.Multires_dataset import Grid, Multires_dataset
+from dataset.order.buckets import TURNS, BucketOrder
+from dataset.order.data_split import SPLIT_NAME, TRAINING, read_split
+from dataset.order.epochs import SampleKey
+from dataset.volumes.geometry import size_text
 from train.loop.session import Session
 from train.loop.signals import close_loader, ignore_signals
 
 
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
-    """This rank's share of each global batch.
+    """This rank's share of each global batch, an epoch at a time.
 
-    A global batch is the next `batch_size * world_size` samples of the epoch's order; rank r has its samples r,
-    r + world_size, ... So the same samples make up a step however they are split. The last samples of an epoch that
-    fill no global batch are left out: the batch size is constant. `sampler` walks this rank's samples, with
-    `drop_last`; `batch_size` is that of a rank.
+    Rank r has a global batch's samples r, r + world_size, ... So the same samples make up a step however they are
+    split. The last samples of a bucket that fill no global batch are left out: the batch size is constant. `order`
+    has the batch sizes over all ranks.
     """
 
-    def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
-        self.sampler = sampler
-        self.batch_size = batch_size
+    def __init__(self, order: BucketOrder, rank: int = 0, world_size: int = 1) -> None:
+        self.order, self.rank, self.world_size = order, rank, world_size
+        self._epoch = self._first_step = 0
 
     def start_at(self, epoch: int, samples_seen: int = 0) -> None:
         """Begin `epoch` after its first `samples_seen` samples, counted over all ranks."""
-        self.sampler.resume(epoch, min(samples_seen // self.sampler.world_size, self.sampler.num_samples))
+        self._epoch, self._first_step = epoch, self.order.steps_done(epoch, samples_seen)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        keys = list(self.sampler)
-        for first in range(0, len(keys) - self.batch_size + 1, self.batch_size):
-            yield keys[first : first + self.batch_size]
+        for _, indices in self.order.batches(self._epoch, self._first_step):
+            yield [SampleKey(self._epoch, index) for index in indices[self.rank :: self.world_size]]
 
     def __len__(self) -> int:
-        return len(self.sampler) // self.batch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.sampler.num_samples // self.batch_size
-
-    @property
-    def positions(self) -> range:
-        """Place of each sample of this rank's batch in the global batch."""
-        return range(self.sampler.rank, self.batch_size * self.sampler.world_size, self.sampler.world_size)
+        return self.order.steps_per_epoch - self._first_step
 
 
 class WithIndex(Dataset):
@@ -80,7 +73,7 @@ class CacheLoader:
     """
 
     def __init__(
-        self, dataset: Singleres_dataset, sampler: Iterable[list[SampleKey]], num_threads: int, pin_memory: bool
+        self, dataset: Multires_dataset, sampler: Iterable[list[SampleKey]], num_threads: int, pin_memory: bool
     ) -> None:
         self.dataset = dataset
         self.sampler = sampler
@@ -107,17 +100,29 @@ class CacheLoader:
 
     def _make_room(self, indices: Sequence[int]) -> list[Tensor]:
         """A batch without its latents. Made in the training's thread, whose GPU owns pinned memory."""
-        size, data = len(indices), self.dataset
-        latents = torch.empty((size, *data.shapes[0]), pin_memory=self.pin_memory)
-        small = [torch.tensor(indices), torch.tensor([data.labels[index] for index in indices])]
-        small.append(data.resolution_condition.repeat(size, 1))
-        index, label, resolution = (tensor.pin_memory() if self.pin_memory else tensor for tensor in small)
-        return [index, latents, label, resolution]
+        latents = torch.empty((len(indices), *self.dataset.shapes[indices[0]]), pin_memory=self.pin_memory)
+        small = [torch.tensor(indices), *self.dataset.conditions(indices)]
+        index, *conditions = (tensor.pin_memory() if self.pin_memory else tensor for tensor in small)
+        return [index, latents, *conditions]
 
     def _fill(self, batch: list[Tensor]) -> list[Tensor]:
         for index, latent in zip(batch[0].tolist(), batch[1], strict=True):
             self.dataset.cache.read_into(self.dataset.files[index], latent)
         return batch
+
+
+def passes_of(batch_size: int, accumulate: int) -> list[slice]:
+    """A batch in at most `accumulate` parts, which differ by one sample at most."""
+    ends = [batch_size * part // accumulate for part in range(accumulate + 1)]
+    return [slice(first, end) for first, end in pairwise(ends) if end > first]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made the latents of a run: the autoencoder (where it was given), on the CPU, and its fingerprint."""
+
+    autoencoder: nn.Module | None = None
+    fingerprint: str | None = None  # None: not known
 
 
 def make_cache(cfg: DictConfig, logger: logging.Logger) -> LatentCache | None:
@@ -130,9 +135,9 @@ def make_cache(cfg: DictConfig, logger: logging.Logger) -> LatentCache | None:
 
 
 def make_loader(
-    dataset: Singleres_dataset, sampler: Iterable[list[SampleKey]], num_workers: int, pin_memory: bool
+    dataset: Multires_dataset, sampler: Iterable[list[SampleKey]], num_workers: int, pin_memory: bool
 ) -> DataLoader | CacheLoader:
-    """Batches [index (B,), latent (B, C, d, h, w), class id (B,), resolution / vq_size (B, 3)].
+    """Batches [index (B,), latent (B, C, d, h, w), class id (B,), grid / vq_size (B, 3)], and attributes (B, A) if any.
 
     num_workers: processes that load, or with a cache threads; 0: neither. The order of batches is the same.
     pin_memory: in page-locked memory, from where a GPU fetches them beside its work. Needs a GPU.
@@ -157,6 +162,17 @@ class Batch:
     indices: Tensor  # (B,) of the data set, by which a failing batch's files can be named
     latents: Tensor  # (B, C, d, h, w), normalised
     conditions: dict[str, Tensor]  # what the denoiser is given beside (x, t), (B, …) each
+    positions: range  # of its samples in the global batch
+    global_size: int  # samples of the step over all ranks
+
+    @property
+    def grid(self) -> Grid:
+        return tuple(self.latents.shape[2:])
+
+    @property
+    def size(self) -> str:
+        """The grid for messages and figures: "32x32x32"."""
+        return size_text(self.grid)
 
     def to(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and conditions on a device, copied beside its work where they lie in pinned memory."""
@@ -165,33 +181,69 @@ class Batch:
 
 
 class LatentBatches:
-    """Latents of one size with their conditions, epoch after epoch.
+    """Latents with their conditions, epoch after epoch; the latents of a batch have one size.
 
     Args:
         dataset: its cache, if it has one, has to be built (`build_cache`) before the first batch.
-        batch_size: latents per rank and step.
+        batch_sizes: latents per rank and step, of each size; one number for all.
         seed: of the order.
         num_workers: see `make_loader`.
         here: this process, whose end ends what loads.
+        order, temperature, class_weights: as of `BucketOrder`, weights by class id.
     """
 
-    def __init__(self, dataset: Singleres_dataset, batch_size: int, seed: int, num_workers: int, here: Session) -> None:
+    def __init__(
+        self,
+        dataset: Multires_dataset,
+        batch_sizes: int | Mapping[Grid, int],
+        seed: int,
+        num_workers: int,
+        here: Session,
+        order: str = TURNS,
+        temperature: float = 1.0,
+        class_weights: Mapping[int, float] | None = None,
+    ) -> None:
         ranks = here.distributed
-        order = EpochSampler(len(dataset), seed=seed, drop_last=True, rank=ranks.rank, world_size=ranks.world_size)
-        self._dataset, self._num_workers = dataset, num_workers
-        self._sampler = GlobalBatchSampler(order, batch_size)
+        sizes = dict.fromkeys(dataset.buckets, batch_sizes) if isinstance(batch_sizes, int) else batch_sizes
+        self._global_sizes = {grid: sizes[grid] * ranks.world_size for grid in dataset.buckets}
+        weights = [class_weights.get(label, 1.0) for label in dataset.labels] if class_weights else None
+        self.order = BucketOrder(
+            list(dataset.buckets.values()), list(self._global_sizes.values()), seed, order, temperature, weights
+        )
+        self._ranks, self._dataset, self._num_workers = ranks, dataset, num_workers
+        self._sampler = GlobalBatchSampler(self.order, ranks.rank, ranks.world_size)
         self._loader = make_loader(dataset, self._sampler, num_workers, pin_memory=here.device.type == "cuda")
         here.closing.callback(close_loader, self._loader)
         self.files = dataset.files
-        self.num_samples = len(dataset)
-        self.global_batch = batch_size * ranks.world_size  # latents per step over all ranks
-        self.steps_per_epoch = self._sampler.steps_per_epoch
-        self.positions = self._sampler.positions  # of this rank's samples in the global batch
+        self.steps_per_epoch = self.order.steps_per_epoch
 
     @property
-    def classes(self) -> list[int]:
-        """Class ids that there are latents of."""
-        return sorted(set(self._dataset.labels))
+    def grids(self) -> list[Grid]:
+        """The sizes that there are latents of."""
+        return list(self._dataset.buckets)
+
+    @property
+    def kinds(self) -> list[tuple[int, Grid]]:
+        """Class ids that there are latents of, in each of their sizes."""
+        return sorted({(label, s[1:]) for label, s in zip(self._dataset.labels, self._dataset.shapes, strict=True)})
+
+    def pass_shapes(self, accumulate: int) -> set[tuple[int, Grid]]:
+        """Batch size and grid of each pass that a step of a rank can have."""
+        sizes = {grid: size // self._ranks.world_size for grid, size in self._global_sizes.items()}
+        passes = {grid: passes_of(size, accumulate) for grid, size in sizes.items()}
+        return {(part.stop - part.start, grid) for grid, parts in passes.items() for part in parts}
+
+    @property
+    def num_samples(self) -> int | dict[str, int]:
+        """Latents that there are; of several sizes, of each."""
+        counts = {size_text(grid): len(indices) for grid, indices in self._dataset.buckets.items()}
+        return counts if len(counts) > 1 else len(self._dataset)
+
+    @property
+    def global_batch(self) -> int | dict[str, int]:
+        """Latents per step over all ranks; of several sizes, of each."""
+        sizes = {size_text(grid): size for grid, size in self._global_sizes.items()}
+        return sizes if len(sizes) > 1 else next(iter(sizes.values()))
 
     @property
     def remedy_for_waiting(self) -> str:
@@ -201,7 +253,7 @@ class LatentBatches:
 
     def check_run(self, folder: Path) -> None:
         """UserError where a run's folder says that it trains on other data. To be called on rank 0."""
-        check_split_of_run(self._dataset, folder)
+        _check_split_of_run(self._dataset, folder)
 
     def build_cache(self, logger: logging.Logger) -> None:
         """Copy into the cache what is not there yet, if there is one. Errors as of `LatentCache.build`."""
@@ -218,9 +270,29 @@ class LatentBatches:
         """Batches; `position`, asked before each epoch, gives it and how many of its samples are done on all ranks."""
         while True:
             self._sampler.start_at(*position())
-            yield from map(_as_batch, self._loader)  # unlike a loop it keeps no batch until the next one has come
+            yield from map(self._as_batch, self._loader)  # unlike a loop it keeps no batch until the next one has come
+
+    def _as_batch(self, item: list[Tensor]) -> Batch:
+        indices, latents, *conditions = item
+        named = dict(zip(("y", "res", "attributes"), conditions, strict=False))
+        size = len(indices) * self._ranks.world_size
+        return Batch(indices, latents, named, range(self._ranks.rank, size, self._ranks.world_size), size)
 
 
-def _as_batch(item: list[Tensor]) -> Batch:
-    indices, latents, labels, resolution = item
-    return Batch(indices, latents, {"y": labels, "res": resolution})
+def _check_split_of_run(dataset: Multires_dataset, folder: Path) -> None:
+    """Notes in a run's folder who it trains on. UserError where a subject has changed sides since the run began.
+
+    Subjects that are new since then are no matter.
+    """
+    if dataset.split is None:
+        return
+    record = folder / SPLIT_NAME
+    if record.is_file():
+        before, now = read_split(record).subjects, dataset.split.subjects
+        moved = [s for s, side in before.items() if (side == TRAINING) != (now.get(s, side) == TRAINING)]
+        if moved:
+            raise UserError(
+                f"{folder}: {len(moved)} subject(s) are on another side of {dataset.split.path} than when this run "
+                f"began, e.g. {moved[0]}: begin another run (another --run-name), or bring back the split"
+            )
+    dataset.split.write(folder)

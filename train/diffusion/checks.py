@@ -1,6 +1,7 @@
 """What is checked before a BiFlowNet run costs time: options, latents on disk and the autoencoder that made them."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,11 +13,12 @@ from common.precision import check_precision
 from common.progress import tracked
 from config.loading import require
 from dataset.checking.before_training import check_latents
-from dataset.order.data_split import NO_SPLIT, SPLIT_NAME, TRAINING, DataSplit, find_split, read_split
-from dataset.Singleres_dataset import Singleres_dataset
+from dataset.Multires_dataset import Grid, Multires_dataset
+from dataset.order.data_split import NO_SPLIT, DataSplit, find_split
+from dataset.volumes.geometry import size_text
 from dataset.volumes.volume_io import read_latent
 from ddpm.latent_scaling import LatentScaling
-from train.diffusion.state import Origin
+from train.diffusion.batches import Origin
 from train.loop.continuing import is_run_folder, read_config
 from train.loop.session import Session
 
@@ -55,27 +57,11 @@ def find_training_split(cfg: DictConfig) -> DataSplit | None:
     return split
 
 
-def check_split_of_run(dataset: Singleres_dataset, folder: Path) -> None:
-    """Notes in a run's folder who it trains on. UserError where a subject has changed sides since the run began.
+def check_data(cfg: DictConfig, dataset: Multires_dataset, batch_sizes: Mapping[Grid, int], here: Session) -> None:
+    """Channels, class ids and number of latents fit the configuration, and a few are sound; else UserError.
 
-    To be called on rank 0. Subjects that are new since then are no matter.
+    batch_sizes: latents per process and step, of each size.
     """
-    if dataset.split is None:
-        return
-    record = folder / SPLIT_NAME
-    if record.is_file():
-        before, now = read_split(record).subjects, dataset.split.subjects
-        moved = [s for s, side in before.items() if (side == TRAINING) != (now.get(s, side) == TRAINING)]
-        if moved:
-            raise UserError(
-                f"{folder}: {len(moved)} subject(s) are on another side of {dataset.split.path} than when this run "
-                f"began, e.g. {moved[0]}: begin another run (another --run-name), or bring back the split"
-            )
-    dataset.split.write(folder)
-
-
-def check_data(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> None:
-    """Channels, class ids and number of latents fit the configuration, and a few are sound; else UserError."""
     if dataset.num_channels != cfg.volume_channels:
         raise UserError(
             f"{dataset.files[0]}: a latent of {dataset.num_channels} channels, volume_channels is "
@@ -87,28 +73,33 @@ def check_data(cfg: DictConfig, dataset: Singleres_dataset, here: Session) -> No
             f"give --num-classes {max(dataset.labels) + 1} or more"
         )
     world_size = here.distributed.world_size
-    needed = cfg.batch_size * world_size
-    if len(dataset) < needed:
-        raise UserError(
-            f"world size that doesn't fit: {world_size} process(es) with batch_size {cfg.batch_size} take "
-            f"{needed} latents a step, {cfg.data_path} has {len(dataset)}; use fewer processes or a lower --batch-size"
-        )
+    for grid, indices in dataset.buckets.items():
+        needed = batch_sizes[grid] * world_size
+        if len(indices) < needed:
+            of_size = f" of size {size_text(grid)}" if len(dataset.buckets) > 1 else ""
+            raise UserError(
+                f"world size that doesn't fit: {world_size} process(es) with batch_size {batch_sizes[grid]} take "
+                f"{needed} latents{of_size} a step, {cfg.data_path} has {len(indices)}; use fewer processes or a lower "
+                f"{'batch_size of them in buckets' if of_size else '--batch-size'}"
+            )
     if cfg.split:
         here.logger.info("%s: %d latents are on the training side", cfg.split, len(dataset))
     here.distributed.on_main(lambda: check_latents(cfg.data_path, dataset.files_by_label(), here.logger), share=False)
 
 
-def check_grid(cfg: DictConfig, model: nn.Module) -> None:
-    """The latent grid divides into sub-volumes and by the U-Net's down-sampling."""
+def check_grids(cfg: DictConfig, model: nn.Module, dataset: Multires_dataset) -> None:
+    """The latent grids divide into sub-volumes and by the U-Net's down-sampling."""
     multiples = list(model.grid_multiple)
-    if any(size % multiple for size, multiple in zip(cfg.resolution, multiples, strict=True)):
-        raise UserError(
-            f"resolution {list(cfg.resolution)} has to be divisible by {multiples} (sub-volumes and down-sampling of "
-            f"dim_mults {list(cfg.dim_mults)}); use latents of another size or fewer levels"
-        )
+    for grid, indices in dataset.buckets.items():
+        if any(size % multiple for size, multiple in zip(grid, multiples, strict=True)):
+            raise UserError(
+                f"resolution {list(grid)} has to be divisible by {multiples} (sub-volumes and down-sampling of "
+                f"dim_mults {list(cfg.dim_mults)}), {dataset.files[indices[0]]} has it; use latents of another size or "
+                "fewer levels"
+            )
 
 
-def find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logger: logging.Logger) -> Origin:
+def find_autoencoder(cfg: DictConfig, dataset: Multires_dataset, logger: logging.Logger) -> Origin:
     """The autoencoder that made the latents: by their records, and `AE_ckpt` if it is that one.
 
     Each latent folder's `latents.json` says which autoencoder made it. Folders without one (made by other software)
@@ -147,7 +138,7 @@ def find_autoencoder(cfg: DictConfig, dataset: Singleres_dataset, logger: loggin
     return Origin(autoencoder, fingerprint)
 
 
-def set_scaling(scaling: LatentScaling, dataset: Singleres_dataset, here: Session) -> None:
+def set_scaling(scaling: LatentScaling, dataset: Multires_dataset, here: Session) -> None:
     """Measure the latents' mean and standard deviation; of thousands of files an even share tells as much as all."""
 
     def measure() -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Each sample's draws come from a generator of its own, seeded by (global seed, step, place in the global batch). So a
 global batch gets the same timesteps, noise and dropped conditions however it is split over processes, and a resumed
 run needs no generator state. A run's numbers depend on the order of its draws: timesteps (by the diffusion process),
-dropped conditions, noise.
+dropped conditions, noise, unknown attributes.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,14 @@ def draw_dropped(generators: Sequence[torch.Generator], share: float) -> Tensor:
     for place, generator in enumerate(generators):  # in place: a small kernel less for each value, and no copies
         chances[place].uniform_(generator=generator)
     return chances < share
+
+
+def draw_unknown(generators: Sequence[torch.Generator], num_attributes: int, share: float) -> Tensor:
+    """(B, A) bool: which attributes are taken for unknown: each, and all of a sample, with the probability `share`."""
+    chances = torch.empty(len(generators), num_attributes + 1, device=generators[0].device)
+    for place, generator in enumerate(generators):
+        chances[place].uniform_(generator=generator)
+    return (chances < share)[:, 1:] | (chances < share)[:, :1]
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from AutoEncoder.decoding import decode
 from common.errors import UserError
+from dataset.Multires_dataset import Grid
 from dataset.volumes.geometry import centred_affine
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import write_volume
@@ -30,15 +31,14 @@ INSTEAD = "say preview=false"
 
 @dataclass
 class Previews:
-    """Previews of a run, class after class, from checkpoints' weights and beside training.
+    """Previews of a run, class after class and size after size, from checkpoints' weights and beside training.
 
     The networks are its own, on the CPU between previews. On a GPU all work is given to a stream of its own, so that
     nothing waits for training or makes it wait, and no memory passes from one to the other.
     """
 
     folder: Path  # in the run's; gets `step_SSSSSSS_class_C.nii.gz` and `.png`
-    classes: Sequence[int]  # ids that previews take turns at
-    grid: tuple[int, int, int]  # latent grid (d, h, w)
+    kinds: Sequence[tuple[int, Grid]]  # class ids and latent grids that previews take turns at
     steps: int  # of the process's fast sampler
     model: nn.Module  # the denoiser; a copy of it is made
     diffusion: nn.Module  # on `device`; only read
@@ -57,7 +57,7 @@ class Previews:
         return any(self.folder.glob(f"step_{step:07d}_class_*.nii.gz"))
 
     def write(self, step: int, turn: int, weights: dict[str, Tensor]) -> Path | None:
-        """Sample and decode a latent of the `turn`-th class with these weights, on the CPU and no longer changing.
+        """Sample and decode a latent of the `turn`-th kind with these weights, on the CPU and no longer changing.
 
         Writes NIfTI and a PNG of the central slices; no global generator is used. Returns the NIfTI file, or None, with
         a warning, where the time limit was hit, training stops, or anything went wrong (`attempt`).
@@ -68,18 +68,18 @@ class Previews:
     @torch.no_grad()
     def _write(self, step: int, turn: int, weights: dict[str, Tensor]) -> Path:
         self.model.load_state_dict(weights)
-        class_id = self.classes[turn % len(self.classes)]
+        class_id, grid = self.kinds[turn % len(self.kinds)]
         path = self.folder / f"step_{step:07d}_class_{class_id}.nii.gz"
         # A thread has a current GPU and stream of its own; this sets both.
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            volume = self._decode(self._sample(class_id))
+            volume = self._decode(self._sample(class_id, grid))
         check_not_deleted(self.folder.parent)
         write_volume(path, volume, centred_affine((1.0, 1.0, 1.0), volume.shape[-3:]))
         picture = path.with_name(path.name.replace(".nii.gz", ".png"))
         save_slice_grid(picture, [(f"class {class_id}", list(central_slices(volume).values()))], columns=PLANES)
         return path
 
-    def _sample(self, class_id: int) -> Tensor:
+    def _sample(self, class_id: int, grid: Grid) -> Tensor:
         """A normalised latent (1, C, d, h, w)."""
         deadline = time.monotonic() + self.time_limit_s
 
@@ -90,9 +90,9 @@ class Previews:
                 raise GivenUp(f"given up after {self.time_limit_s:g} s; lower preview_steps")
 
         generator = torch.Generator().manual_seed(class_id)  # the same noise each time, for previews to be compared
-        z = torch.randn((1, self.diffusion.channels, *self.grid), generator=generator).to(self.device)
+        z = torch.randn((1, self.diffusion.channels, *grid), generator=generator).to(self.device)
         conditions = {"y": torch.tensor([class_id], device=self.device)}
-        conditions["res"] = torch.tensor([self.grid], device=self.device) / self.model.vq_size  # (1, 3)
+        conditions["res"] = torch.tensor([grid], device=self.device) / self.model.vq_size  # (1, 3)
         options = dict(ddim_steps=self.steps, generator=generator, progress=check)
         with _moved(self.model, self.device):
             strategy = self.diffusion.fast_strategy

@@ -6,6 +6,7 @@
         metrics.jsonl     one line of numbers per logged step (TensorBoard's event files lie beside it)
         checkpoints/      BiFlowNet_0453500.pt: seven digits, the optimiser step; the last few are kept
         samples/          previews
+        best/             the checkpoint with the least held-out loss
 
 A repeated command finds its folder by `config.yaml`, also where it trains longer. Everything here runs on rank 0 only.
 """
@@ -20,7 +21,6 @@ from common.checkpoint_files import checkpoints_in, numbered_checkpoints
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, lock_folder, remove_leftovers
 from config.loading import save_config
-from config.schema.diffusion import BiFlowNetConfig
 from config.schema.option import EXTENDS
 from train.loop import continuing
 from train.loop.continuing import Change
@@ -29,12 +29,15 @@ from train.loop.deletion import deletion_explained
 CHECKPOINT_PREFIX = "BiFlowNet_"
 
 
-def open_run_folder(config: dict, closing: contextlib.ExitStack, name: str = "BiFlowNet") -> tuple[Path, list[str]]:
+def open_run_folder(
+    schema: type, config: dict, closing: contextlib.ExitStack, name: str = "BiFlowNet"
+) -> tuple[Path, list[str]]:
     """The folder of the run that `config` names or repeats, or of a new one, locked until `closing` closes.
 
     It holds config.yaml and nothing half written. What of a run may change: `train/loop/continuing.py`.
 
     Args:
+        schema: of the options, by which it is told what may change.
         config: the resolved one, plain values. `continue_from` names a folder, or `run_name` one in `results_dir`;
             without either it is that of the newest run there with the same options, or a new one.
         name: what follows the number of a new folder.
@@ -47,7 +50,7 @@ def open_run_folder(config: dict, closing: contextlib.ExitStack, name: str = "Bi
     """
     try:
         Path(config["results_dir"]).mkdir(parents=True, exist_ok=True)
-        folder, found = _choose_folder(config, name)
+        folder, found = _choose_folder(schema, config, name)
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         closing.enter_context(deletion_explained(folder))
@@ -61,7 +64,7 @@ def open_run_folder(config: dict, closing: contextlib.ExitStack, name: str = "Bi
             f"results_dir {config['results_dir']}: the run folder cannot be written ({error.strerror or error})"
         ) from error
     is_new = not checkpoints_in(folder / "checkpoints") and not config.get("ckpt")
-    news = continuing.news_of_others(BiFlowNetConfig, folder, config) if is_new else []
+    news = continuing.news_of_others(schema, folder, config) if is_new else []
     return folder, continuing.news_of(found, config) + news
 
 
@@ -86,6 +89,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"{CHECKPOINT_PREFIX}{step:07d}.pt"
 
 
+def best_path(folder: Path, step: int) -> Path:
+    """`<run>/best/BiFlowNet_0453500.pt`: the checkpoint with the least held-out loss."""
+    return folder / "best" / f"{CHECKPOINT_PREFIX}{step:07d}.pt"
+
+
 def step_of(path: str | Path) -> int | None:
     """The step in a checkpoint's file name, its last run of digits; None without digits."""
     digits = re.findall(r"\d+", Path(path).stem)
@@ -97,12 +105,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return numbered_checkpoints(folder / "checkpoints", CHECKPOINT_PREFIX)
 
 
-def _choose_folder(config: dict, name: str) -> tuple[Path, list[Change]]:
+def _choose_folder(schema: type, config: dict, name: str) -> tuple[Path, list[Change]]:
     """The run's folder, which may be new, and what changes in it."""
     results, run_name, source = Path(config["results_dir"]), config.get("run_name"), config.get("continue_from")
     if source or run_name:
         folder = Path(source) if source else results / run_name
-        found = continuing.changes_of_run(BiFlowNetConfig, folder, {**config, "continue_from": None})
+        found = continuing.changes_of_run(schema, folder, {**config, "continue_from": None})
         other_run = "leave --continue-from out" if source else "choose another run_name"
         continuing.check_goes_on(folder, found, bool(config.get("set_anew")), other_run)
         return folder, found
@@ -112,7 +120,7 @@ def _choose_folder(config: dict, name: str) -> tuple[Path, list[Change]]:
     same = []
     for number, folder in numbered:
         saved = continuing.read_config(folder) if folder.name.endswith(f"-{name}") else None
-        found = continuing.changes(BiFlowNetConfig, saved, config) if saved is not None else []
+        found = continuing.changes(schema, saved, config) if saved is not None else []
         if saved is not None and all(change.resume is EXTENDS for change in found):
             same.append((not found, number, folder, found))
     if same:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from common.checkpoint_files import remove_older, save_checkpoint
 from train.diffusion import run_folder
-from train.diffusion.batches import LatentBatches
+from train.diffusion.batches import LatentBatches, Origin
 from train.diffusion.preview import Previews
-from train.diffusion.state import Origin
 from train.loop.background import BackgroundWork, snapshot
 from train.loop.deletion import check_not_deleted
 from train.loop.session import Session
@@ -27,10 +26,13 @@ class Saving(BackgroundWork):
         super().__init__()
         self._folder, self._keep, self._previews, self._logger = folder, keep, previews, logger
 
-    def save(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
+    def save(
+        self, step: int, content: dict[str, Any], preview_turn: int | None, is_kept: bool = True, is_best: bool = False
+    ) -> None:
         """Take a checkpoint's content as it is now, and have it and then a preview of its averaged weights written.
 
-        Waits for what was given before. preview_turn: whose turn it is among the classes; None: no preview.
+        Waits for what was given before. preview_turn: whose turn it is among the classes; None: no preview. is_kept:
+        among the run's newest; is_best: as that with the least held-out loss, in place of the one before.
 
         Raises:
             UserError: the checkpoint before could not be written; this one is tried all the same.
@@ -38,7 +40,7 @@ class Saving(BackgroundWork):
         try:
             self.wait()  # first: two copies of all weights and averages would be many GB
         finally:
-            self.submit(self._write, step, snapshot(content), preview_turn)
+            self.submit(self._write, step, snapshot(content), preview_turn, is_kept, is_best)
 
     def make_up(self, step: int, preview_turn: int, averages: dict[str, Tensor]) -> None:
         """Have the preview made that was due at the run's newest checkpoint, where it was stopped before.
@@ -51,12 +53,22 @@ class Saving(BackgroundWork):
     def _is_own(self, step: int) -> bool:
         return run_folder.checkpoint_path(self._folder, step).exists()
 
-    def _write(self, step: int, content: dict[str, Any], preview_turn: int | None) -> None:
-        path = run_folder.checkpoint_path(self._folder, step)
+    def _write(
+        self, step: int, content: dict[str, Any], preview_turn: int | None, is_kept: bool, is_best: bool
+    ) -> None:
         check_not_deleted(self._folder)
-        save_checkpoint(content, path)
-        remove_older(path, run_folder.CHECKPOINT_PREFIX, self._keep)
-        self._logger.info("saved %s", path)
+        if is_kept:
+            path = run_folder.checkpoint_path(self._folder, step)
+            save_checkpoint(content, path)
+            remove_older(path, run_folder.CHECKPOINT_PREFIX, self._keep)
+            self._logger.info("saved %s", path)
+        if is_best:
+            path = run_folder.best_path(self._folder, step)
+            path.parent.mkdir(exist_ok=True)
+            save_checkpoint(content, path)
+            for other in set(path.parent.glob(f"{run_folder.CHECKPOINT_PREFIX}*.pt")) - {path}:
+                other.unlink()
+            self._logger.info("saved %s, the best so far", path)
         if self._previews is not None and preview_turn is not None:
             self._previews.write(step, preview_turn, content["ema"])
 
@@ -77,7 +89,7 @@ def open_saving(
     previews = None
     if cfg.preview and origin.autoencoder is not None:
         previews = Previews(
-            folder / "samples", batches.classes, tuple(cfg.resolution), cfg.preview_steps, model, process,
+            folder / "samples", batches.kinds, cfg.preview_steps, model, process,
             origin.autoencoder, here.device, here.logger, is_stopping=lambda: here.stop.received > 0,
         )  # fmt: skip
     return here.closing.enter_context(Saving(folder, cfg.keep_checkpoints, previews, here.logger))

@@ -12,11 +12,11 @@ from torch import nn
 from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.optimiser import build_adam
-from config.schema.diffusion import BiFlowNetConfig
 from config.schema.option import BEGINNING
 from ddpm.checkpoint import load_biflownet_weights
 from ddpm.latent_scaling import LatentScaling
 from ddpm.process import OFFICIAL, SCALING
+from train.diffusion.batches import LatentBatches
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import step_of
 from train.loop.continuing import changes, news_of
@@ -24,14 +24,6 @@ from train.loop.rng import random_state, restore_random_state
 
 # Scale of the fp16 loss below which halving it further cannot help: the gradients themselves are not finite.
 SMALLEST_LOSS_SCALE = 2.0**-10
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What made the latents of a run: the autoencoder (where it was given), on the CPU, and its fingerprint."""
-
-    autoencoder: nn.Module | None = None
-    fingerprint: str | None = None  # None: not known
 
 
 @dataclass
@@ -45,6 +37,7 @@ class TrainingState:
     step: int = 0  # optimiser steps done
     epoch: int = 0  # the epoch that the next step belongs to
     samples_seen: int = 0  # of this epoch, over all ranks
+    best_loss: float | None = None  # least held-out loss so far (train/diffusion/held_out.py)
     autoencoder: str | None = None  # fingerprint of the autoencoder that made the latents, if known
     scaling: LatentScaling | None = None  # of the process, where it has one
     _read: tuple[Path | None, dict | None] = (None, None)  # a checkpoint file's content, by its path
@@ -67,14 +60,11 @@ class TrainingState:
     def is_finished(self, epochs: int, max_steps: int | None) -> bool:
         return self.epoch >= epochs or (max_steps is not None and self.step >= max_steps)
 
-    def advance(self, global_batch: int, num_samples: int) -> None:
-        """One optimiser step is done; an epoch ends when no whole global batch is left in it."""
+    def advance(self, samples: int, samples_per_epoch: int) -> None:
+        """One optimiser step of so many samples is done, which may end the epoch."""
         self.step += 1
-        self.samples_seen += global_batch
-        self.end_epoch_if_done(global_batch, num_samples)
-
-    def end_epoch_if_done(self, global_batch: int, num_samples: int) -> None:
-        if self.samples_seen + global_batch > num_samples:
+        self.samples_seen += samples
+        if self.samples_seen >= samples_per_epoch:
             self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def loss_scale(self) -> dict[str, float]:
@@ -93,7 +83,7 @@ class TrainingState:
             )
         return {"loss_scale": scale}
 
-    def state_dict(self, config: dict, num_samples: int, global_batch: int) -> dict:
+    def state_dict(self, config: dict, batches: LatentBatches) -> dict:
         """The content of a checkpoint file: the published keys, and what an exact resume needs besides."""
         return {
             "model": self.model.state_dict(),
@@ -104,8 +94,9 @@ class TrainingState:
             "epoch": self.epoch,
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "num_samples": num_samples,
-            "global_batch": global_batch,
+            "num_samples": batches.num_samples,
+            "global_batch": batches.global_batch,
+            "best_loss": self.best_loss,
             "rng": random_state(),
             "autoencoder": self.autoencoder,
             SCALING: None if self.scaling is None else self.scaling.state_dict(),
@@ -117,7 +108,7 @@ class TrainingState:
         load_biflownet_weights(self.model, path, use_ema=False, checkpoint=self._read[1])
 
     def load(
-        self, path: Path, config: dict, num_samples: int, global_batch: int, logger: logging.Logger, is_own: bool
+        self, path: Path, schema: type, config: dict, batches: LatentBatches, logger: logging.Logger, is_own: bool
     ) -> None:
         """Take over a checkpoint file: one of ours exactly, an official one as far as it goes.
 
@@ -137,34 +128,37 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         elif self.scaler.is_enabled():
             logger.warning("%s has no gradient scaler state: the scale starts anew", path)
-        self._load_position(checkpoint, path, num_samples, global_batch, logger)
-        self.end_epoch_if_done(global_batch, num_samples)
+        self._load_position(checkpoint, path, batches, logger)
+        self.best_loss = checkpoint.get("best_loss") if is_own else None
         self._check_latents(checkpoint, path, logger, is_own)
         if self.scaling is not None and checkpoint.get(SCALING):
             self.scaling.load_state_dict(checkpoint[SCALING])  # what the weights know, though data may have come since
         if not is_own:
-            _warn_of_other_values(checkpoint.get("args"), config, path, logger)
+            _warn_of_other_values(schema, checkpoint.get("args"), config, path, logger)
         if "rng" in checkpoint:
             restore_random_state(checkpoint["rng"])
 
-    def _load_position(
-        self, checkpoint: dict, path: Path, num_samples: int, global_batch: int, logger: logging.Logger
-    ) -> None:
+    def _load_position(self, checkpoint: dict, path: Path, batches: LatentBatches, logger: logging.Logger) -> None:
         self.epoch = int(checkpoint.get("epoch", 0))
         self.samples_seen = int(checkpoint.get("samples_seen", 0))
         step = checkpoint.get("step", step_of(path))
         if step is None:
             logger.warning("%s: no step in the file or its name: counting starts at step 0", path)
         self.step = int(step or 0)
-        before = checkpoint.get("global_batch", global_batch)
-        if before != global_batch:
-            message = "%s was trained with %d latents a step over all processes, now there are %d: not an exact resume"
-            logger.warning(message, path, before, global_batch)
-        before = checkpoint.get("num_samples", num_samples)
-        if before != num_samples:
-            message = "%s was trained on %d latents, now there are %d: epoch %d starts again from its first sample"
-            logger.warning(message, path, before, num_samples, self.epoch)
+        before = checkpoint.get("global_batch", batches.global_batch)
+        if before != batches.global_batch:
+            message = "%s was trained with %s latents a step over all processes, now there are %s: not an exact resume"
+            logger.warning(message, path, before, batches.global_batch)
+        before = checkpoint.get("num_samples", batches.num_samples)
+        if before != batches.num_samples:
+            message = "%s was trained on %s latents, now there are %s: epoch %d starts again from its first sample"
+            logger.warning(message, path, before, batches.num_samples, self.epoch)
             self.samples_seen = 0
+        order = batches.order
+        steps = order.steps_done(self.epoch, self.samples_seen)  # whole ones of now, where batches had another size
+        self.samples_seen = order.samples_of(self.epoch, steps)
+        if steps == order.steps_per_epoch:
+            self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def _check_latents(self, checkpoint: dict, path: Path, logger: logging.Logger, is_own: bool) -> None:
         """Latents of another autoencoder are other data."""
@@ -196,9 +190,11 @@ class TrainingState:
         self.optimizer.load_state_dict(state)
 
 
-def _warn_of_other_values(args: argparse.Namespace | None, config: dict, path: Path, logger: logging.Logger) -> None:
+def _warn_of_other_values(
+    schema: type, args: argparse.Namespace | None, config: dict, path: Path, logger: logging.Logger
+) -> None:
     saved = vars(args) if isinstance(args, argparse.Namespace) else {}
     # Official files lack many keys, and those of before the latents' scale have none of it.
-    found = changes(BiFlowNetConfig, {**config, **OFFICIAL, SCALING: "range", **saved}, config)
+    found = changes(schema, {**config, **OFFICIAL, SCALING: "range", **saved}, config)
     for line in news_of([change for change in found if change.resume is not BEGINNING], config):
         logger.warning("%s was trained with other values; %s", path, line)

@@ -1,6 +1,5 @@
 """The training loop of the diffusion models, whatever conditions them and whichever of their parts train."""
 
-import contextlib
 import math
 import signal
 
@@ -8,15 +7,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from common.compilation import compiling
 from common.optimiser import clip_gradients, learning_rate_factor
-from common.precision import autocast
 from train.diffusion import run_folder
 from train.diffusion.agreement import Agreement
-from train.diffusion.batches import LatentBatches
-from train.diffusion.draws import draw_dropped, draw_noise, sample_generators
+from train.diffusion.batches import LatentBatches, Origin
+from train.diffusion.gradients import compute_gradients
+from train.diffusion.held_out import HeldOutLoss
+from train.diffusion.losses import LossesByKind
 from train.diffusion.saving import open_saving
-from train.diffusion.state import Origin, TrainingState
+from train.diffusion.state import TrainingState
 from train.loop.meter import LoopMeter
 from train.loop.metrics_file import RunLog
 from train.loop.session import Session
@@ -30,16 +29,18 @@ def fit(
     batches: LatentBatches,
     process: nn.Module,
     origin: Origin,
+    held_out: HeldOutLoss | None,
 ) -> dict:
     """Train until `epochs` or `max_steps`, or until a signal asks to stop.
 
     Args:
-        cfg: BiFlowNetConfig.
+        cfg: of one of the training scripts, whose schema is `here.schema`.
         model: the denoiser, `model(x, t, **conditions)`, the same on every rank.
         trained: the part of it whose parameters train, are averaged and saved; the model itself where all do.
         batches: what it trains on, with the conditions that it is given.
         process: a `LatentProcess`: diffusion or flow, its scaling set.
         origin: the autoencoder that made the latents.
+        held_out: measured every `val_every` steps and at the end; the checkpoint with the least is kept. None: not.
 
     Returns:
         {"folder": the run folder, "step": optimiser steps done in all, "stopped_by": 0 or the signal's number,
@@ -62,7 +63,7 @@ def fit(
     # Run folder, and where to go on from
     if cfg.ckpt:
         state.check_fits(cfg.ckpt)  # before a folder is made
-    folder, news = distributed.on_main(lambda: run_folder.open_run_folder(config, here.closing, cfg.model))
+    folder, news = distributed.on_main(lambda: run_folder.open_run_folder(here.schema, config, here.closing, cfg.model))
     distributed.on_main(lambda: batches.check_run(folder))
     here.log_to(folder / "log.txt")
     for line in news:
@@ -70,7 +71,7 @@ def fit(
     resume_from = distributed.on_main(lambda: run_folder.find_checkpoint(folder, cfg.ckpt))
     if resume_from is not None:
         is_own = resume_from.parent == folder / "checkpoints"
-        state.load(resume_from, config, batches.num_samples, batches.global_batch, logger, is_own)
+        state.load(resume_from, here.schema, config, batches, logger, is_own)
         logger.info("%s: going on from %s, step %d", folder, resume_from, state.step)
     is_finished = state.is_finished(cfg.epochs, cfg.max_steps)
     saving = open_saving(cfg, folder, state.ema.model, batches, process, origin, here)
@@ -90,18 +91,19 @@ def fit(
 
     # Loop
     logger.info(
-        "training in %s: %d latents, %d process(es) x %d, %d steps an epoch, %s steps in all, %s",
-        folder, batches.num_samples, distributed.world_size, cfg.batch_size, batches.steps_per_epoch, steps_to_do,
+        "training in %s: %s latents, %s a step by %d process(es), %d steps an epoch, %s steps in all, %s",
+        folder, batches.num_samples, batches.global_batch, distributed.world_size, batches.steps_per_epoch, steps_to_do,
         device,
     )  # fmt: skip
     run_log = here.closing.enter_context(RunLog(folder, state.step, steps_to_do, here, batches.remedy_for_waiting))
     if cfg.compile:
+        logger.info("compile: %d graphs, one for each size of a pass", len(batches.pass_shapes(cfg.accumulate)))
         model.compile(dynamic=False)  # in place: names stay as they are, and the averaged weights' copy is plain
     denoiser = here.parallel(model.train())
     optimizer, scaler, parameters = state.optimizer, state.scaler, list(trained.parameters())
     agreement = Agreement(distributed, here.stop, batches.files, may_overflow=scaler.is_enabled())
     mean_loss = None
-    losses, steps_logged = torch.zeros((), device=device), 0
+    losses = LossesByKind(batches.kinds, device)
     meter = LoopMeter()
     for batch in meter.timed(batches.endless(lambda: (state.epoch, state.samples_seen))):
         # Learning rate; a checkpoint that could not be written ends the run
@@ -111,20 +113,10 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
-        # Batch: timesteps, noise and dropped conditions depend on each sample's place in the global batch only
-        generators = sample_generators(cfg.global_seed, step, batches.positions, device)
-        timesteps = process.draw_timesteps(generators)  # (B,)
-        is_dropped = draw_dropped(generators, cfg.label_dropout)  # (B,)
-        noise = draw_noise(generators, batch.latents.shape[1:])  # (B, C, d, h, w)
-        latents, conditions = batch.to(device)  # (B, C, d, h, w), (B, …) each
-        conditions = model.drop_conditions(conditions, is_dropped)
-
-        # Loss and, outside autocast, backward
+        # Gradients
         optimizer.zero_grad(set_to_none=True)
-        with compiling() if cfg.compile else contextlib.nullcontext():
-            with autocast(device, cfg.amp_dtype if cfg.enable_amp else "32"):
-                loss = process.p_losses(denoiser, latents, timesteps, noise=noise, conditions=conditions)
-            scaler.scale(loss).backward()
+        errors = compute_gradients(cfg, here, model, denoiser, process, scaler, batch, step)  # (B,)
+        loss = errors.mean()
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(parameters, cfg.grad_clip)
 
@@ -133,30 +125,39 @@ def fit(
         scaler.step(optimizer)
         scaler.update()
         state.ema.update(step)
-        state.advance(batches.global_batch, batches.num_samples)
+        state.advance(batch.global_size, batches.order.samples_per_epoch)
         is_finished = state.is_finished(cfg.epochs, cfg.max_steps)
 
         # Nothing is written of a step that may be bad
         is_due = step % cfg.ckpt_every == 0 or is_finished
-        if is_due or step % cfg.log_every == 0 or agreement.signal_number:
+        is_measured = held_out is not None and (step % cfg.val_every == 0 or is_finished)
+        if is_due or is_measured or step % cfg.log_every == 0 or agreement.signal_number:
             agreement.flush()
 
         # Log
-        meter.count(batches.global_batch)
-        losses, steps_logged = losses + loss.detach(), steps_logged + 1
+        meter.count(batch.global_size, batch.size)
+        losses.add(errors, batch)
         if step % cfg.log_every == 0 or is_finished:
-            mean_loss = distributed.mean(losses / steps_logged).item()
-            scalars = {"loss": mean_loss, "lr": learning_rate, "grad_norm": grad_norm.item()}
-            scalars |= meter.read(device, distributed.maximum) | state.loss_scale()
-            run_log.write(step, epoch, scalars)
-            losses, steps_logged = torch.zeros_like(losses), 0
+            scalars = losses.read(distributed)
+            mean_loss = scalars["loss"]
+            scalars |= {"lr": learning_rate, "grad_norm": grad_norm.item()}
+            run_log.write(step, epoch, scalars | meter.read(device, distributed.maximum) | state.loss_scale())
         else:
             run_log.tick(step, loss)
 
+        # Held-out loss of the averaged weights
+        is_best = False
+        if is_measured:
+            scalars = held_out.measure(state.ema.model)
+            is_best = state.best_loss is None or scalars["val_loss"] < state.best_loss
+            state.best_loss = min(scalars["val_loss"], math.inf if state.best_loss is None else state.best_loss)
+            run_log.write_held_out(step, scalars, ", the least so far" if is_best else f", least {state.best_loss:.4g}")
+
         # Checkpoint and preview, beside the next steps
-        if here.is_main and (is_due or agreement.signal_number):
+        if here.is_main and (is_due or is_best or agreement.signal_number):
             preview_turn = step // cfg.ckpt_every if is_due and not agreement.signal_number else None
-            saving.save(step, state.state_dict(config, batches.num_samples, batches.global_batch), preview_turn)
+            is_kept = is_due or agreement.signal_number
+            saving.save(step, state.state_dict(config, batches), preview_turn, is_kept, is_best)
         if is_finished or agreement.signal_number:
             break
 

@@ -26,6 +26,8 @@ class LoopMeter:
         self._waited_s = 0.0
         self._steps = 0
         self._samples = 0
+        self._began = _Moment()
+        self._of_kinds: list[tuple[str, _Moment, float]] = []  # of each step: kind, its end, waited till then
 
     def timed(self, batches: Iterable) -> "TimedBatches":
         """The same batches; how long the loop waits for each is measured."""
@@ -34,10 +36,11 @@ class LoopMeter:
     def add_waiting(self, seconds: float) -> None:
         self._waited_s += seconds
 
-    def count(self, samples: int) -> None:
-        """One step is done, of `samples` samples over all ranks."""
+    def count(self, samples: int, kind: str = "") -> None:
+        """One step is done, of `samples` samples over all ranks. kind: speeds are told apart by it."""
         self._steps += 1
         self._samples += samples
+        self._of_kinds.append((kind, _Moment(), self._waited_s))
 
     def read(self, device: torch.device, maximum: Callable[[Tensor], Tensor] = lambda values: values) -> dict:
         """The numbers of the interval that ends now; the next one begins.
@@ -51,7 +54,8 @@ class LoopMeter:
             steps_per_s; samples_per_s, over all ranks; data_wait, the share of the time (0 to 1) in which the loop
             waited for its next batch, on a GPU only waits that outlasted its work; memory_gb, resident memory of the
             process, where the system tells it; on a GPU gpu_memory_gb, the most that was allocated at a time during
-            the interval. GB are 10⁹ bytes.
+            the interval. GB are 10⁹ bytes. Where steps were of several kinds, steps_per_s/KIND and data_wait/KIND of
+            each besides, as on this rank.
         """
         seconds = time.perf_counter() - self._since
         of_this_rank = {"data_wait": self._waited_s / seconds, "memory_gb": resident_memory_gb()}
@@ -60,9 +64,35 @@ class LoopMeter:
             torch.cuda.reset_peak_memory_stats(device)
         of_this_rank = {name: value for name, value in of_this_rank.items() if value is not None}
         of_all = maximum(torch.tensor(list(of_this_rank.values()), device=device)).tolist()
-        rates = {"steps_per_s": self._steps / seconds, "samples_per_s": self._samples / seconds}
+        rates = {"steps_per_s": self._steps / seconds, "samples_per_s": self._samples / seconds, **self._by_kind()}
         self.restart()
         return {**rates, **dict(zip(of_this_rank, of_all, strict=True))}
+
+    def _by_kind(self) -> dict[str, float]:
+        steps: dict[str, list[tuple[float, float]]] = {}
+        last, waited_before = self._began, 0.0
+        for kind, end, waited in self._of_kinds:
+            steps.setdefault(kind, []).append((end.seconds_since(last), waited - waited_before))
+            last, waited_before = end, waited
+        if len(steps) < 2:
+            return {}
+        totals = {kind: (len(of), *map(sum, zip(*of, strict=True))) for kind, of in steps.items()}
+        rates = {f"steps_per_s/{kind}": count / seconds for kind, (count, seconds, _) in totals.items()}
+        return rates | {f"data_wait/{kind}": waited / seconds for kind, (_, seconds, waited) in totals.items()}
+
+
+class _Moment:
+    """Now: on a GPU when it has done what it was given so far, which the training doesn't wait for."""
+
+    def __init__(self) -> None:
+        self._event = work_given_to_gpu(timed=True)
+        self._at = time.perf_counter()
+
+    def seconds_since(self, before: "_Moment") -> float:
+        if self._event is None or before._event is None:
+            return self._at - before._at
+        self._event.synchronize()
+        return before._event.elapsed_time(self._event) / 1000
 
 
 class TimedBatches:
@@ -98,10 +128,10 @@ class _TimedIterator:
                 self.meter.add_waiting(time.perf_counter() - began)
 
 
-def work_given_to_gpu() -> torch.cuda.Event | None:
+def work_given_to_gpu(timed: bool = False) -> torch.cuda.Event | None:
     """An event that is over when the GPU has done all it was given so far; None without a GPU."""
     if not torch.cuda.is_initialized():
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(enable_timing=timed)
     event.record()
     return event

@@ -88,16 +88,26 @@ class RunLog:
         """Optimiser step `step`, which isn't logged, is done; `loss` () is read where a line of progress is due."""
         self._progress.reach(step, f"loss {loss.item():.4g}" if self._progress.is_due else "")
 
+    def write_held_out(self, step: int, scalars: dict[str, float], note: str) -> None:
+        """Record held-out losses of optimiser step `step`, with a note for the log."""
+        if self._writer is not None:
+            self._writer.write(step, scalars)
+            self._logger.info("step %07d %s%s", step, _shown(scalars), note)
+
     def write(self, step: int, epoch: int, scalars: dict[str, float]) -> None:
         """Record `scalars` of optimiser step `step`; `data_wait` is among them."""
         if self._writer is None:
             return
         self._writer.write(step, scalars)
         self._progress.reach(step, line=False)
-        shown = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        self._logger.info("step %07d epoch %d %s, %s", step, epoch, shown, self._progress.left)
+        self._logger.info("step %07d epoch %d %s, %s", step, epoch, _shown(scalars), self._progress.left)
         if warning := self._data_bound.check(scalars["data_wait"]):
             self._logger.warning("step %d: %s", step, warning)
+
+
+def _shown(scalars: dict[str, float]) -> str:
+    """Those for the log: what is told apart by kind stands in the file."""
+    return " ".join(f"{name} {value:.4g}" for name, value in scalars.items() if "/" not in name)
 
 
 def _drop_steps_after(path: Path, step: int) -> set[str]:

@@ -23,6 +23,7 @@ class Session:
     stop: StopRequest  # signals that ask to stop
     logger: logging.Logger
     closing: contextlib.ExitStack  # closes what is given to it when the session ends, whatever happens
+    schema: type | None = None  # of the script's options, by which it is told what of a run may change
 
     @property
     def device(self) -> torch.device:
@@ -47,16 +48,21 @@ class Session:
         self.closing.callback(_release, wrapped)
         return wrapped
 
+    @staticmethod
+    def exchanging(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+        """Around a pass of `parallel`'s model: gradients are averaged over the ranks in the last of a step alone."""
+        return contextlib.nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync()
+
 
 @contextlib.contextmanager
-def session(device: str, arithmetic: str = "fast") -> Iterator[Session]:
+def session(device: str, arithmetic: str = "fast", schema: type | None = None) -> Iterator[Session]:
     """Join the other processes, for as long as the block lasts. Arguments, errors: as `common.processes.joined`."""
     with contextlib.ExitStack() as closing:
         stop = closing.enter_context(StopRequest())
         distributed = closing.enter_context(joined(device, arithmetic=arithmetic, fixed_shapes=True))
         logger = get_logger(distributed.rank)
         closing.callback(close_logger)
-        yield Session(distributed, stop, logger, closing)
+        yield Session(distributed, stop, logger, closing, schema)
 
 
 def _release(wrapped: DistributedDataParallel) -> None:
