@@ -1,6 +1,6 @@
 """The whole pipeline in one command, on phantoms: data, autoencoder, latents, diffusion, generation, evaluation.
 
-    python evaluation/demo.py --output-dir demo            a quarter of an hour on two idle CPU cores: `make demo`
+    python evaluation/demo.py --output-dir demo            14 minutes on two idle CPU cores: `make demo`
     python evaluation/demo.py --output-dir demo --short    a few steps of each: shows that every stage runs
 
 Each stage is the real script with a small config of config/demo/. The same command again goes on where it stopped.

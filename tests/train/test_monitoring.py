@@ -349,7 +349,7 @@ def test_biflownet_logs_its_speed_and_nothing_accumulates(latents, tmp_path, mon
     assert [line["step"] for line in lines] == [5, 10, 15]
     for line in lines:
         names = {"step", "loss", "lr", "grad_norm", "steps_per_s", "samples_per_s", "data_wait", "memory_gb"}
-        assert line.keys() == names
+        assert line.keys() == names | {"loss/class_0", "loss/class_1"}
         assert line["samples_per_s"] == pytest.approx(2 * line["steps_per_s"])
         assert 0 < line["data_wait"] < 1
         assert 0.01 < line["memory_gb"] < 100
@@ -375,7 +375,7 @@ def test_biflownet_warns_of_waiting(latents, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(("gpu_is_done", "expected"), [(None, 0.05), (True, 0.05), (False, 0.0)])
 def test_waiting_while_a_gpu_still_works_loses_nothing(monkeypatch, gpu_is_done, expected):
     event = None if gpu_is_done is None else SimpleNamespace(query=lambda: gpu_is_done)
-    monkeypatch.setattr(meter_module, "work_given_to_gpu", lambda: event)
+    monkeypatch.setattr(meter_module, "work_given_to_gpu", lambda **_: event)
     loop = LoopMeter()
     waited = []
     monkeypatch.setattr(loop, "add_waiting", waited.append)

@@ -19,7 +19,7 @@ from dataset.Singleres_dataset import Singleres_dataset
 from ddpm import latent_process
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.diffusion import GaussianDiffusion
-from train.diffusion import agreement, run_folder, saving, training
+from train.diffusion import agreement, gradients, run_folder, saving
 from train.diffusion.preview import Previews
 from train.diffusion.saving import Saving
 from train.diffusion.state import TrainingState
@@ -144,7 +144,7 @@ def test_steps_read_no_value(data, tmp_path, monkeypatch, late_flags, options):
         with torch.utils._python_dispatch._disable_current_modes():
             return function()
 
-    draw = training.sample_generators
+    draw = gradients.sample_generators
 
     def draw_and_watch(seed, step, *arguments):
         if step == 2:
@@ -154,7 +154,7 @@ def test_steps_read_no_value(data, tmp_path, monkeypatch, late_flags, options):
         steps.append(step)
         return draw(seed, step, *arguments)
 
-    monkeypatch.setattr(training, "sample_generators", draw_and_watch)
+    monkeypatch.setattr(gradients, "sample_generators", draw_and_watch)
     train(runs.config(data, tmp_path, log_every=100, ckpt_every=100, max_steps=4, label_dropout=0.5, **options))
     assert steps == [1, 2, 3, 4]
 
