@@ -297,9 +297,7 @@ def volume_set_notes(facts: Mapping[str, Sequence[FileFacts]], patch_size: int, 
         for note, count in Counter(note for header in headers for note in header.notes).items():
             notes.append(f"{name}: {count} headers: {note}")
         if (sizes := len({header.shape for header in headers})) > 1:
-            notes.append(
-                f"{name}: {sizes} sizes: train_BiFlowNet_MultiRes.py takes them all, _SingleRes.py one"
-            )
+            notes.append(f"{name}: {sizes} sizes: train_BiFlowNet_MultiRes.py takes them all, _SingleRes.py one")
         if (spacings := len({format_numbers(header.spacing_mm) for header in headers})) > 1:
             notes.append(f"{name}: {spacings} spacings: without spacing as an attribute the model knows nothing of it")
     return notes

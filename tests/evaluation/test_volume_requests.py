@@ -298,7 +298,7 @@ def test_lists_of_the_documentation(tmp_path):
         cfg = parse_command_line(line.split(), GenerationConfig, "generation_8x.yaml", "")
         names.append([request.path for request in list_requests(cfg)])
     assert names[0] == names[1]
-    assert [len(names[0]), names[0][0].name] == [31, "CTLegs_256x256x512.nii.gz"]
+    assert [len(names[0]), names[0][0].name] == [32, "CTLegs_256x256x512.nii.gz"]
     table = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "generation.md").read_text(), flags=re.DOTALL)[0]
     (tmp_path / "own.yaml").write_text(table)
     assert len(load_config(GenerationConfig, tmp_path / "own.yaml").classes) == 2
