@@ -141,8 +141,9 @@ def test_a_size_without_a_row_is_named(data, tmp_path):
 def test_passes_give_the_same_step(data, tmp_path):
     whole = train(config(data, tmp_path / "whole", max_steps=2))["folder"]
     parts = train(config(data, tmp_path / "parts", max_steps=2, accumulate=3))["folder"]
-    for name, value in checkpoint(whole, 2)["model"].items():
-        torch.testing.assert_close(checkpoint(parts, 2)["model"][name], value, rtol=1e-4, atol=2e-5, msg=name)
+    found, expected = (checkpoint(run, 2)["model"] for run in (parts, whole))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=name)
 
 
 # --------------------------------------------------------------------------------------------------- held-out loss
