@@ -122,6 +122,14 @@ def test_one_size_trains_as_the_script_for_one_resolution(tmp_path):
     assert_same_training(checkpoint(single, 6), checkpoint(several, 6))
 
 
+def test_a_run_at_one_resolution_is_not_gone_on_with_at_several(tmp_path):
+    data, buckets = runs.make_latents(tmp_path / "latents"), [{"grid": list(runs.GRID), "batch_size": 2}]
+    named = train_single(runs.config(data, tmp_path / "results", max_steps=1, batch_size=2))["folder"]
+    message = error_of(train, config(data, tmp_path / "results", buckets=buckets, run_name=named.name, max_steps=2))
+    assert f"{named} holds another run: resolution: [8, 8, 8] -> several" in message
+    assert train(config(data, tmp_path / "results", buckets=buckets, max_steps=1))["folder"] != named
+
+
 @pytest.mark.parametrize(("batch_size", "of_cube"), [(64, 4096), (1, 64)])
 def test_batch_sizes_follow_from_one_by_voxels(data, tmp_path, batch_size, of_cube):
     message = error_of(train, config(data, tmp_path, buckets=[], batch_size=batch_size))

@@ -21,7 +21,7 @@ from common.checkpoint_files import checkpoints_in, numbered_checkpoints
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, lock_folder, remove_leftovers
 from config.loading import save_config
-from config.schema.option import EXTENDS
+from config.schema.option import EXTENDS, IDENTITY
 from train.loop import continuing
 from train.loop.continuing import Change
 from train.loop.deletion import deletion_explained
@@ -111,6 +111,7 @@ def _choose_folder(schema: type, config: dict, name: str) -> tuple[Path, list[Ch
     if source or run_name:
         folder = Path(source) if source else results / run_name
         found = continuing.changes_of_run(schema, folder, {**config, "continue_from": None})
+        found += _other_script(continuing.read_config(folder), config)
         other_run = "leave --continue-from out" if source else "choose another run_name"
         continuing.check_goes_on(folder, found, bool(config.get("set_anew")), other_run)
         return folder, found
@@ -120,7 +121,7 @@ def _choose_folder(schema: type, config: dict, name: str) -> tuple[Path, list[Ch
     same = []
     for number, folder in numbered:
         saved = continuing.read_config(folder) if folder.name.endswith(f"-{name}") else None
-        found = continuing.changes(schema, saved, config) if saved is not None else []
+        found = continuing.changes(schema, saved, config) + _other_script(saved, config) if saved is not None else []
         if saved is not None and all(change.resume is EXTENDS for change in found):
             same.append((not found, number, folder, found))
     if same:
@@ -134,3 +135,10 @@ def _choose_folder(schema: type, config: dict, name: str) -> tuple[Path, list[Ch
             return folder, []
         except FileExistsError:  # another run took the number in this moment
             number += 1
+
+
+def _other_script(saved: dict | None, config: dict) -> list[Change]:
+    """A change where a run is of the script for one resolution and this is the one for several, or the other way."""
+    if saved is None or ("resolution" in saved) == ("resolution" in config):
+        return []
+    return [Change("resolution", saved.get("resolution", "several"), config.get("resolution", "several"), IDENTITY)]

@@ -149,9 +149,10 @@ def fit(
         is_best = False
         if is_measured:
             scalars = held_out.measure(state.ema.model)
-            is_best = state.best_loss is None or scalars["val_loss"] < state.best_loss
-            state.best_loss = min(scalars["val_loss"], math.inf if state.best_loss is None else state.best_loss)
-            run_log.write_held_out(step, scalars, ", the least so far" if is_best else f", least {state.best_loss:.4g}")
+            least = math.inf if state.best_loss is None else state.best_loss
+            is_best = scalars["val_loss"] < least  # never with NaN
+            state.best_loss = scalars["val_loss"] if is_best else state.best_loss
+            run_log.write_held_out(step, scalars, ", the least so far" if is_best else f", least {least:.4g}")
 
         # Checkpoint and preview, beside the next steps
         if here.is_main and (is_due or is_best or agreement.signal_number):
