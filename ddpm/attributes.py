@@ -1,13 +1,14 @@
 """Attributes of a volume as a condition of the denoiser: numbers such as age or spacing, and categories such as sex."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 VOLUME = "volume"  # the source that is the volumes themselves
+OF_VOLUMES = {f"{what}_{axis}": (what, place) for what in ("spacing", "size") for place, axis in enumerate("xyz")}
 NUM_WAVES = 4  # of a scalar's features; the shortest is half as long as its range
 
 
@@ -107,6 +108,12 @@ class _Category(nn.Module):
 
     def reset_to_zero(self) -> None:
         nn.init.zeros_(self.table.weight)
+
+
+def of_volume(name: str, spacing_mm: Sequence[float], size: Sequence[int]) -> float:
+    """One of `OF_VOLUMES`, of a volume of this spacing (x, y, z) and size in voxels (X, Y, Z)."""
+    what, place = OF_VOLUMES[name]
+    return float((spacing_mm if what == "spacing" else size)[place])
 
 
 def specs_of(rows: list[Mapping]) -> tuple[AttributeSpec, ...]:

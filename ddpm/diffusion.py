@@ -113,29 +113,16 @@ class GaussianDiffusion(LatentProcess):
         """Timesteps (B,) at fractions (B,) of the way from data to noise, in [0, 1)."""
         return (fractions * self.num_timesteps).long()
 
-    def p_losses(
-        self,
-        denoise_fn,
-        x_start,
-        t,
-        y=None,
-        res=None,
-        noise=None,
-        conditions: Conditions | None = None,
-        reduction="mean",
-    ) -> Tensor:
-        """Mean error (``loss_type``, ``loss_weighting``) of what is predicted from x_t; noise None: drawn.
-
-        reduction: "mean": a scalar; "none": of each sample, (B,).
-        """
-        conditions = all_conditions(conditions, y, res)
-        x_start, noise = self._training_pair(denoise_fn, x_start, noise, conditions)
+    def _output_and_target(
+        self, denoise_fn, x_start: Tensor, t: Tensor, noise: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """Both with the factor of ``loss_weighting``."""
         output = predict(denoise_fn, self.q_sample(x_start, t, noise), t, conditions)
         target = predictions.target(self.prediction, self.schedule, x_start, t, noise)
         if self.error_factors is not None:
             factor = schedule.at_timestep(self.error_factors, t, x_start)
             output, target = factor * output, factor * target
-        return self._error(output, target, reduction)
+        return output, target
 
     # -------------------------------------------------------------------------------------------------------- sampling
 

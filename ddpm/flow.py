@@ -56,27 +56,14 @@ class RectifiedFlow(LatentProcess):
         """Times (B,) at fractions (B,) of the way from data to noise, in [0, 1)."""
         return fractions.double()
 
-    def p_losses(
-        self,
-        denoise_fn,
-        x_start,
-        t,
-        y=None,
-        res=None,
-        noise=None,
-        conditions: Conditions | None = None,
-        reduction="mean",
-    ) -> Tensor:
-        """Mean error (``loss_type``) of the velocity predicted from x_t; noise None: drawn.
-
-        reduction: "mean": a scalar; "none": of each sample, (B,).
-        """
-        conditions = all_conditions(conditions, y, res)
-        x_start, noise = self._training_pair(denoise_fn, x_start, noise, conditions)
+    def _output_and_target(
+        self, denoise_fn, x_start: Tensor, t: Tensor, noise: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """The velocities."""
         t = shift_time(t, size_ratio(x_start))
         time = per_sample(t, x_start)
         velocity = predict(denoise_fn, (1 - time) * x_start + time * noise, self._embedded(t), conditions)
-        return self._error(velocity, noise - x_start, reduction)
+        return velocity, noise - x_start
 
     @torch.no_grad()
     def sample(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.denoiser import Conditions, check_conditions, check_latent
+from ddpm.denoiser import Conditions, all_conditions, check_conditions, check_latent
 from ddpm.latent_scaling import LatentScaling
 from ddpm.timesteps import check_timestep_draw
 
@@ -14,8 +14,8 @@ LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 class LatentProcess(nn.Module):
     """A process between normalised latents and noise. It has no parameters; the denoiser is an argument of its methods.
 
-    Training and generation need of one: ``draw_timesteps``, ``timesteps_at``, ``p_losses``, ``sample``, and for
-    previews ``fast_strategy``, the name of a sampler that takes few steps.
+    Each has: ``draw_timesteps``, ``timesteps_at``, ``_output_and_target``, ``sample``, and for previews
+    ``fast_strategy``, the name of a sampler that takes few steps.
 
     Args:
         channels: channels of the latents, C.
@@ -53,17 +53,33 @@ class LatentProcess(nn.Module):
         """The inverse of ``scaled``."""
         return x if self.scaling is None else self.scaling.restore(x)
 
-    def _training_pair(
-        self, denoise_fn, x_start: Tensor, noise: Tensor | None, conditions: Conditions
-    ) -> tuple[Tensor, Tensor]:
-        """Latents as the network sees them, and noise like them, drawn where it is None; both checked."""
+    def p_losses(
+        self,
+        denoise_fn,
+        x_start,
+        t,
+        y=None,
+        res=None,
+        noise=None,
+        conditions: Conditions | None = None,
+        reduction="mean",
+    ) -> Tensor:
+        """Mean error (``loss_type``) of what is predicted from x_t; noise None: drawn.
+
+        reduction: "mean": a scalar; "none": of each sample, (B,).
+        """
+        conditions = all_conditions(conditions, y, res)
         check_latent(x_start, "x_start", self.channels)
         if x_start.device.type == "cpu":  # on a GPU the check would wait for the device at every step
             check_conditions(denoise_fn, conditions)
-        return self.scaled(x_start), torch.randn_like(x_start) if noise is None else noise
-
-    def _error(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
-        """The mean error, () for reduction "mean", (B,) for "none"."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        output, target = self._output_and_target(denoise_fn, self.scaled(x_start), t, noise, conditions)
         if reduction == "mean":
             return LOSSES[self.loss_type](output, target)
         return LOSSES[self.loss_type](output, target, reduction="none").flatten(1).mean(1)
+
+    def _output_and_target(
+        self, denoise_fn, x_start: Tensor, t: Tensor, noise: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """What the denoiser gives for x_t, and what it should; x_start as the network sees latents."""
+        raise NotImplementedError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from ddpm.attributes import AttributeSpec
+from ddpm.attributes import AttributeSpec, of_volume
 
 if TYPE_CHECKING:
     from evaluation.generation.requests import Request
@@ -56,7 +56,7 @@ def _value(spec: AttributeSpec, asked: str | None, request: "Request", extrapola
     if asked is None and spec.of_volume is None:
         return None
     try:
-        value = _of_volume(spec, request) if asked is None else float(asked)
+        value = of_volume(spec.of_volume, request.spacing_mm, request.voxels) if asked is None else float(asked)
     except ValueError as error:
         raise UserError(f"attribute {spec.name}: {asked!r} is no number") from error
     low, high = spec.range
@@ -68,8 +68,3 @@ def _value(spec: AttributeSpec, asked: str | None, request: "Request", extrapola
             "ask for another, or add --extrapolate"
         )
     return value
-
-
-def _of_volume(spec: AttributeSpec, request: "Request") -> float:
-    what, _, axis = spec.of_volume.partition("_")
-    return float((request.spacing_mm if what == "spacing" else request.voxels)["xyz".index(axis)])

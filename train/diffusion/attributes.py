@@ -18,9 +18,8 @@ from common.text import decode
 from dataset.Multires_dataset import Multires_dataset
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX
 from dataset.volumes.volume_io import read_header
-from ddpm.attributes import VOLUME, AttributeSpec, specs_of
+from ddpm.attributes import OF_VOLUMES, VOLUME, AttributeSpec, of_volume, specs_of
 
-OF_VOLUMES = {f"{what}_{axis}": (what, place) for what in ("spacing", "size") for place, axis in enumerate("xyz")}
 KEYS = ("file", "subject")  # columns of a table by which its rows are found
 MOST_MISSING = 0.5  # of the files; of fewer known ones a slip is more likely than missing knowledge
 
@@ -86,7 +85,6 @@ def _of_volumes(row: DictConfig, dataset: Multires_dataset) -> Lookup:
     column = row.column or row.name
     if column not in OF_VOLUMES:
         raise UserError(f"attributes: {row.name}: volumes have {', '.join(OF_VOLUMES)}, not {column}: give a column")
-    what, place = OF_VOLUMES[column]
 
     def look_up(path: Path) -> float | None:
         folder = dataset.class_folders[path]
@@ -94,7 +92,7 @@ def _of_volumes(row: DictConfig, dataset: Multires_dataset) -> Lookup:
         if not volume.is_file():
             return None
         header = read_header(volume)
-        return float((header.spacing_mm if what == "spacing" else header.shape)[place])
+        return of_volume(column, header.spacing_mm, header.shape)
 
     return look_up
 

@@ -125,6 +125,11 @@ class Origin:
     fingerprint: str | None = None  # None: not known
 
 
+def named_conditions(conditions: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Those of `Multires_dataset.conditions` by the names that the denoiser has for them."""
+    return dict(zip(("y", "res", "attributes"), conditions, strict=False))
+
+
 def make_cache(cfg: DictConfig, logger: logging.Logger) -> LatentCache | None:
     """The cache that the options ask for, to be built; a warning where they have no effect."""
     if cfg.cache != "none":
@@ -218,11 +223,6 @@ class LatentBatches:
         self.steps_per_epoch = self.order.steps_per_epoch
 
     @property
-    def grids(self) -> list[Grid]:
-        """The sizes that there are latents of."""
-        return list(self._dataset.buckets)
-
-    @property
     def kinds(self) -> list[tuple[int, Grid]]:
         """Class ids that there are latents of, in each of their sizes."""
         return sorted({(label, s[1:]) for label, s in zip(self._dataset.labels, self._dataset.shapes, strict=True)})
@@ -274,9 +274,10 @@ class LatentBatches:
 
     def _as_batch(self, item: list[Tensor]) -> Batch:
         indices, latents, *conditions = item
-        named = dict(zip(("y", "res", "attributes"), conditions, strict=False))
         size = len(indices) * self._ranks.world_size
-        return Batch(indices, latents, named, range(self._ranks.rank, size, self._ranks.world_size), size)
+        return Batch(
+            indices, latents, named_conditions(conditions), range(self._ranks.rank, size, self._ranks.world_size), size
+        )
 
 
 def _check_split_of_run(dataset: Multires_dataset, folder: Path) -> None:

@@ -15,6 +15,7 @@ from common.progress import tracked
 from dataset.Multires_dataset import Multires_dataset
 from dataset.volumes.geometry import size_text
 from ddpm.latent_process import LatentProcess
+from train.diffusion.batches import named_conditions
 from train.loop.session import Session
 
 RANGES = 4  # of timesteps, evenly spaced from data to noise; each latent is measured once in each
@@ -58,17 +59,18 @@ class HeldOutLoss:
         """Of one latent in each range of timesteps."""
         device = self._here.device
         generator = torch.Generator().manual_seed(index)  # on the CPU: the same on every device
-        fractions = (torch.arange(RANGES) + torch.rand(RANGES, generator=generator)) / RANGES  # (R,)
-        latent, *conditions = (self._dataset[index][0], *self._dataset.conditions([index] * RANGES))
+        fractions = (
+            torch.arange(RANGES) + torch.rand(RANGES, generator=generator, dtype=torch.float64)
+        ) / RANGES  # (R,)
+        latent, conditions = self._dataset[index][0], self._dataset.conditions([index] * RANGES)
         noise = torch.randn((RANGES, *latent.shape), generator=generator)  # (R, C, d, h, w)
-        named = dict(zip(("y", "res", "attributes"), (c.to(device) for c in conditions), strict=False))
         with autocast(device, self._precision):
             losses: Tensor = self._process.p_losses(
                 model,
                 latent.expand(RANGES, *latent.shape).to(device),
                 self._process.timesteps_at(fractions.to(device)),
                 noise=noise.to(device),
-                conditions=named,
+                conditions=named_conditions(values.to(device) for values in conditions),
                 reduction="none",
             )
         return losses.tolist()
