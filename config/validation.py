@@ -146,10 +146,18 @@ def _recipe_study(cfg: DictConfig) -> Iterator[str]:
         yield f"num_samples must be at least {least} with neighbours {cfg.neighbours}, got {cfg.num_samples}"
 
 
+def _multires(cfg: DictConfig) -> Iterator[str]:
+    yield from _biflownet(cfg)
+    if cfg.buckets and cfg.batch_size is not None:
+        yield f"batch_size {cfg.batch_size} and buckets exclude each other: change its rows, or say buckets=[]"
+    if cfg.bucket_order == "turns" and cfg.bucket_temperature != 1:
+        yield f"bucket_temperature must be 1 with bucket_order turns, got {cfg.bucket_temperature}"
+
+
 _BETWEEN_KEYS: dict[type, Callable[[DictConfig], Iterator[str]]] = {
     AutoencoderConfig: _autoencoder,
     BiFlowNetConfig: _biflownet,
-    BiFlowNetMultiresConfig: _biflownet,
+    BiFlowNetMultiresConfig: _multires,
     GenerationConfig: _generation,
     PreprocessConfig: _preprocess,
     GenerationMetricsConfig: _generation_metrics,

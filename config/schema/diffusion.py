@@ -202,14 +202,14 @@ class BiFlowNetConfig(LatentTrainingConfig):
 class BiFlowNetMultiresConfig(LatentTrainingConfig):
     """Training of the latent diffusion model on latents of several sizes (train/train_BiFlowNet_MultiRes.py)."""
 
-    batch_size: int = flag(
-        42,
-        "latents of 32x32x32 per process and step; of other sizes as many as have the same voxels, but at least one. "
-        "buckets say otherwise",
+    batch_size: int | None = flag(
+        None,
+        "latents of 32x32x32 per process and step; of other sizes as many as have the same voxels, but at least one; "
+        "null = by buckets",
         at_least(1),
         resume=CHANGES,
     )
-    buckets: list[Bucket] = tuned([], "grid and batch_size of each size of latents; empty = by batch_size")
+    buckets: list[Bucket] = tuned([], "grid and batch_size of each size of latents, in place of batch_size")
     bucket_order: str = tuned(
         "turns",
         "turns (a smaller bucket starts again until the largest is through) | proportional (as often as it has data)",

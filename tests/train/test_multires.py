@@ -26,6 +26,7 @@ from train.train_BiFlowNet_SingleRes import train as train_single
 
 CUBE, FLAT = (8, 8, 8), (8, 8, 16)
 FLAGS = [flag for index, flag in enumerate(runs.FLAGS) if not 0 <= index - runs.FLAGS.index("--resolution") <= 3]
+FLAGS = [flag for index, flag in enumerate(FLAGS) if not 0 <= index - FLAGS.index("--batch-size") <= 1]
 SMALL_BUCKETS = [{"grid": list(CUBE), "batch_size": 2}, {"grid": list(FLAT), "batch_size": 1}]
 ATTRIBUTES = [
     {"name": "spacing_x", "range": [0.5, 2.0]},
@@ -57,7 +58,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def config(data: Path, results: Path, **values):
-    command = ["--data-path", str(data), "--results-dir", str(results), *FLAGS, *runs.OVERRIDES, "batch_size=2"]
+    command = ["--data-path", str(data), "--results-dir", str(results), *FLAGS, *runs.OVERRIDES]
     cfg = parse_command_line(command, BiFlowNetMultiresConfig, "BiFlowNet_multires_8x.yaml", "")
     cfg.buckets = [{"grid": list(CUBE), "batch_size": 4}, {"grid": list(FLAT), "batch_size": 2}]
     for name, value in values.items():
@@ -135,6 +136,22 @@ def test_batch_sizes_follow_from_one_by_voxels(data, tmp_path, batch_size, of_cu
     message = error_of(train, config(data, tmp_path, buckets=[], batch_size=batch_size))
     assert f"with batch_size {of_cube} take {of_cube} latents of size 8x8x8 a step" in message
     assert "use fewer processes or a lower batch_size of them in buckets" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "4"], r"batch_size 4 and buckets exclude each other: .* or say buckets=\[\]"),
+        (["bucket_temperature=2"], "bucket_temperature must be 1 with bucket_order turns, got 2"),
+    ],
+)
+def test_options_without_effect_are_refused(options, message):
+    found = error_of(parse_command_line, options, BiFlowNetMultiresConfig, "BiFlowNet_multires_8x.yaml", "")
+    assert re.search(message, found), found
+
+
+def test_a_batch_size_is_needed(data, tmp_path):
+    assert "batch_size: none is given, nor buckets" in error_of(train, config(data, tmp_path, buckets=[]))
 
 
 def test_a_size_without_a_row_is_named(data, tmp_path):

@@ -59,9 +59,8 @@ class HeldOutLoss:
         """Of one latent in each range of timesteps."""
         device = self._here.device
         generator = torch.Generator().manual_seed(index)  # on the CPU: the same on every device
-        fractions = (
-            torch.arange(RANGES) + torch.rand(RANGES, generator=generator, dtype=torch.float64)
-        ) / RANGES  # (R,)
+        places = torch.rand(RANGES, generator=generator, dtype=torch.float64)  # float32 would round some sums up to 1
+        fractions = (torch.arange(RANGES) + places) / RANGES  # (R,)
         latent, conditions = self._dataset[index][0], self._dataset.conditions([index] * RANGES)
         noise = torch.randn((RANGES, *latent.shape), generator=generator)  # (R, C, d, h, w)
         with autocast(device, self._precision):

@@ -89,6 +89,8 @@ def batch_sizes_by_voxels(cfg: DictConfig, dataset: Multires_dataset) -> dict[Gr
 
     UserError: a size without its row.
     """
+    if not cfg.buckets and cfg.batch_size is None:
+        raise UserError("batch_size: none is given, nor buckets: give --batch-size, latents of 32x32x32 a process")
     if not cfg.buckets:
         voxels = {grid: grid[0] * grid[1] * grid[2] for grid in dataset.buckets}
         return {grid: max(1, cfg.batch_size * REFERENCE_VOXELS // count) for grid, count in voxels.items()}
