@@ -6,9 +6,9 @@ phantom depends on (seed, class, index) only.
     python dataset/phantoms.py --output-dir data/phantoms --num-per-class 40 --size 64 --seed 0
 
 writes OUT/CTChest/*.nii.gz and OUT/MRBrain/*.nii.gz, OUT/split.json, which says which of them train, validate or are
-held out for evaluation, and
-beside each pair of folders the dataset JSONs PatchVolume_data.json and Singleres_dataset.json (volumes) and
-Singleres_latents.json (the folders that train/generate_training_latent.py writes).
+held out for evaluation, and beside each pair of folders the dataset JSONs PatchVolume_data.json and
+Singleres_dataset.json (volumes) and Singleres_latents.json (the folders that train/generate_training_latent.py writes).
+With `--slabs` there are chests of two sizes, in OUT/CTChest/64x64x64 and OUT/CTChest/64x64x32.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dataset.preparation.phantoms import write_phantoms
 
     counts = {TRAINING: cfg.num_per_class, VALIDATION: cfg.num_validation, HELD_OUT: cfg.num_held_out}
-    write_phantoms(Path(cfg.output_dir), counts, cfg.size, cfg.seed, cfg.num_workers, show=True)
+    write_phantoms(Path(cfg.output_dir), counts, cfg.size, cfg.seed, cfg.slabs, cfg.num_workers, show=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from config.schema.rules import (
     one_of,
     positive_triple,
     regex,
+    share,
 )
 
 # BiFlowNet cuts latents into sub-volumes of this edge.
@@ -162,6 +163,7 @@ class PhantomConfig:
     num_per_class: int = flag(40, "phantoms of each class to train on", at_least(1))
     num_validation: int = flag(4, "more of each class, for validation", not_negative)
     num_held_out: int = flag(16, "more of each class, held out from all training", not_negative)
+    slabs: float = flag(0.0, "chests of half the height beside them, as a share of each number above", share)
     size: int = flag(64, "voxels along each axis", at_least(16))
     seed: int = flag(0, "seed of anatomy, intensities, texture and spacing", not_negative)
     num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative)

@@ -15,7 +15,7 @@ from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, Shares
 from dataset.order.draw_split import given_split
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes
 from dataset.volumes.geometry import affine_from_spacing
-from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX
+from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, size_folder
 from dataset.volumes.intensity import BACKGROUND
 from dataset.volumes.volume_io import is_whole_volume, write_nifti
 
@@ -23,6 +23,7 @@ TEXTURE = 0.02  # standard deviation of the texture: 1 % of the intensity range
 LEVELS = 1024  # intensities are multiples of 1/1024, which halves the size of the compressed files
 # Index of the first phantom of each side, never reached by those of another, and what its files are called.
 SIDE_STARTS = {TRAINING: (0, ""), HELD_OUT: (1_000_000, "held_out_"), VALIDATION: (2_000_000, "validation_")}
+SLAB_START = 500_000  # added for slabs, which are other chests than the whole ones
 MIN_SIZE = 16
 VERSION = 2  # rises when the same arguments give other phantoms
 
@@ -210,6 +211,13 @@ def field_of_view(rng: np.random.Generator, size: int, lengths_mm: tuple[int, in
 
 
 CLASSES = (("CTChest", chest_phantom), ("MRBrain", brain_phantom))
+CHEST = 0
+
+
+def slab(phantom: Phantom) -> Phantom:
+    """The middle of a phantom, half as high."""
+    depth = phantom.data.shape[2]
+    return Phantom(phantom.data[..., depth // 4 : depth // 4 + depth // 2], phantom.spacing_mm)
 
 
 def only_training(count: int) -> dict[str, int]:
@@ -218,34 +226,50 @@ def only_training(count: int) -> dict[str, int]:
 
 
 def write_phantoms(
-    output_dir: Path, counts: Mapping[str, int], size: int, seed: int, num_workers: int = 0, show: bool = False
+    output_dir: Path,
+    counts: Mapping[str, int],
+    size: int,
+    seed: int,
+    slabs: float = 0.0,
+    num_workers: int = 0,
+    show: bool = False,
 ) -> None:
     """Writes the phantoms, their JSONs and the split; files that are there already and whole are left alone.
 
-    counts: side of the split -> phantoms of each class. num_workers, show: as of `map_in_processes`.
+    counts: side of the split -> phantoms of each class. slabs: as a share of these, chests of half the height, whose
+    folder then lies beside that of the whole ones. num_workers, show: as of `map_in_processes`.
 
-    UserError if `output_dir` holds phantoms of another size or seed, or more of them than asked for.
+    UserError if `output_dir` holds phantoms of another size, seed or share, or more of them than asked for.
     """
-    check_record(output_dir, {"size": size, "seed": seed, "version": VERSION})
+    check_record(output_dir, {"size": size, "seed": seed, "version": VERSION} | ({"slabs": slabs} if slabs else {}))
+    places = [(name, class_id, 1.0, 0) for class_id, (name, _) in enumerate(CLASSES)]  # ..., share, first index
+    if slabs:
+        chest, _ = CLASSES[CHEST]
+        whole, half = (f"{chest}/{size_folder((size, size, depth))}" for depth in (size, size // 2))
+        places[CHEST] = (whole, CHEST, 1.0, 0)
+        places.append((half, CHEST, slabs, SLAB_START))
     jobs, sides = [], {}
     for side, count in counts.items():
         start, word = SIDE_STARTS[side]
-        for class_id, (name, _) in enumerate(CLASSES):
-            for i in range(count):
-                path = output_dir / name / f"{name}_{word}{i:04d}{VOLUME_SUFFIX}"
-                jobs.append((path, class_id, start + i))
+        for place, class_id, share, first in places:
+            prefix = f"{CLASSES[class_id][0]}_{'half_' if first else ''}{word}"
+            for i in range(round(share * count)):
+                path = output_dir / place / f"{prefix}{i:04d}{VOLUME_SUFFIX}"
+                jobs.append((path, class_id, start + first + i, first > 0))
                 sides[path] = side
-    check_no_others(output_dir, {path for path, _, _ in jobs})
+    check_no_others(output_dir, {path for path, *_ in jobs})
 
-    def make(job: tuple[Path, int, int]) -> None:
-        path, class_id, index = job
+    def make(job: tuple[Path, int, int, bool]) -> None:
+        path, class_id, index, is_slab = job
         if not is_whole_volume(path):
             phantom = make_phantom(class_id, index, size, seed)
+            phantom = slab(phantom) if is_slab else phantom
             write_nifti(path, phantom.data, affine_from_spacing(phantom.spacing_mm))
 
     for _ in map_in_processes(make, jobs, num_workers, "making", "phantom", show):
         pass
-    add_classes(output_dir, {class_id: name for class_id, (name, _) in enumerate(CLASSES)})
+    for place, class_id, _, _ in places:
+        add_classes(output_dir, {class_id: place})
     total = sum(counts.values())
     shares = Shares(None, counts[VALIDATION] / total, counts[HELD_OUT] / total, seed)
     given_split(output_dir / AUTOENCODER_JSON, shares, sides).write(output_dir)

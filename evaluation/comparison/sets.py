@@ -340,11 +340,13 @@ def on_one_grid(
 ) -> list[Group]:
     """The groups, with `resample` on the grid that most real volumes of each have.
 
+    A class whose real and generated volumes have the same several sizes becomes a group of each size.
+
     UserError: without `resample`, for volumes of a group that differ in size or, unless that is to be ignored, spacing
     or orientation.
     """
     result = []
-    for group in groups:
+    for group in groups if resample else [part for whole in groups for part in _by_size(whole, grids)]:
         wanted = Counter(grids[volume.path] for volume in group.sets["real"]).most_common(1)[0][0]
         if resample:
             sets = {role: tuple(replace(v, resample=wanted.in_ras()) for v in vs) for role, vs in group.sets.items()}
@@ -361,6 +363,19 @@ def on_one_grid(
             )
         result.append(group)
     return result
+
+
+def _by_size(group: Group, grids: Mapping[Path, Grid]) -> list[Group]:
+    """The group, or one of each size where its real and generated volumes have the same ones."""
+    sizes = {role: {grids[volume.path].shape for volume in volumes} for role, volumes in group.sets.items()}
+    if len(sizes["real"]) == 1 or sizes["real"] != sizes["generated"]:
+        return [group]
+    parts = []
+    for size in sorted(sizes["real"]):
+        sets = {role: tuple(v for v in vs if grids[v.path].shape == size) for role, vs in group.sets.items()}
+        parts.append(Group(f"{group.name} {format_size(size)}", sets))
+        _check_group(parts[-1])
+    return parts
 
 
 def list_refused(refused: Mapping[Any, str], what: str) -> str:

@@ -7,6 +7,7 @@ after encoding and decoding (no diffusion model on these latents can be expected
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from AutoEncoder.model.autoencoder import Autoencoder
 from common.errors import UserError
 from common.files import write_atomically
 from dataset.order.data_split import HELD_OUT, TRAINING, files_of_side
-from dataset.preparation.classes import VOLUMES_JSON
+from dataset.preparation.classes import AUTOENCODER_JSON
+from dataset.volumes.geometry import size_text
 from dataset.volumes.intensity import MODEL_RANGE
 from dataset.volumes.pictures import save_comparison
 from dataset.volumes.volume_io import read_model_volume
@@ -33,7 +35,7 @@ from evaluation.metrics.manifolds import precision_recall_density_coverage
 
 MIN_GENERATED = 16  # volumes, for the figures to be judged
 NEIGHBOURS = 5  # of the manifolds of precision and recall, as in evaluation
-PICTURED = 3  # volumes of each kind and class in the picture, each in two planes
+PICTURED = 3  # volumes of each kind in the picture, each in two planes
 
 
 @dataclass(frozen=True)
@@ -64,55 +66,62 @@ class DemoFigure:
         return self.target is None or self.target.is_reached(self.value)
 
 
+Kind = tuple[str, str]  # class name and size in voxels, XxYxZ
+Volumes = dict[Kind, Tensor]  # (N, 1, D, H, W) in [-1, 1] of each kind
+
+
 def write_report(paths: DemoPaths, judge: bool) -> bool:
     """Measure, write demo.json and demo.png, print the table; whether all targets were reached.
 
     judge: False leaves the targets out (a run too short to reach them), and all counts as reached.
     Raises UserError: volumes or checkpoints are missing or unreadable.
     """
-    names = list(json.loads((paths.phantoms / "PatchVolume_data.json").read_text()))
-    held_out, training = (load_classes(paths.phantoms, side) for side in (HELD_OUT, TRAINING))
-    generated = load_generated(paths.generated / "seed_0", names)
-    if judge and len(generated[0]) < MIN_GENERATED:
-        found = f"{paths.generated}: {len(generated[0])} generated volumes"
-        raise UserError(f"{found}, at least {MIN_GENERATED} are needed to judge")
+    held_out, training = (load_side(paths.phantoms / AUTOENCODER_JSON, side) for side in (HELD_OUT, TRAINING))
+    generated = load_generated(paths.generated / "seed_0", list(dict.fromkeys(name for name, _ in held_out)))
+    for kind in held_out:
+        found = len(generated.get(kind, ()))
+        if found == 0 or (judge and found < MIN_GENERATED):
+            raise UserError(
+                f"{paths.generated}: {found} generated volumes of {' '.join(kind)}, at least "
+                f"{MIN_GENERATED if judge else 1} are needed"
+            )
     autoencoder = load_autoencoder(paths.stage2_ckpt)
 
     figures = reconstruction_figures(paths.evaluation / "reconstruction.json")
-    drawn = as_many(training, generated[1])
-    sets = {"training phantoms": drawn, "their reconstructions": (reconstruct(autoencoder, drawn[0]), drawn[1])}
-    figures += generation_figures(names, held_out, {**sets, "generated": generated})
+    drawn = {kind: volumes[: len(generated[kind])] for kind, volumes in training.items()}
+    reconstructed = {kind: reconstruct(autoencoder, volumes) for kind, volumes in drawn.items()}
+    sets = {"training phantoms": drawn, "their reconstructions": reconstructed, "generated": generated}
+    figures += generation_figures(held_out, sets)
 
     content: dict = {f.name: {"value": f.value, "target": f.target.words if f.target else ""} for f in figures}
     counts = {"real, held out": held_out, "generated": generated, "training": training}
-    content["volumes"] = {kind: len(volumes) for kind, (volumes, _) in counts.items()}
+    content["volumes"] = {what: sum(map(len, volumes.values())) for what, volumes in counts.items()}
     write_atomically(paths.output / "demo.json", (json.dumps(content, indent=2) + "\n").encode())
-    draw(paths.output / "demo.png", names, held_out, autoencoder, generated)
+    draw(paths.output / "demo.png", held_out, autoencoder, generated)
     print_table(figures, judge)
     return not judge or all(figure.is_reached for figure in figures)
 
 
-Volumes = tuple[Tensor, Tensor]  # (N, 1, D, H, W) and class ids (N,)
-
-
-def load_classes(folder: Path, side: str) -> Volumes:
-    """The phantoms on a side of the split: volumes (N, 1, D, H, W) in [-1, 1] and class ids (N,)."""
-    files = files_of_side(folder / VOLUMES_JSON, side)
-    return _load({int(class_id): of_class for class_id, of_class in files.items()})
+def load_side(dataset_json: Path, side: str) -> Volumes:
+    """The phantoms on a side of the split."""
+    return _load(files_of_side(dataset_json, side))
 
 
 def load_generated(folder: Path, names: Sequence[str]) -> Volumes:
-    """Generated volumes (N, 1, D, H, W) and the class ids that were asked for, (N,)."""
-    files = {class_id: sorted(folder.glob(f"{name}_*.nii.gz")) for class_id, name in enumerate(names)}
+    """Generated volumes, by the classes that were asked for."""
+    files = {name: sorted(folder.glob(f"{name}_*.nii.gz")) for name in names}
     if not any(files.values()):
         raise UserError(f"{folder}: no generated volumes")
     return _load(files)
 
 
-def _load(files: Mapping[int, Sequence[Path]]) -> Volumes:
-    volumes = [read_model_volume(path, MODEL_RANGE).data for of_class in files.values() for path in of_class]
-    labels = [class_id for class_id, of_class in files.items() for _ in of_class]
-    return torch.stack(volumes), torch.tensor(labels)
+def _load(files: Mapping[str, Sequence[Path]]) -> Volumes:
+    found: dict[Kind, list[Tensor]] = defaultdict(list)
+    for name, of_class in files.items():
+        for path in of_class:
+            volume = read_model_volume(path, MODEL_RANGE)
+            found[name, size_text(volume.header.shape)].append(volume.data)
+    return {kind: torch.stack(volumes) for kind, volumes in found.items()}
 
 
 def reconstruct(autoencoder: Autoencoder, volumes: Tensor) -> Tensor:
@@ -120,18 +129,14 @@ def reconstruct(autoencoder: Autoencoder, volumes: Tensor) -> Tensor:
     return torch.cat([autoencoder.reconstruct(volume[None]).clamp(*MODEL_RANGE) for volume in volumes])
 
 
-def as_many(volumes: Volumes, like: Tensor) -> Volumes:
-    """The first volumes of each class, as many as the class has in `like`, class ids (M,)."""
-    data, labels = volumes
-    chosen = torch.cat([(labels == label).nonzero().flatten()[: int((like == label).sum())] for label in like.unique()])
-    return data[chosen], labels[chosen]
-
-
-def features(volumes: Tensor) -> Tensor:
-    """Of the random network of volumes, (N, 1, D, H, W) -> (N, F)."""
+def features(volumes: Volumes) -> dict[Kind, Tensor]:
+    """Of the random network of volumes, (N, F) of each kind."""
     (network,) = build_networks(["random_3d"], None, 1, torch.device("cpu"))
     with torch.no_grad():
-        return torch.cat([network(volume[None])[VOLUME][:, 0] for volume in volumes])
+        return {
+            kind: torch.cat([network(volume[None])[VOLUME][:, 0] for volume in of_kind])
+            for kind, of_kind in volumes.items()
+        }
 
 
 def reconstruction_figures(results: Path) -> list[DemoFigure]:
@@ -145,30 +150,38 @@ def reconstruction_figures(results: Path) -> list[DemoFigure]:
     ]
 
 
-def generation_figures(names: Sequence[str], real: Volumes, sets: Mapping[str, Volumes]) -> list[DemoFigure]:
-    """Of each class what sets of as many volumes get against the held-out phantoms.
+def generation_figures(real: Volumes, sets: Mapping[str, Volumes]) -> list[DemoFigure]:
+    """Of each kind what sets of volumes get against the held-out phantoms.
 
-    names: of the classes. sets: by what they are; the last, "generated", is judged by "their reconstructions".
+    sets: by what they are; the last, "generated", is judged by "their reconstructions".
     """
-    real_features, labels = features(real[0]), real[1]
-    found = {kind: (features(volumes), of) for kind, (volumes, of) in sets.items()}
-    made, asked = found["generated"]
-    obtained = nearest_class_mean(real_features, labels, made)
-    figures = [DemoFigure("class obtained is the class asked for", (obtained == asked).double().mean().item(), MOSTLY)]
-    for label, name in enumerate(names):
-        of_real = real_features[labels == label]
-        of_kinds = {kind: values[of == label] for kind, (values, of) in found.items()}
-        distances = {kind: frechet_distance(of_real, values) for kind, values in of_kinds.items()}
-        figures += [DemoFigure(f"{name}, FID-3D: {kind}", value) for kind, value in distances.items()]
+    of_real, found = features(real), {what: features(volumes) for what, volumes in sets.items()}
+    right = classes_obtained(of_real, found["generated"])
+    figures = [DemoFigure("class obtained is the class asked for", right, MOSTLY)]
+    for kind, reals in of_real.items():
+        title, of_sets = " ".join(kind), {what: of_kind[kind] for what, of_kind in found.items()}
+        distances = {what: frechet_distance(reals, values) for what, values in of_sets.items()}
+        figures += [DemoFigure(f"{title}, FID-3D: {what}", value) for what, value in distances.items()]
         ratio = distances["generated"] / distances["their reconstructions"]
-        figures.append(DemoFigure(f"{name}, FID-3D: generated / reconstructions", ratio, NEAR))
-        shares = {kind: manifold_shares(of_real, values) for kind, values in of_kinds.items()}
+        figures.append(DemoFigure(f"{title}, FID-3D: generated / reconstructions", ratio, NEAR))
+        shares = {what: manifold_shares(reals, values) for what, values in of_sets.items()}
         figures += [
-            DemoFigure(f"{name}, {metric}: {kind}", values[metric], judged if kind == "generated" else None)
+            DemoFigure(f"{title}, {metric}: {what}", values[metric], judged if what == "generated" else None)
             for metric, judged in (("precision", ABOVE_0), ("recall", None))
-            for kind, values in shares.items()
+            for what, values in shares.items()
         ]
     return figures
+
+
+def classes_obtained(real: Mapping[Kind, Tensor], generated: Mapping[Kind, Tensor]) -> float:
+    """The share of generated volumes that are nearest to the mean of a kind of their class."""
+    kinds = list(real)
+    labels = torch.cat([torch.full((len(real[kind]),), place) for place, kind in enumerate(kinds)])
+    right = []
+    for (name, _), values in generated.items():
+        nearest = nearest_class_mean(torch.cat(list(real.values())), labels, values)
+        right += [kinds[place][0] == name for place in nearest.tolist()]
+    return sum(right) / len(right)
 
 
 def manifold_shares(real: Tensor, other: Tensor) -> dict[str, float]:
@@ -179,14 +192,14 @@ def manifold_shares(real: Tensor, other: Tensor) -> dict[str, float]:
     return {metric: found[metric].mean().item() for metric in ("precision", "recall")}
 
 
-def draw(path: Path, names: Sequence[str], real: Volumes, autoencoder: Autoencoder, made: Volumes) -> None:
-    """Central axial and coronal slices: per class a row of real, of reconstructed and of generated volumes."""
+def draw(path: Path, real: Volumes, autoencoder: Autoencoder, made: Volumes) -> None:
+    """Central axial and coronal slices: per kind a row of real, of reconstructed and of generated volumes."""
     rows = []
-    for class_id, name in enumerate(names):
-        originals = real[0][real[1] == class_id][:PICTURED]
+    for kind, volumes in real.items():
+        originals = volumes[:PICTURED]
         shown = {"real": originals, "reconstructed": reconstruct(autoencoder, originals)}
-        shown["generated"] = made[0][made[1] == class_id][:PICTURED]
-        rows += [(f"{name} {kind}", list(volumes)) for kind, volumes in shown.items()]
+        shown["generated"] = made[kind][:PICTURED]
+        rows += [(f"{' '.join(kind)} {what}", list(of_row)) for what, of_row in shown.items()]
     save_comparison(path, rows, planes=("axial", "coronal"), title="Phantoms: central slices, not trained on")
 
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from common.child import LAUNCHER
 
-PHANTOMS = {False: (40, 4, 16), True: (6, 1, 6)}  # short? -> phantoms per class to train, validate and hold out
+PHANTOMS = {False: (40, 4, 16), True: (8, 2, 6)}  # short? -> phantoms per class to train, validate and hold out
+SLABS = 0.5  # chests of half the height, as a share of these
 # What --short changes; everything else is as in the demo proper.
 SHORT = {
     "stage1": ["model.max_steps=12", "model.val_every=6", "model.discriminator_iter_start=6"]
     + ["model.codebook_init_step=2"],
     "stage2": ["model.max_steps=2", "model.val_every=2", "model.discriminator_iter_start=0"],
-    "biflownet": ["max_steps=4", "batch_size=2", "ckpt_every=2", "preview_steps=2"],
+    "biflownet": ["max_steps=4", "ckpt_every=2", "preview_steps=2"],
     "generation": ["num_samples=2", "ddim_steps=2"],
 }
 
@@ -38,8 +39,8 @@ def training_stages(paths: DemoPaths, short: bool) -> Stages:
     data = f"dataset.root_dir={paths.phantoms / 'PatchVolume_data.json'}"
     launch = [LAUNCHER, "--standalone", "--nproc-per-node", "2"]
     return {
-        "phantoms: chests as CT, heads as MR": (
-            ["dataset/phantoms.py", "--output-dir", f"{paths.phantoms}"]
+        "phantoms: chests as CT in two sizes, heads as MR": (
+            ["dataset/phantoms.py", "--output-dir", f"{paths.phantoms}", "--slabs", f"{SLABS}"]
             + ["--num-per-class", f"{training}", "--num-validation", f"{validation}", "--num-held-out", f"{held_out}"]
         ),
         "autoencoder, stage 1: patches": (
@@ -55,8 +56,8 @@ def training_stages(paths: DemoPaths, short: bool) -> Stages:
             ["train/generate_training_latent.py", "--data-path", f"{paths.phantoms / 'Singleres_dataset.json'}"]
             + ["--AE-ckpt", f"{paths.stage2_ckpt}", "--batch-size", "4", "--num-workers", "0", "--device", "cpu"]
         ),
-        "BiFlowNet, two processes": (
-            [*launch, "train/train_BiFlowNet_SingleRes.py", "--config", "config/demo/BiFlowNet.yaml"]
+        "BiFlowNet on both sizes, two processes": (
+            [*launch, "train/train_BiFlowNet_MultiRes.py", "--config", "config/demo/BiFlowNet_multires.yaml"]
             + ["--AE-ckpt", f"{paths.stage2_ckpt}", "--data-path", f"{paths.phantoms / 'Singleres_latents.json'}"]
             + ["--results-dir", f"{paths.output}", "--run-name", paths.biflownet.name, *changed["biflownet"]]
         ),
