@@ -1,6 +1,5 @@
 """Autoencoders from checkpoint files, ours and official ones, and the fingerprint of what latents depend on."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from AutoEncoder.model.autoencoder import Autoencoder
-from common.checkpoint_files import load_checkpoint, load_weights
+from common.checkpoint_files import fingerprint, load_checkpoint, load_weights
 from common.errors import UserError
 
 PERCEPTUAL, DISCRIMINATOR = "perceptual_loss.", "volume_discriminator."  # weights for training alone
@@ -108,9 +107,6 @@ def latent_fingerprint(autoencoder: nn.Module) -> str:
 
     Stage 2 trains none of these, so both stages of one autoencoder share latents and this fingerprint.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(autoencoder.state_dict().items()):
-        if name.startswith(("encoder.", "pre_vq_conv.")) or name == "codebook.embeddings":
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    state = autoencoder.state_dict()
+    latent = ("encoder.", "pre_vq_conv.", "codebook.embeddings")
+    return fingerprint({name: value for name, value in state.items() if name.startswith(latent)})

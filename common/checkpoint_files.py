@@ -7,6 +7,7 @@ beside the target takes its place only once it is whole.
 """
 
 import glob
+import hashlib
 import logging
 import pickle
 import re
@@ -208,6 +209,15 @@ def remove_older(written: Path, prefix: str, keep: int) -> None:
     if keep and written in files:
         for file in files[: files.index(written) + 1][:-keep]:
             file.unlink(missing_ok=True)
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values, whatever their order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path, target: str) -> None:

@@ -76,8 +76,27 @@ def _attributes(cfg: DictConfig) -> Iterator[str]:
             yield f"attributes[{index}]: categories must be two or more different ones, got {list(row.categories)}"
 
 
+def _beginning(cfg: DictConfig) -> Iterator[str]:
+    """Options of fine-tuning, each with what it needs."""
+    if cfg.init_from and cfg.ckpt:
+        yield "init_from and ckpt exclude each other: init_from begins anew with its weights, ckpt goes on exactly"
+    needs_weights = {
+        "class_map": bool(cfg.class_map), f"trainable {cfg.trainable}": cfg.trainable != "all",
+        "replay.samples": cfg.replay.samples > 0,
+    }  # fmt: skip
+    for name in (name for name, is_set in needs_weights.items() if is_set and not cfg.init_from):
+        yield f"{name} needs init_from, the checkpoint to begin with"
+    if cfg.replay.samples and cfg.replay.data_path:
+        yield "replay.data_path and replay.samples exclude each other: give one of them"
+    rows = {option.name: option.default for option in options_of(BiFlowNetConfig)}
+    for name in ("lora_rank", "lora_alpha", "lora_blocks"):
+        if cfg.trainable != "lora" and cfg[name] != rows[name]:
+            yield f"{name} has no meaning with trainable {cfg.trainable}: leave it out"
+
+
 def _biflownet(cfg: DictConfig) -> Iterator[str]:
     yield from _attributes(cfg)
+    yield from _beginning(cfg)
     if cfg.class_weights and len(cfg.class_weights) != cfg.num_classes:
         yield f"class_weights must be one for each of {cfg.num_classes} classes, got {list(cfg.class_weights)}"
     grids = [tuple(row.grid) for row in cfg.get("buckets", [])]

@@ -90,6 +90,19 @@ class Multires_dataset(Dataset):
         grids = sorted({shape[1:] for shape in self.shapes}, key=lambda grid: (grid[0] * grid[1] * grid[2], grid))
         return {grid: [index for index, shape in enumerate(self.shapes) if shape[1:] == grid] for grid in grids}
 
+    def extend(self, other: "Multires_dataset") -> None:
+        """Put another data set's latents behind one's own. Attributes of both, or of neither, are set."""
+        self.files += other.files
+        self.labels += other.labels
+        self.shapes += other.shapes
+        self.class_folders |= other.class_folders
+        for class_id, folders in other.folders.items():
+            self.folders.setdefault(class_id, []).extend(folders)
+        if self.attributes is not None:
+            self.attributes = torch.cat([self.attributes, other.attributes])
+        for name in ("buckets", "latent_records"):
+            self.__dict__.pop(name, None)  # what was found of one's own alone
+
     def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, ...]:
         index = key[1] if isinstance(key, tuple) else key  # the epoch changes nothing here
         if self.cache is None:

@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from common.checkpoint_files import load_checkpoint, load_weights
 from common.errors import UserError
 from ddpm.attributes import specs_of
 from ddpm.BiFlowNet import BiFlowNet
 
+TABLE = "cond_emb.weight"  # of the classes, and behind them the null label
 ATTRIBUTES = "attribute_emb."  # what the names of their weights begin with
+# Options of the network that no weight's shape tells: a wrong value loads, and gives other images.
+WITHOUT_SHAPE = ("vq_size", "resnet_groups", "dit_num_heads")
 SHAPE_FLAGS = ("volume_channels", "model_dim", "dim_mults", "use_attn", "patch_size", "num_dit", "num_classes")
 
 logger = logging.getLogger(__name__)
@@ -59,9 +63,9 @@ def load_biflownet(
     checkpoint, errors: as of `load_biflownet_weights`.
     """
     checkpoint = load_checkpoint(path) if checkpoint is None else checkpoint
-    weights = _biflownet_weights(path, checkpoint, use_ema=True)
-    has_null_label = _has_null_label(checkpoint, weights, cfg.num_classes)
-    model = build_biflownet(cfg, has_null_label, getattr(checkpoint.get("args"), "attributes", []))
+    weights = biflownet_weights(path, checkpoint, use_ema=True)
+    has_null = has_null_label(checkpoint, weights[TABLE], cfg.num_classes)
+    model = build_biflownet(cfg, has_null, getattr(checkpoint.get("args"), "attributes", []))
     load_biflownet_weights(model, path, checkpoint=checkpoint)
     return model.eval().requires_grad_(False).to(device)
 
@@ -81,13 +85,13 @@ def load_biflownet_weights(
         UserError: unreadable file, an autoencoder checkpoint, or other shapes.
     """
     checkpoint = load_checkpoint(path) if checkpoint is None else checkpoint
-    weights = _biflownet_weights(path, checkpoint, use_ema)
-    own, table = model.cond_emb.weight.detach(), weights["cond_emb.weight"]
-    if model.null_label is None and _has_null_label(checkpoint, weights, len(own)):
-        weights["cond_emb.weight"] = table[:-1]
+    weights = biflownet_weights(path, checkpoint, use_ema)
+    own, table = model.cond_emb.weight.detach(), weights[TABLE]
+    if model.null_label is None and has_null_label(checkpoint, table, len(own)):
+        weights[TABLE] = table[:-1]
     elif model.null_label is not None and len(table) == len(own) - 1:
         logger.warning("%s has no null label: the model's own null row stays as initialised", path)
-        weights["cond_emb.weight"] = torch.cat([table.to(own), own[-1:]])
+        weights[TABLE] = torch.cat([table.to(own), own[-1:]])
     new = {n: w for n, w in model.state_dict().items() if n.startswith(ATTRIBUTES) and n not in weights}
     if new:
         names = ", ".join(dict.fromkeys(name.split(".")[2] for name in new))
@@ -99,17 +103,46 @@ def load_biflownet_weights(
     load_weights(model, weights, path, f"this BiFlowNet config{trained}")
 
 
-def _biflownet_weights(path: str | Path, checkpoint: Mapping[str, Any], use_ema: bool) -> dict[str, torch.Tensor]:
+def load_part_weights(
+    part: nn.Module, path: str | Path, use_ema: bool, checkpoint: Mapping[str, Any], base: str
+) -> None:
+    """Loads what was trained beside a frozen BiFlowNet, whose fingerprint is `base`. UserError: another one."""
     entry = "ema" if use_ema else "model"
     weights = checkpoint.get(entry)
-    if not isinstance(weights, Mapping) or "cond_emb.weight" not in weights:
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{path}: no checkpoint of this training: expected a dict whose entry {entry!r} holds weights")
+    load_weights(part, weights, path, f"the {type(part).__name__} of this config")
+    if checkpoint.get("base") not in (None, base):
+        raise UserError(f"{path}: trained beside another BiFlowNet than the one that is given: give that")
+
+
+def biflownet_weights(path: str | Path, checkpoint: Mapping[str, Any], use_ema: bool) -> dict[str, torch.Tensor]:
+    entry = "ema" if use_ema else "model"
+    weights = checkpoint.get(entry)
+    if not isinstance(weights, Mapping) or TABLE not in weights:
         if "state_dict" in checkpoint:
             raise UserError(f"{path}: an autoencoder checkpoint, expected a BiFlowNet one; give it as --AE-ckpt")
+        if isinstance(weights, Mapping) and any(".lora_" in str(name) for name in weights):
+            raise UserError(f"{path}: an adapter, expected a BiFlowNet checkpoint: give the one that it was trained on")
         raise UserError(f"{path}: no BiFlowNet checkpoint: expected a dict whose entry {entry!r} holds its weights")
     return dict(weights)
 
 
-def _has_null_label(checkpoint: Mapping[str, Any], weights: Mapping[str, torch.Tensor], num_classes: int) -> bool:
+def count_classes(checkpoint: Mapping[str, Any], table: torch.Tensor) -> tuple[int, bool]:
+    """How many classes a file's table has, and whether the null label lies behind them. Older files don't say."""
+    num_classes = getattr(checkpoint.get("args"), "num_classes", len(table))
+    return num_classes, len(table) == num_classes + 1
+
+
+def has_null_label(checkpoint: Mapping[str, Any], table: torch.Tensor, num_classes: int) -> bool:
     """Whether the class table has a row more than `num_classes`, and not because it was trained with more classes."""
     trained_with = getattr(checkpoint.get("args"), "num_classes", num_classes)
-    return len(weights["cond_emb.weight"]) == num_classes + 1 and trained_with == num_classes
+    return len(table) == num_classes + 1 and trained_with == num_classes
+
+
+def check_options(cfg: DictConfig, path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """UserError where a config says other things of the network than its checkpoint that no weight's shape tells."""
+    for name in ("timesteps", *WITHOUT_SHAPE):
+        trained = getattr(checkpoint.get("args"), name, cfg[name])
+        if trained != cfg[name]:
+            raise UserError(f"{name} is {cfg[name]}, but {path} was trained with {trained}: give that")

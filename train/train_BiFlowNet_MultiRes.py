@@ -35,8 +35,8 @@ def train(cfg: DictConfig) -> dict:
     from train.diffusion.start import batch_sizes_by_voxels, start_training
 
     order = {"order": cfg.bucket_order, "temperature": cfg.bucket_temperature}
-    open_dataset = partial(Multires_dataset, cfg.data_path)
-    return start_training(cfg, BiFlowNetMultiresConfig, open_dataset, partial(batch_sizes_by_voxels, cfg), **order)
+    find_batch_sizes = partial(batch_sizes_by_voxels, cfg)
+    return start_training(cfg, BiFlowNetMultiresConfig, Multires_dataset, find_batch_sizes, **order)
 
 
 if __name__ == "__main__":

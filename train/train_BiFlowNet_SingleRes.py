@@ -33,7 +33,7 @@ def train(cfg: DictConfig) -> dict:
     from dataset.Singleres_dataset import Singleres_dataset
     from train.diffusion.start import start_training
 
-    open_dataset = partial(Singleres_dataset, cfg.data_path, cfg.resolution)
+    open_dataset = partial(Singleres_dataset, resolution=cfg.resolution)
     return start_training(
         cfg, BiFlowNetConfig, open_dataset, lambda dataset: dict.fromkeys(dataset.buckets, cfg.batch_size)
     )

@@ -1,6 +1,6 @@
 """Options of BiFlowNet's training and of generation; the keys are the published flags with underscores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from config.schema.data import SUB_VOLUME, VolumeClass, class_table_flag, latent_grid, voxel_size
 from config.schema.option import (
@@ -35,9 +35,11 @@ PREDICTIONS = ("noise", "v", "x0")  # those of ddpm/predictions.py
 LOSS_WEIGHTINGS = ("none", "min_snr", "x0")  # those of ddpm/predictions.py
 TIMESTEP_DRAWS = ("uniform", "logit_normal")  # those of ddpm/timesteps.py
 LATENT_SCALINGS = ("range", "unit")  # those of ddpm/latent_scaling.py
+TRAINABLE = ("all", "lora", "conditions")  # those of train/diffusion/beginning.py
 PROCESSES = ("diffusion", "flow")  # those of ddpm/process.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 FLOW_STRATEGIES = ("euler",)  # those of ddpm/flow.py
+inner_share = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 attribute_name = Rule(
     lambda value: value.isidentifier() and value.isascii(),
     "a name of letters, digits and _, no digit first",
@@ -68,6 +70,17 @@ class Bucket:
 
     grid: list[int] = key([], "latent grid (z, x, y)", latent_grid)
     batch_size: int = key(1, "latents per process and step", at_least(1))
+
+
+@dataclass
+class Replay:
+    """Latents that the model could do before, trained on beside new ones, so that it does not forget them."""
+
+    data_path: str | None = tuned(None, "JSON: class id (of this run) -> folder of latents; null = none")
+    samples: int = tuned(
+        0, "in place of data: latents of each known class and size that init_from makes of itself, once", not_negative
+    )
+    share: float = tuned(0.5, "share of every batch that is replayed", inner_share)
 
 
 @dataclass
@@ -109,10 +122,32 @@ class LatentTrainingConfig(DiffusionModelConfig):
         None, "run folder in results_dir; null = that of the same config, or a new one", inner_path, resume=FREE
     )
     ckpt: str | None = flag(None, "checkpoint that a new run goes on from exactly; null = none", resume=BEGINNING)
+    init_from: str | None = flag(
+        None,
+        "checkpoint whose averaged weights a new run begins with, optimiser and steps anew (docs/own_data.md)",
+        resume=BEGINNING,
+    )
+    class_map: list[str] = flag(
+        [],
+        "what classes begin as: 0=3 (class 3 of init_from), 1=new (the mean of all), 2=new:4 (class 4); of the others "
+        "the same ids, or new",
+        resume=BEGINNING,
+    )
     continue_from: str | None = continue_from()
     set_anew: bool = set_anew()
 
     model: str = flag("BiFlowNet", "name of the model, part of the run folder's name", section="Model")
+
+    trainable: str = flag(
+        "all",
+        "all | lora (an adapter beside frozen weights of init_from) | conditions (table of classes and attributes)",
+        one_of(*TRAINABLE),
+        section="Fine-tuning",
+    )
+    lora_rank: int = key(16, "rank of an adapter's layers", at_least(1))
+    lora_alpha: float = key(16.0, "its strength: differences count alpha / rank times", positive)
+    lora_blocks: list[str] = key([], "parts of the network that it adapts, e.g. [downs, ups]; empty = all")
+    replay: Replay = field(default_factory=Replay)
 
     loss_type: str = flag("l1", "l1 | l2", one_of("l1", "l2"), section="Diffusion", resume=CHANGES)
     loss_weighting: str = tuned(
@@ -229,6 +264,9 @@ class GenerationConfig(DiffusionModelConfig):
 
     AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required", section="Files")
     model_ckpt: str | None = flag(None, "BiFlowNet checkpoint; required")
+    adapters: list[str] = key(
+        [], "adapters of the model, each FILE or FILE:WEIGHT, e.g. adapter.safetensors:0.7", flag="--adapter"
+    )
     output_dir: str | None = flag(None, "folder that gets seed_S/NAME_XxYxZ.nii.gz; required")
     loss_type: str = flag("l1", "l1 | l2; has no effect on sampling", one_of("l1", "l2"), section="Model")
     denormalize: str | None = flag(
@@ -299,3 +337,12 @@ class GenerationConfig(DiffusionModelConfig):
     tile: int = key(256, "blended, tiles: edge of a tile in image voxels", at_least(1))
     class_table: str | None = class_table_flag()
     classes: list[VolumeClass] = key([], "class table: id, name, grids (z, x, y) and spacings_mm (x, y, z) of each")
+
+
+@dataclass
+class MergeConfig:
+    """A BiFlowNet and adapters as one checkpoint (train/merge_adapters.py)."""
+
+    model_ckpt: str | None = flag(None, "BiFlowNet checkpoint that the adapters were trained on; required")
+    adapters: list[str] = key([], "adapters, each FILE or FILE:WEIGHT; required", flag="--adapter")
+    output: str | None = flag(None, "checkpoint to write, NAME.pt; required")

@@ -24,15 +24,15 @@ from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.processes import Distributed, device_name
 from dataset.volumes.volume_io import is_whole_volume, read_header
+from ddpm.adapter_files import parse_adapters
+from ddpm.checkpoint import WITHOUT_SHAPE
 from ddpm.process import OFFICIAL, find_sampler
 from evaluation.generation.requests import Request
-
-# Options of the network that no weight's shape tells: a wrong value loads, and gives other images.
-WITHOUT_SHAPE = ("vq_size", "resnet_groups", "dit_num_heads")
 
 
 def image_settings(cfg: DictConfig) -> dict[str, Any]:
     """What all volumes of a run depend on besides their request: sampler, guidance, output type, checkpoints."""
+    adapters = [[file_sha256(path), weight] for path, weight in parse_adapters(cfg.adapters)]
     return {
         "timesteps": cfg.timesteps,
         "sampling_strategy": cfg.sampling_strategy,
@@ -43,6 +43,7 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
         "output_dtype": cfg.output_dtype,
         "AE_sha256": file_sha256(cfg.AE_ckpt),
         "model_sha256": file_sha256(cfg.model_ckpt),
+        **({"adapters": adapters} if adapters else {}),  # as records of before have none
     }
 
 

@@ -13,6 +13,7 @@ grid, I) only, so neither batches, order, processes nor the rest of the requests
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,15 @@ from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.geometry import centred_affine
 from dataset.volumes.intensity import from_model_range
 from dataset.volumes.volume_io import write_volume
-from ddpm.checkpoint import load_biflownet
+from ddpm.adapter_files import parse_adapters
+from ddpm.adapting import load_adapted
+from ddpm.checkpoint import check_options, load_biflownet
 from ddpm.latent_process import LatentProcess
 from ddpm.process import build_process, take_process
 from ddpm.schedule import Progress as StepsDone
 from evaluation.generation.attributes import encoded_attributes
 from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
-from evaluation.generation.record import WITHOUT_SHAPE, describe_run, image_settings, is_done, write_record
+from evaluation.generation.record import describe_run, image_settings, is_done, write_record
 from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder
 
 SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
@@ -178,7 +181,9 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             f"{cfg.volume_channels}: give the autoencoder that the model was trained with, or --volume-channels"
         )
     checkpoint = load_checkpoint(cfg.model_ckpt)
-    model = load_biflownet(cfg, cfg.model_ckpt, device, checkpoint)
+    adapters = parse_adapters(cfg.adapters)
+    load = partial(load_adapted, adapters=adapters) if adapters else load_biflownet
+    model = load(cfg, cfg.model_ckpt, device, checkpoint)
     made_by = checkpoint.get("autoencoder")
     if made_by is not None and made_by != latent_fingerprint(autoencoder):
         raise UserError(
@@ -186,10 +191,7 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             "(either stage of it)"
         )
     take_process(cfg, cfg.model_ckpt, checkpoint)
-    for name in ("timesteps", *WITHOUT_SHAPE):
-        trained = getattr(checkpoint.get("args"), name, cfg[name])
-        if trained != cfg[name]:
-            raise UserError(f"{name} is {cfg[name]}, but {cfg.model_ckpt} was trained with {trained}: give that")
+    check_options(cfg, cfg.model_ckpt, checkpoint)
     if cfg.guidance_scale != 1 and model.null_label is None and model.attribute_emb is None:
         raise UserError(
             f"guidance_scale is {cfg.guidance_scale}, but {cfg.model_ckpt} has no null label: use 1, or a model that "

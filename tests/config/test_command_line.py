@@ -16,7 +16,7 @@ from config.loading import load_config, save_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.benchmark import SCHEMAS, GpuCheckConfig
 from config.schema.data import CheckConfig, PhantomConfig, PreprocessConfig, SplitConfig
-from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.schema.diffusion import BiFlowNetConfig, GenerationConfig, MergeConfig
 from config.schema.evaluation import (
     DemoConfig,
     GenerationMetricsConfig,
@@ -146,7 +146,8 @@ def test_help_shows_every_key(schema, capsys):
     text = capsys.readouterr().out
     assert "What the script does." in text
     cfg = load_config(schema, None)
-    keys = [f"{top}.{name}" for top in cfg for name in cfg[top]] if schema is AutoencoderConfig else list(cfg)
+    keys = [f"{top}.{name}" for top in cfg if isinstance(cfg[top], DictConfig) for name in cfg[top]]
+    keys += [top for top in cfg if not isinstance(cfg[top], DictConfig)]
     shown = {option.name: option.flag for option in options_of(schema) if option.flag}
     assert [key for key in keys if f"  {shown.get(key, key + '=')}" not in text] == []
 
@@ -166,11 +167,12 @@ PUBLISHED_FLAGS = {
     BiFlowNetConfig: "data-path split results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn "
     "patch-size num-dit enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution "
     "log-every ckpt-every ckpt vq-size max-steps run-name device arithmetic channels-last compile "
-    "gradient-checkpointing continue-from set-anew",
+    "gradient-checkpointing continue-from set-anew init-from class-map trainable",
     GenerationConfig: "classes AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn "
     "sampling-strategy ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta "
     "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
-    "arithmetic channels-last compile class-table attributes extrapolate",
+    "arithmetic channels-last compile class-table attributes extrapolate adapter",
+    MergeConfig: "model-ckpt adapter output",
     ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
     GenerationMetricsConfig: EVALUATION_FLAGS
     + FEATURE_FLAGS
@@ -178,7 +180,7 @@ PUBLISHED_FLAGS = {
     ValidityConfig: EVALUATION_FLAGS + FEATURE_FLAGS + "real other AE-ckpt",
     CheckConfig: "intensity-range patch-size subject-pattern num-workers seed num-pictures picture report",
     SplitConfig: "subject-pattern validation held-out seed anew",
-    PhantomConfig: "output-dir num-per-class num-validation num-held-out size seed num-workers",
+    PhantomConfig: "output-dir num-per-class num-validation num-held-out slabs size seed num-workers",
     ReportConfig: "input-dir output title",
     DemoConfig: "output-dir short",
     SamplingStudyConfig: "demo output-dir strategies steps seeds num-samples device",

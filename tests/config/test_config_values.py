@@ -135,12 +135,13 @@ CONTINUABLE = [
         "val_every val_latents",
     ),
     (BiFlowNetConfig, EXTENDS, "epochs max_steps device"),
-    (BiFlowNetConfig, BEGINNING, "ckpt continue_from"),
+    (BiFlowNetConfig, BEGINNING, "ckpt continue_from init_from class_map"),
     (
         BiFlowNetConfig,
         CHANGES,
         "loss_type loss_weighting timestep_draw label_dropout batch_size lr adam_betas lr_schedule lr_warmup grad_clip "
-        "enable_amp amp_dtype ema_decay ema_every ema_start global_seed split class_weights attribute_dropout",
+        "enable_amp amp_dtype ema_decay ema_every ema_start global_seed split class_weights attribute_dropout "
+        "replay.data_path replay.samples replay.share",
     ),
     (
         AutoencoderConfig,

@@ -194,7 +194,7 @@ class LatentBatches:
         seed: of the order.
         num_workers: see `make_loader`.
         here: this process, whose end ends what loads.
-        order, temperature, class_weights: as of `BucketOrder`, weights by class id.
+        order, temperature, weights: as of `BucketOrder`.
     """
 
     def __init__(
@@ -206,12 +206,11 @@ class LatentBatches:
         here: Session,
         order: str = TURNS,
         temperature: float = 1.0,
-        class_weights: Mapping[int, float] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         ranks = here.distributed
         sizes = dict.fromkeys(dataset.buckets, batch_sizes) if isinstance(batch_sizes, int) else batch_sizes
         self._global_sizes = {grid: sizes[grid] * ranks.world_size for grid in dataset.buckets}
-        weights = [class_weights.get(label, 1.0) for label in dataset.labels] if class_weights else None
         self.order = BucketOrder(
             list(dataset.buckets.values()), list(self._global_sizes.values()), seed, order, temperature, weights
         )

@@ -22,6 +22,7 @@ from dataset.Multires_dataset import Grid
 from dataset.volumes.geometry import centred_affine
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import write_volume
+from ddpm.frozen_base import part_of
 from train.loop.deletion import check_not_deleted
 from train.loop.previews import GivenUp, attempt
 
@@ -67,7 +68,7 @@ class Previews:
 
     @torch.no_grad()
     def _write(self, step: int, turn: int, weights: dict[str, Tensor]) -> Path:
-        self.model.load_state_dict(weights)
+        part_of(self.model).load_state_dict(weights)
         class_id, grid = self.kinds[turn % len(self.kinds)]
         path = self.folder / f"step_{step:07d}_class_{class_id}.nii.gz"
         # A thread has a current GPU and stream of its own; this sets both.

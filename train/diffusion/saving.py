@@ -1,6 +1,8 @@
 """What rank 0 writes at a checkpoint, while all ranks train on."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common.checkpoint_files import remove_older, save_checkpoint
+from ddpm.adapter_files import ADAPTER_NAME, write_adapter
 from train.diffusion import run_folder
 from train.diffusion.batches import LatentBatches, Origin
 from train.diffusion.preview import Previews
@@ -19,12 +22,20 @@ from train.loop.session import Session
 class Saving(BackgroundWork):
     """A run's checkpoints and previews, written in order beside training; `previews` None: none are made.
 
-    keep: newest checkpoints kept; 0: all.
+    keep: newest checkpoints kept; 0: all. export: writes averaged weights into a folder in another form.
     """
 
-    def __init__(self, folder: Path, keep: int, previews: Previews | None, logger: logging.Logger) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        previews: Previews | None,
+        logger: logging.Logger,
+        export: Callable[[Path, dict[str, Tensor]], None] | None = None,
+    ) -> None:
         super().__init__()
         self._folder, self._keep, self._previews, self._logger = folder, keep, previews, logger
+        self._export = export or (lambda folder, weights: None)
 
     def save(
         self, step: int, content: dict[str, Any], preview_turn: int | None, is_kept: bool = True, is_best: bool = False
@@ -61,11 +72,13 @@ class Saving(BackgroundWork):
             path = run_folder.checkpoint_path(self._folder, step)
             save_checkpoint(content, path)
             remove_older(path, run_folder.CHECKPOINT_PREFIX, self._keep)
+            self._export(self._folder, content["ema"])
             self._logger.info("saved %s", path)
         if is_best:
             path = run_folder.best_path(self._folder, step)
             path.parent.mkdir(exist_ok=True)
             save_checkpoint(content, path)
+            self._export(path.parent, content["ema"])
             for other in set(path.parent.glob(f"{run_folder.CHECKPOINT_PREFIX}*.pt")) - {path}:
                 other.unlink()
             self._logger.info("saved %s, the best so far", path)
@@ -81,10 +94,12 @@ def open_saving(
     process: nn.Module,
     origin: Origin,
     here: Session,
+    base: str | None = None,
 ) -> Saving:
     """Checkpoints into `folder`, and previews where they are wanted and there is an autoencoder (on rank 0 alone).
 
-    model: the averaged one, of which previews take a copy. here: at its end all is written.
+    model: the averaged one, of which previews take a copy. here: at its end all is written. base: of an adapter, which
+    is also written as a file of its own.
     """
     previews = None
     if cfg.preview and origin.autoencoder is not None:
@@ -92,4 +107,11 @@ def open_saving(
             folder / "samples", batches.kinds, cfg.preview_steps, model, process,
             origin.autoencoder, here.device, here.logger, is_stopping=lambda: here.stop.received > 0,
         )  # fmt: skip
-    return here.closing.enter_context(Saving(folder, cfg.keep_checkpoints, previews, here.logger))
+    export = None
+    if cfg.trainable == "lora":
+        export = partial(_export_adapter, cfg=cfg, base=base)
+    return here.closing.enter_context(Saving(folder, cfg.keep_checkpoints, previews, here.logger, export))
+
+
+def _export_adapter(folder: Path, weights: dict[str, Tensor], cfg: DictConfig, base: str) -> None:
+    write_adapter(folder / ADAPTER_NAME, weights, cfg, base)

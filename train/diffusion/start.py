@@ -4,17 +4,21 @@ from collections.abc import Callable, Mapping
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from common.errors import UserError
+from dataset.cache.latents import LatentCache
 from dataset.Multires_dataset import Grid, Multires_dataset
-from dataset.order.data_split import VALIDATION, DataSplit
+from dataset.order.data_split import VALIDATION, DataSplit, find_split
 from dataset.volumes.geometry import size_text
-from ddpm.checkpoint import build_biflownet
-from ddpm.process import LatentProcess, build_process
+from ddpm.latent_process import LatentProcess
+from ddpm.process import build_process
 from train.diffusion import checks
 from train.diffusion.attributes import read_attributes
 from train.diffusion.batches import LatentBatches, Origin, make_cache
+from train.diffusion.beginning import Beginning, begin_biflownet
 from train.diffusion.held_out import HeldOutLoss
+from train.diffusion.replay import check_replay, make_samples, sample_weights
 from train.diffusion.training import fit
 from train.loop.session import Session, session
 
@@ -32,30 +36,69 @@ def start_training(
 
     Args:
         schema: of `cfg`.
-        open_dataset: called with keyword arguments of `Multires_dataset`.
+        open_dataset: called with a JSON and keyword arguments of `Multires_dataset`.
         find_batch_sizes: latents per process and step, of each size of a data set.
         order: keyword arguments of `LatentBatches` on which latents come when.
     """
     with session(cfg.device, cfg.arithmetic, schema) as here:
+        # Data and network, each checked before what takes time
         checks.check_options(cfg, here)
         process = build_process(cfg)
         cache = make_cache(cfg, here.logger)
         split = checks.find_training_split(cfg)
-        dataset = open_dataset(vq_size=cfg.vq_size, split=split, cache=cache)
+        dataset = open_dataset(cfg.data_path, vq_size=cfg.vq_size, split=split, cache=cache)
         sizes = find_batch_sizes(dataset)
         checks.check_data(cfg, dataset, sizes, here)
-        if cfg.attributes:
-            dataset.attributes = here.distributed.on_main(lambda: read_attributes(cfg.attributes, dataset, here.logger))
-        if process.scaling is not None:
-            checks.set_scaling(process.scaling, dataset, here)
-        weights = dict(enumerate(cfg.class_weights))
-        batches = LatentBatches(dataset, sizes, cfg.global_seed, cfg.num_workers, here, class_weights=weights, **order)
         origin = here.distributed.on_main(lambda: checks.find_autoencoder(cfg, dataset, here.logger), share=False)
-        held_out = _open_held_out(cfg, open_dataset, split, process, here)
-        torch.manual_seed(cfg.global_seed)  # the same weights on every rank
-        model = build_biflownet(cfg)
+        origin = origin or Origin()
+        model, beginning = begin_biflownet(cfg, process)
         checks.check_grids(cfg, model, dataset)
-        return fit(cfg, here, model, model, batches, process, origin or Origin(), held_out)
+        _read_attributes(cfg, dataset, here)
+        num_new, notes = len(dataset), [] if beginning is None else beginning.notes
+        if cfg.replay.data_path or cfg.replay.samples:
+            notes.append(_add_replay(cfg, dataset, open_dataset, cache, model, process, beginning, here))
+        if beginning is not None:
+            here.distributed.on_main(lambda: beginning.check_latents(origin, here), share=False)
+        elif process.scaling is not None:
+            checks.set_scaling(process.scaling, dataset, here)
+        held_out = _open_held_out(cfg, open_dataset, split, process, here)
+
+        # Order of the data, and the training
+        weights = sample_weights(cfg, dataset, num_new)
+        batches = LatentBatches(dataset, sizes, cfg.global_seed, cfg.num_workers, here, weights=weights, **order)
+        base = beginning.base if beginning is not None and cfg.trainable == "lora" else None
+        return fit(cfg, here, model, batches, process, origin, held_out, base, notes)
+
+
+def _read_attributes(cfg: DictConfig, dataset: Multires_dataset, here: Session, is_trained: bool = True) -> None:
+    if cfg.attributes:
+        asked = (cfg.attributes, dataset, here.logger, is_trained)
+        dataset.attributes = here.distributed.on_main(lambda: read_attributes(*asked))
+
+
+def _add_replay(
+    cfg: DictConfig,
+    dataset: Multires_dataset,
+    open_dataset: Callable[..., Multires_dataset],
+    cache: LatentCache | None,
+    model: nn.Module,
+    process: LatentProcess,
+    beginning: Beginning | None,
+    here: Session,
+) -> str:
+    """Put what is replayed behind the data set's own latents. Returns a line for the run's log."""
+    if cfg.replay.data_path:
+        path = cfg.replay.data_path
+        replayed = open_dataset(path, vq_size=cfg.vq_size, split=find_split(path), cache=cache)
+        check_replay(cfg, dataset, replayed)
+        _read_attributes(cfg, replayed, here, is_trained=False)
+    else:
+        path = make_samples(cfg, dataset, model, process, beginning, here)
+        replayed = open_dataset(path, vq_size=cfg.vq_size, cache=cache)
+        if cfg.attributes:  # nothing is known of them
+            replayed.attributes = torch.full((len(replayed), len(cfg.attributes)), torch.nan)
+    dataset.extend(replayed)
+    return f"{path}: {len(replayed)} latents are replayed, {cfg.replay.share:g} of every batch"
 
 
 def _open_held_out(
@@ -65,20 +108,27 @@ def _open_held_out(
     process: LatentProcess,
     here: Session,
 ) -> HeldOutLoss | None:
-    """None where nothing is held out for it; the log says why."""
+    """None where nothing is held out for it; the log says why. What is replayed has a part in it too."""
     if not cfg.val_every:
         return None
-    dataset = None if split is None else open_dataset(vq_size=cfg.vq_size, split=split, side=VALIDATION)
+
+    def open_side(path: str, split: DataSplit) -> Multires_dataset:
+        dataset = open_dataset(path, vq_size=cfg.vq_size, split=split, side=VALIDATION)
+        if dataset and dataset.num_channels != cfg.volume_channels:
+            raise UserError(
+                f"{dataset.files[0]}: {dataset.num_channels} channels, volume_channels is {cfg.volume_channels}: "
+                "encode all latents with one autoencoder"
+            )
+        _read_attributes(cfg, dataset, here, is_trained=False)
+        return dataset
+
+    dataset = None if split is None else open_side(cfg.data_path, split)
     if not dataset:
         why = f"no subject of {split.path} is on the side {VALIDATION}" if split else f"{cfg.data_path} has no split"
         here.logger.info("no held-out loss: %s", why)
         return None
-    if dataset.num_channels != cfg.volume_channels:
-        found = f"{dataset.files[0]}: {dataset.num_channels} channels"
-        raise UserError(f"{found}, volume_channels is {cfg.volume_channels}: encode all latents with one autoencoder")
-    if cfg.attributes:
-        asked = (cfg.attributes, dataset, here.logger, False)
-        dataset.attributes = here.distributed.on_main(lambda: read_attributes(*asked))
+    if cfg.replay.data_path and (replayed_split := find_split(cfg.replay.data_path)):
+        dataset.extend(open_side(cfg.replay.data_path, replayed_split))
     held_out = HeldOutLoss(dataset, process, cfg.val_latents, cfg.amp_dtype if cfg.enable_amp else "32", here)
     here.logger.info("held-out loss on %d latents every %d steps", len(held_out.indices), cfg.val_every)
     return held_out

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.optimiser import build_adam
 from config.schema.option import BEGINNING
-from ddpm.checkpoint import load_biflownet_weights
+from ddpm.checkpoint import load_biflownet_weights, load_part_weights
+from ddpm.frozen_base import part_of, with_part
 from ddpm.latent_scaling import LatentScaling
 from ddpm.process import OFFICIAL, SCALING
 from train.diffusion.batches import LatentBatches
@@ -30,8 +32,9 @@ SMALLEST_LOSS_SCALE = 2.0**-10
 class TrainingState:
     """One run's state between two optimiser steps, and its form in a checkpoint file."""
 
-    model: nn.Module  # not wrapped in DistributedDataParallel
+    model: nn.Module  # what trains, `part_of` the denoiser; not wrapped in DistributedDataParallel
     ema: EMA
+    averaged: nn.Module  # the denoiser with averaged weights
     optimizer: torch.optim.Optimizer  # of `build_adam`, which brings loaded averages into the parameters' layout
     scaler: torch.amp.GradScaler
     step: int = 0  # optimiser steps done
@@ -39,6 +42,7 @@ class TrainingState:
     samples_seen: int = 0  # of this epoch, over all ranks
     best_loss: float | None = None  # least held-out loss so far (train/diffusion/held_out.py)
     autoencoder: str | None = None  # fingerprint of the autoencoder that made the latents, if known
+    base: str | None = None  # fingerprint of the frozen network beside which the model trains, if it is a part
     scaling: LatentScaling | None = None  # of the process, where it has one
     _read: tuple[Path | None, dict | None] = (None, None)  # a checkpoint file's content, by its path
 
@@ -46,16 +50,19 @@ class TrainingState:
     def start(
         cls,
         cfg: DictConfig,
-        model: nn.Module,
+        denoiser: nn.Module,
         device: torch.device,
         autoencoder: str | None,
         scaling: LatentScaling | None = None,
+        base: str | None = None,
     ) -> "TrainingState":
-        """That of a new run; `model` is on its device."""
+        """That of a new run; `denoiser` is on its device."""
+        model = part_of(denoiser)
         ema = EMA(model, cfg.ema_decay, cfg.ema_every, cfg.ema_start)
+        averaged = with_part(denoiser, ema.model).eval()
         optimizer = build_adam(model.parameters(), cfg.lr, tuple(cfg.adam_betas), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.enable_amp and cfg.amp_dtype == "fp16")
-        return cls(model, ema, optimizer, scaler, autoencoder=autoencoder, scaling=scaling)
+        return cls(model, ema, averaged, optimizer, scaler, autoencoder=autoencoder, base=base, scaling=scaling)
 
     def is_finished(self, epochs: int, max_steps: int | None) -> bool:
         return self.epoch >= epochs or (max_steps is not None and self.step >= max_steps)
@@ -99,13 +106,14 @@ class TrainingState:
             "best_loss": self.best_loss,
             "rng": random_state(),
             "autoencoder": self.autoencoder,
+            "base": self.base,
             SCALING: None if self.scaling is None else self.scaling.state_dict(),
         }
 
     def check_fits(self, path: str | Path) -> None:
         """Errors as `load`, before anything is loaded. What was read is kept for `load`: it may be gigabytes."""
         self._read = Path(path), load_checkpoint(path)
-        load_biflownet_weights(self.model, path, use_ema=False, checkpoint=self._read[1])
+        self._load_weights(path, self._read[1])
 
     def load(
         self, path: Path, schema: type, config: dict, batches: LatentBatches, logger: logging.Logger, is_own: bool
@@ -121,8 +129,7 @@ class TrainingState:
         (known, checkpoint), self._read = self._read, (None, None)
         if known != path:
             checkpoint = load_checkpoint(path)
-        load_biflownet_weights(self.model, path, use_ema=False, checkpoint=checkpoint)
-        load_biflownet_weights(self.ema.model, path, use_ema=True, checkpoint=checkpoint)
+        self._load_weights(path, checkpoint)
         self._load_optimizer(checkpoint, path, logger)
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -137,6 +144,11 @@ class TrainingState:
             _warn_of_other_values(schema, checkpoint.get("args"), config, path, logger)
         if "rng" in checkpoint:
             restore_random_state(checkpoint["rng"])
+
+    def _load_weights(self, path: str | Path, checkpoint: dict) -> None:
+        load = load_biflownet_weights if self.base is None else partial(load_part_weights, base=self.base)
+        load(self.model, path, use_ema=False, checkpoint=checkpoint)
+        load(self.ema.model, path, use_ema=True, checkpoint=checkpoint)
 
     def _load_position(self, checkpoint: dict, path: Path, batches: LatentBatches, logger: logging.Logger) -> None:
         self.epoch = int(checkpoint.get("epoch", 0))

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections.abc import Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,22 +26,25 @@ def fit(
     cfg: DictConfig,
     here: Session,
     model: nn.Module,
-    trained: nn.Module,
     batches: LatentBatches,
     process: nn.Module,
     origin: Origin,
     held_out: HeldOutLoss | None,
+    base: str | None = None,
+    notes: Sequence[str] = (),
 ) -> dict:
     """Train until `epochs` or `max_steps`, or until a signal asks to stop.
 
     Args:
         cfg: of one of the training scripts, whose schema is `here.schema`.
-        model: the denoiser, `model(x, t, **conditions)`, the same on every rank.
-        trained: the part of it whose parameters train, are averaged and saved; the model itself where all do.
+        model: the denoiser, `model(x, t, **conditions)`, the same on every rank. What of it trains, is averaged and
+            saved is its `part_of` (`ddpm/frozen_base.py`).
         batches: what it trains on, with the conditions that it is given.
         process: a `LatentProcess`: diffusion or flow, its scaling set.
         origin: the autoencoder that made the latents.
         held_out: measured every `val_every` steps and at the end; the checkpoint with the least is kept. None: not.
+        base: fingerprint of the frozen part, if there is one.
+        notes: lines for the run's log.
 
     Returns:
         {"folder": the run folder, "step": optimiser steps done in all, "stopped_by": 0 or the signal's number,
@@ -58,7 +62,7 @@ def fit(
     model.to(device, memory_format=layout)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     process.to(device)
-    state = TrainingState.start(cfg, trained, device, origin.fingerprint, process.scaling)
+    state = TrainingState.start(cfg, model, device, origin.fingerprint, process.scaling, base)
 
     # Run folder, and where to go on from
     if cfg.ckpt:
@@ -66,7 +70,7 @@ def fit(
     folder, news = distributed.on_main(lambda: run_folder.open_run_folder(here.schema, config, here.closing, cfg.model))
     distributed.on_main(lambda: batches.check_run(folder))
     here.log_to(folder / "log.txt")
-    for line in news:
+    for line in [*news, *notes]:
         logger.info("%s: %s", folder, line)
     resume_from = distributed.on_main(lambda: run_folder.find_checkpoint(folder, cfg.ckpt))
     if resume_from is not None:
@@ -74,7 +78,7 @@ def fit(
         state.load(resume_from, here.schema, config, batches, logger, is_own)
         logger.info("%s: going on from %s, step %d", folder, resume_from, state.step)
     is_finished = state.is_finished(cfg.epochs, cfg.max_steps)
-    saving = open_saving(cfg, folder, state.ema.model, batches, process, origin, here)
+    saving = open_saving(cfg, folder, state.averaged, batches, process, origin, here, base)
     if here.is_main and (is_finished or (state.step and state.step % cfg.ckpt_every == 0)):
         saving.make_up(state.step, state.step // cfg.ckpt_every, state.ema.state_dict())
     if is_finished:
@@ -100,7 +104,7 @@ def fit(
         logger.info("compile: %d graphs, one for each size of a pass", len(batches.pass_shapes(cfg.accumulate)))
         model.compile(dynamic=False)  # in place: names stay as they are, and the averaged weights' copy is plain
     denoiser = here.parallel(model.train())
-    optimizer, scaler, parameters = state.optimizer, state.scaler, list(trained.parameters())
+    optimizer, scaler, parameters = state.optimizer, state.scaler, list(state.model.parameters())
     agreement = Agreement(distributed, here.stop, batches.files, may_overflow=scaler.is_enabled())
     mean_loss = None
     losses = LossesByKind(batches.kinds, device)
@@ -148,7 +152,7 @@ def fit(
         # Held-out loss of the averaged weights
         is_best = False
         if is_measured:
-            scalars = held_out.measure(state.ema.model)
+            scalars = held_out.measure(state.averaged)
             least = math.inf if state.best_loss is None else state.best_loss
             is_best = scalars["val_loss"] < least  # never with NaN
             state.best_loss = scalars["val_loss"] if is_best else state.best_loss

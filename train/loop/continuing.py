@@ -161,5 +161,7 @@ def _are_same(first: Any, second: Any) -> bool:
     return first == second
 
 
-def _is_past(source: str | None, folder: Path) -> bool:
-    return source is None or Path(os.path.realpath(source)).is_relative_to(os.path.realpath(folder))
+def _is_past(source: Any, folder: Path) -> bool:
+    if not source or not isinstance(source, str):
+        return not source
+    return Path(os.path.realpath(source)).is_relative_to(os.path.realpath(folder))
