@@ -9,7 +9,7 @@ first F of which keep that width and take part in both flows.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -21,6 +21,8 @@ from ddpm.architecture import check_arguments, count_down_factor, count_flow_lev
 from ddpm.attributes import AttributeEmbedding, AttributeSpec
 from ddpm.blocks import DiTBlock, FinalLayer, PatchEmbed_Voxel, ResnetBlock
 from ddpm.diffusion import GaussianDiffusion
+
+Grid = tuple[int, int, int]
 
 __all__ = ["BiFlowNet", "GaussianDiffusion", "PatchEmbed_Voxel"]
 
@@ -223,7 +225,7 @@ class BiFlowNet(nn.Module):
         Raises:
             ValueError: wrong shapes, or a condition missing or superfluous.
         """
-        self._check_inputs(x, time, y, res, attributes)
+        self.check_inputs(x, time, y, res, attributes)
         condition = self.embed_conditions(time, y, res, attributes)  # (B, K)
         features = self.intra_patch_flow(x, condition)  # 2F × (B, M, d, h, w)
         return self.inter_patch_flow(x, condition, features)  # (B, C, d, h, w)
@@ -246,6 +248,16 @@ class BiFlowNet(nn.Module):
 
     def intra_patch_flow(self, x: Tensor, condition: Tensor) -> list[Tensor]:
         """2F feature maps (B, M, d, h, w), those of the input blocks before those of the output blocks."""
+        features, x, skips, grid = self.intra_patch_input(x, condition)
+        for block in self.IntraPatchFlow_mid:
+            x = self._run(block, x, condition)  # (B, N, T, dim)
+        for block, final_layer in self.IntraPatchFlow_output:
+            x = self._run(block, x, condition, skips.pop())  # (B, N, T, dim)
+            features.append(self._to_feature_map(final_layer(x, condition), grid))  # (B, M, d, h, w)
+        return features
+
+    def intra_patch_input(self, x: Tensor, condition: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor], Grid]:
+        """Of the input blocks: feature maps F × (B, M, d, h, w), tokens (B, N, T, dim), skips, sub-volumes per axis."""
         grid = tuple(size // sub for size, sub in zip(x.shape[2:], self.sub_volume_size, strict=True))
         axes = dict(zip(("n0", "n1", "n2"), grid, strict=True))
         x = rearrange(x, "b c (n0 s0) (n1 s1) (n2 s2) -> (b n0 n1 n2) c s0 s1 s2", **axes)
@@ -257,48 +269,57 @@ class BiFlowNet(nn.Module):
             x = self._run(block, x, condition)  # (B, N, T, dim)
             skips.append(x)
             features.append(self._to_feature_map(final_layer(x, condition), grid))  # (B, M, d, h, w)
-        for block in self.IntraPatchFlow_mid:
-            x = self._run(block, x, condition)  # (B, N, T, dim)
-        for block, final_layer in self.IntraPatchFlow_output:
-            x = self._run(block, x, condition, skips.pop())  # (B, N, T, dim)
-            features.append(self._to_feature_map(final_layer(x, condition), grid))  # (B, M, d, h, w)
-        return features
+        return features, x, skips, grid
 
-    def _to_feature_map(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _to_feature_map(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Tokens (B, N, T, p³·M) back to their places in the latent grid, (B, M, d, h, w)."""
         p = self.patch_size
         axes = dict(zip(("n0", "n1", "n2", "t0", "t1", "t2"), (*grid, *self.x_embedder.grid_size), strict=True))
         pattern = "b (n0 n1 n2) (t0 t1 t2) (p0 p1 p2 c) -> b c (n0 t0 p0) (n1 t1 p1) (n2 t2 p2)"
         return rearrange(tokens, pattern, p0=p, p1=p, p2=p, **axes)
 
-    def inter_patch_flow(self, x: Tensor, condition: Tensor, features: list[Tensor]) -> Tensor:
-        """The U-Net, (B, C, d, h, w) to the same; first and last F levels take the feature maps in order."""
-        features = iter(features)
+    def inter_patch_flow(
+        self, x: Tensor, condition: Tensor, features: Sequence[Tensor], control: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The U-Net, (B, C, d, h, w) to the same; first and last F levels take the feature maps in order.
+
+        control: one map for each level, from the first, and one for the middle, which are added to what the way up
+        takes from there (``ddpm/ControlNet.py``).
+        """
         x = self.init_conv(x)  # (B, M, d, h, w)
-        first, skips = x, []
+        first, (x, halves) = x, self.way_down(x, condition, features[: self.num_flow_levels])
+        if control is not None:
+            x = x + control[-1]  # (B, width, …)
 
-        for level, (block1, attention1, block2, attention2, shrink) in enumerate(self.downs):
-            if level < self.num_flow_levels:
-                x = x + next(features)  # (B, M, d, h, w)
-            x = self._run(_resnet, block1, attention1, x, condition)  # (B, width, …)
-            skips.append(x)
-            x = self._run(_resnet, block2, attention2, x, condition)  # (B, width, …)
-            skips.append(x)
-            x = shrink(x)  # (B, width, … / 2)
-
-        x = self._run(_resnet, self.mid_block1, self.mid_spatial_attn, x, condition)  # (B, width, …)
-        x = self._run(self.mid_block2, x, condition)  # (B, width, …)
-
+        features = iter(features[self.num_flow_levels :])
         for level, (block1, attention1, block2, attention2, grow) in enumerate(self.ups):
             if level >= len(self.ups) - self.num_flow_levels:
                 x = x + next(features)  # (B, M, d, h, w)
-            x = self._run(_resnet, block1, attention1, x, condition, skips.pop())  # (B, width, …)
-            x = self._run(_resnet, block2, attention2, x, condition, skips.pop())  # (B, width of the level above, …)
+            skip1, skip2 = halves.pop()
+            if control is not None:
+                skip2 = skip2 + control[len(halves)]  # (B, width, …)
+            x = self._run(_resnet, block1, attention1, x, condition, skip2)  # (B, width, …)
+            x = self._run(_resnet, block2, attention2, x, condition, skip1)  # (B, width of the level above, …)
             x = grow(x)  # (B, width of the level above, … · 2)
 
         block, projection = self.final_conv
         x = self._run(_resnet, block, nn.Identity(), x, None, first)  # (B, dim, d, h, w)
         return projection(x)  # (B, C, d, h, w)
+
+    def way_down(
+        self, x: Tensor, condition: Tensor, features: Sequence[Tensor]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The middle's output, and both halves of each level (B, width, …), of the first convolution's output."""
+        halves = []
+        for level, (block1, attention1, block2, attention2, shrink, *_) in enumerate(self.downs):
+            if level < self.num_flow_levels:
+                x = x + features[level]  # (B, M, d, h, w)
+            x = half1 = self._run(_resnet, block1, attention1, x, condition)  # (B, width, …)
+            x = half2 = self._run(_resnet, block2, attention2, x, condition)  # (B, width, …)
+            halves.append((half1, half2))
+            x = shrink(x)  # (B, width, … / 2)
+        x = self._run(_resnet, self.mid_block1, self.mid_spatial_attn, x, condition)  # (B, width, …)
+        return self._run(self.mid_block2, x, condition), halves  # (B, width, …)
 
     def _run(self, function: Callable[..., Tensor], *arguments) -> Tensor:
         """function(*arguments), with `gradient_checkpointing` in a way that keeps nothing but the arguments."""
@@ -331,9 +352,10 @@ class BiFlowNet(nn.Module):
         if self.attribute_emb is not None and "attributes" in conditions:
             self.attribute_emb.check(conditions["attributes"])
 
-    def _check_inputs(
+    def check_inputs(
         self, x: Tensor, time: Tensor, y: Tensor | None, res: Tensor | None, attributes: Tensor | None
     ) -> None:
+        """Errors as of ``forward``."""
         if x.ndim != 5 or x.shape[1] != self.channels:
             raise ValueError(f"latents have shape {tuple(x.shape)}: expected (B, {self.channels}, d, h, w).")
         if any(size % factor for size, factor in zip(x.shape[2:], self.grid_multiple, strict=True)):

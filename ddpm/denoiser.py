@@ -34,16 +34,16 @@ def conditioned(denoise_fn, x: Tensor, conditions: Conditions, cond_scale: float
     weights 1 - s and s sum to 1.
 
     Raises:
-        ValueError: values that the denoiser refuses, guidance with neither a null label for y nor attributes.
+        ValueError: values that the denoiser refuses, guidance with neither a null label for y nor attributes or a hint.
     """
     check_conditions(denoise_fn, conditions)
     if cond_scale == 1:
         return partial(predict, denoise_fn, conditions=conditions)
     has_label = "y" in conditions and _attribute(denoise_fn, "null_label") is not None
-    if not has_label and "attributes" not in conditions:
+    if not has_label and not {"attributes", "hint"} & set(conditions):
         reason = "the denoiser was trained without a null label" if "y" in conditions else "no class ids y were given"
         raise ValueError(
-            f"cond_scale is {cond_scale}, but {reason}: guidance needs both, or attributes. Use cond_scale=1, or a "
+            f"cond_scale is {cond_scale}, but {reason}: guidance needs both, attributes or a hint. Use cond_scale=1, or a "
             "model trained with label dropout (BiFlowNet(..., null_label=True))."
         )
     if "res" in conditions:

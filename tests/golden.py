@@ -71,4 +71,4 @@ def load_golden(name: str) -> dict[str, np.ndarray]:
 def load_keys(name: str) -> dict[str, tuple[int, ...]]:
     """State-dict names and shapes in the official order, e.g. ``load_keys("biflownet_8x")``."""
     entries = json.loads((GOLDEN_FOLDER / f"{name}_keys.json").read_text())
-    return {key: tuple(shape) for key, shape in entries.items()}
+    return {key: tuple(shape) for key, shape in dict(entries).items()}

@@ -34,7 +34,6 @@ class TrainingState:
 
     model: nn.Module  # what trains, `part_of` the denoiser; not wrapped in DistributedDataParallel
     ema: EMA
-    averaged: nn.Module  # the denoiser with averaged weights
     optimizer: torch.optim.Optimizer  # of `build_adam`, which brings loaded averages into the parameters' layout
     scaler: torch.amp.GradScaler
     step: int = 0  # optimiser steps done
@@ -44,6 +43,7 @@ class TrainingState:
     autoencoder: str | None = None  # fingerprint of the autoencoder that made the latents, if known
     base: str | None = None  # fingerprint of the frozen network beside which the model trains, if it is a part
     scaling: LatentScaling | None = None  # of the process, where it has one
+    averaged: nn.Module | None = None  # the denoiser with averaged weights
     _read: tuple[Path | None, dict | None] = (None, None)  # a checkpoint file's content, by its path
 
     @classmethod
@@ -62,7 +62,9 @@ class TrainingState:
         averaged = with_part(denoiser, ema.model).eval()
         optimizer = build_adam(model.parameters(), cfg.lr, tuple(cfg.adam_betas), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.enable_amp and cfg.amp_dtype == "fp16")
-        return cls(model, ema, averaged, optimizer, scaler, autoencoder=autoencoder, base=base, scaling=scaling)
+        return cls(
+            model, ema, optimizer, scaler, autoencoder=autoencoder, base=base, scaling=scaling, averaged=averaged
+        )
 
     def is_finished(self, epochs: int, max_steps: int | None) -> bool:
         return self.epoch >= epochs or (max_steps is not None and self.step >= max_steps)
