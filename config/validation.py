@@ -13,7 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig, downsampling
 from config.schema.data import PreprocessConfig
-from config.schema.diffusion import FLOW_STRATEGIES, BiFlowNetConfig, BiFlowNetMultiresConfig, GenerationConfig
+from config.schema.diffusion import (
+    FLOW_STRATEGIES,
+    BiFlowNetConfig,
+    BiFlowNetMultiresConfig,
+    ControlNetConfig,
+    GenerationConfig,
+)
 from config.schema.evaluation import GenerationMetricsConfig, RecipeStudyConfig, fewest_volumes
 from config.schema.option import options_of
 
@@ -95,8 +101,12 @@ def _beginning(cfg: DictConfig) -> Iterator[str]:
 
 
 def _biflownet(cfg: DictConfig) -> Iterator[str]:
-    yield from _attributes(cfg)
+    yield from _latent_training(cfg)
     yield from _beginning(cfg)
+
+
+def _latent_training(cfg: DictConfig) -> Iterator[str]:
+    yield from _attributes(cfg)
     if cfg.class_weights and len(cfg.class_weights) != cfg.num_classes:
         yield f"class_weights must be one for each of {cfg.num_classes} classes, got {list(cfg.class_weights)}"
     grids = [tuple(row.grid) for row in cfg.get("buckets", [])]
@@ -167,6 +177,25 @@ def _recipe_study(cfg: DictConfig) -> Iterator[str]:
 
 def _multires(cfg: DictConfig) -> Iterator[str]:
     yield from _biflownet(cfg)
+    yield from _several_sizes(cfg)
+
+
+def _controlnet(cfg: DictConfig) -> Iterator[str]:
+    yield from _latent_training(cfg)
+    yield from _several_sizes(cfg)
+    names = [row.name for row in cfg.hints]
+    if cfg.base_ckpt and (not names or "" in names or len(set(names)) < len(names)):
+        yield f"hints must be one or more with different names, got {names}"
+    for index, row in enumerate(cfg.hints):
+        if (row.kind == "mask") == (len(row.labels) == 0):
+            yield f"hints[{index}]: a mask needs labels, and nothing else has them"
+        if row.labels and (min(row.labels.values()) < 1 or len(set(row.labels.values())) < len(row.labels)):
+            yield f"hints[{index}]: labels must be different whole numbers from 1 on, got {dict(row.labels)}"
+        if (row.kind != "mask" and row.bits) or (row.kind != "latent" and row.channels is not None):
+            yield f"hints[{index}]: bits are of a mask, channels of a latent"
+
+
+def _several_sizes(cfg: DictConfig) -> Iterator[str]:
     if cfg.buckets and cfg.batch_size is not None:
         yield f"batch_size {cfg.batch_size} and buckets exclude each other: change its rows, or say buckets=[]"
     if cfg.bucket_order == "turns" and cfg.bucket_temperature != 1:
@@ -177,6 +206,7 @@ _BETWEEN_KEYS: dict[type, Callable[[DictConfig], Iterator[str]]] = {
     AutoencoderConfig: _autoencoder,
     BiFlowNetConfig: _biflownet,
     BiFlowNetMultiresConfig: _multires,
+    ControlNetConfig: _controlnet,
     GenerationConfig: _generation,
     PreprocessConfig: _preprocess,
     GenerationMetricsConfig: _generation_metrics,

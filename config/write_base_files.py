@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.data import PreprocessConfig
-from config.schema.diffusion import BiFlowNetConfig, BiFlowNetMultiresConfig, GenerationConfig
+from config.schema.diffusion import BiFlowNetConfig, BiFlowNetMultiresConfig, ControlNetConfig, GenerationConfig
 from config.schema.option import Option, options_of
 
 COMMENT_COLUMN = 34
@@ -78,6 +78,13 @@ BASE_FILES = (
         """
 # Every key of the latent diffusion training at several resolutions with its default; the keys are the flags of
 # train/train_BiFlowNet_MultiRes.py with underscores. A flag on the command line wins over this file.""",
+    ),
+    BaseFile(
+        "ControlNet_base.yaml",
+        ControlNetConfig,
+        """
+# Every key of a ControlNet's training with its default; the keys are the flags of train/train_ControlNet.py with
+# underscores. A flag on the command line wins over this file.""",
     ),
     BaseFile(
         "generation_base.yaml",

@@ -31,8 +31,8 @@ class Multires_dataset(Dataset):
         root_dir: JSON, class id "0", "1", ... -> folder of latents (`X_latents`) or list of folders.
         vq_size: latent grid size that the model is told as 1.
         split: of its subjects only those on `side`; None: all.
-        cache: where latents are read from; its `build(data.class_folders)` comes before the first item. None reads and
-            checks the file for every item. The items are the same bit for bit.
+        cache: where latents are read from; `build_cache` comes before the first item. None reads and checks the file
+            for every item. The items are the same bit for bit.
         side: of the split.
 
     Items: (latent (C, d, h, w) float32, class id int64, grid / vq_size (3,) float32), and behind them the attributes
@@ -105,11 +105,26 @@ class Multires_dataset(Dataset):
 
     def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, ...]:
         index = key[1] if isinstance(key, tuple) else key  # the epoch changes nothing here
+        item = self.read_into(index, torch.empty(self.item_shape(index)))
+        return item, *(values[0] for values in self.conditions([index]))
+
+    @property
+    def num_hint_channels(self) -> int:
+        """Channels of hints (`dataset/Control_dataset.py`) behind those of an item's latent."""
+        return 0
+
+    def item_shape(self, index: int) -> tuple[int, int, int, int]:
+        return self.num_channels + self.num_hint_channels, *self.shapes[index][1:]
+
+    def read_into(self, index: int, item: torch.Tensor) -> torch.Tensor:
+        """Fill and return a contiguous tensor of `item_shape` with what an item begins with. Errors as of reading."""
         if self.cache is None:
-            latent = read_latent(self.files[index])
-        else:
-            latent = self.cache.read_into(self.files[index], torch.empty(self.shapes[index]))
-        return latent, *(values[0] for values in self.conditions([index]))
+            return item.copy_(read_latent(self.files[index]))
+        return self.cache.read_into(self.files[index], item)
+
+    def build_cache(self, num_workers: int, log: logging.Logger) -> None:
+        """Copy into the cache what is not there yet. Errors as of `LatentCache.build`."""
+        self.cache.build(self.class_folders, num_workers, log)
 
     def conditions(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """What the model is told of some items: class ids (B,), grid / vq_size (B, 3), attributes (B, A) if any."""

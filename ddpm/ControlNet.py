@@ -21,7 +21,7 @@ __all__ = ["ControlNet", "ControlledBiFlowNet"]
 class ControlNet(BiFlowNet):
     """BiFlowNet's conditions, input blocks and way down, which see the hint beside the latent, and no way up.
 
-    Parts have the names that they have in BiFlowNet. Each level and the middle end in a convolution that starts at zero.
+    Parts have the names that they have in BiFlowNet. Levels and middle end in a convolution that starts at zero.
 
     Args:
         dim: as of ``BiFlowNet``, as are all further arguments.

@@ -13,6 +13,7 @@ from common.checkpoint_files import load_checkpoint, load_weights
 from common.errors import UserError
 from ddpm.attributes import specs_of
 from ddpm.BiFlowNet import BiFlowNet
+from ddpm.ControlNet import ControlNet
 
 TABLE = "cond_emb.weight"  # of the classes, and behind them the null label
 ATTRIBUTES = "attribute_emb."  # what the names of their weights begin with
@@ -31,11 +32,24 @@ def build_biflownet(
     null_label: whether the class table has a row for "no label"; None = where `label_dropout` > 0.
     attributes: rows of a training config; None = those of `cfg`.
     """
-    rows = cfg.attributes if attributes is None else attributes
     if null_label is None:
         null_label = cfg.get("label_dropout", 0.0) > 0
+    rows = cfg.attributes if attributes is None else attributes
+    return _build(BiFlowNet, cfg, null_label=null_label, attributes=specs_of(rows))
+
+
+def build_controlnet(cfg: DictConfig, base: BiFlowNet, hint_channel: int) -> ControlNet:
+    """A ControlNet that begins as the BiFlowNet of the same config."""
+    specs = () if base.attribute_emb is None else base.attribute_emb.specs
+    options = {"null_label": base.null_label is not None, "attributes": specs, "hint_channel": hint_channel}
+    network = _build(ControlNet, cfg, **options)
+    network.begin_as(base)
+    return network
+
+
+def _build(network: type[BiFlowNet], cfg: DictConfig, **options: Any) -> BiFlowNet:
     try:
-        return BiFlowNet(
+        return network(
             dim=cfg.model_dim,
             dim_mults=tuple(cfg.dim_mults),
             use_sparse_linear_attn=tuple(cfg.use_attn),
@@ -47,11 +61,10 @@ def build_biflownet(
             resnet_groups=cfg.resnet_groups,
             DiT_num_heads=cfg.dit_num_heads,
             attn_heads=cfg.attn_heads,
-            null_label=null_label,
-            attributes=specs_of(rows),
+            **options,
         )
     except ValueError as error:
-        raise UserError(f"BiFlowNet config: {error}") from error
+        raise UserError(f"{network.__name__} config: {error}") from error
 
 
 def load_biflownet(
@@ -125,6 +138,10 @@ def biflownet_weights(path: str | Path, checkpoint: Mapping[str, Any], use_ema: 
         if isinstance(weights, Mapping) and any(".lora_" in str(name) for name in weights):
             raise UserError(f"{path}: an adapter, expected a BiFlowNet checkpoint: give the one that it was trained on")
         raise UserError(f"{path}: no BiFlowNet checkpoint: expected a dict whose entry {entry!r} holds its weights")
+    if "mid_zero_conv.weight" in weights:
+        raise UserError(
+            f"{path}: a ControlNet, expected a BiFlowNet checkpoint: give the one that it was trained beside"
+        )
     return dict(weights)
 
 

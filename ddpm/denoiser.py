@@ -43,8 +43,8 @@ def conditioned(denoise_fn, x: Tensor, conditions: Conditions, cond_scale: float
     if not has_label and not {"attributes", "hint"} & set(conditions):
         reason = "the denoiser was trained without a null label" if "y" in conditions else "no class ids y were given"
         raise ValueError(
-            f"cond_scale is {cond_scale}, but {reason}: guidance needs both, attributes or a hint. Use cond_scale=1, or a "
-            "model trained with label dropout (BiFlowNet(..., null_label=True))."
+            f"cond_scale is {cond_scale}, but {reason}: guidance needs both, attributes or a hint. Use cond_scale=1, "
+            "or a model trained with label dropout (BiFlowNet(..., null_label=True))."
         )
     if "res" in conditions:
         conditions = {**conditions, "res": conditions["res"].expand(len(x), 3)}

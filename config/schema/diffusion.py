@@ -36,6 +36,7 @@ LOSS_WEIGHTINGS = ("none", "min_snr", "x0")  # those of ddpm/predictions.py
 TIMESTEP_DRAWS = ("uniform", "logit_normal")  # those of ddpm/timesteps.py
 LATENT_SCALINGS = ("range", "unit")  # those of ddpm/latent_scaling.py
 TRAINABLE = ("all", "lora", "conditions")  # those of train/diffusion/beginning.py
+HINTS = ("image", "mask", "latent")  # those of dataset/hints.py
 PROCESSES = ("diffusion", "flow")  # those of ddpm/process.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 FLOW_STRATEGIES = ("euler",)  # those of ddpm/flow.py
@@ -122,32 +123,10 @@ class LatentTrainingConfig(DiffusionModelConfig):
         None, "run folder in results_dir; null = that of the same config, or a new one", inner_path, resume=FREE
     )
     ckpt: str | None = flag(None, "checkpoint that a new run goes on from exactly; null = none", resume=BEGINNING)
-    init_from: str | None = flag(
-        None,
-        "checkpoint whose averaged weights a new run begins with, optimiser and steps anew (docs/own_data.md)",
-        resume=BEGINNING,
-    )
-    class_map: list[str] = flag(
-        [],
-        "what classes begin as: 0=3 (class 3 of init_from), 1=new (the mean of all), 2=new:4 (class 4); of the others "
-        "the same ids, or new",
-        resume=BEGINNING,
-    )
     continue_from: str | None = continue_from()
     set_anew: bool = set_anew()
 
     model: str = flag("BiFlowNet", "name of the model, part of the run folder's name", section="Model")
-
-    trainable: str = flag(
-        "all",
-        "all | lora (an adapter beside frozen weights of init_from) | conditions (table of classes and attributes)",
-        one_of(*TRAINABLE),
-        section="Fine-tuning",
-    )
-    lora_rank: int = key(16, "rank of an adapter's layers", at_least(1))
-    lora_alpha: float = key(16.0, "its strength: differences count alpha / rank times", positive)
-    lora_blocks: list[str] = key([], "parts of the network that it adapts, e.g. [downs, ups]; empty = all")
-    replay: Replay = field(default_factory=Replay)
 
     loss_type: str = flag("l1", "l1 | l2", one_of("l1", "l2"), section="Diffusion", resume=CHANGES)
     loss_weighting: str = tuned(
@@ -165,7 +144,6 @@ class LatentTrainingConfig(DiffusionModelConfig):
         "latents as in their files, by the codebook's range, or unit: each channel to mean 0 and variance 1",
         one_of(*LATENT_SCALINGS),
     )
-    label_dropout: float = tuned(0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one)
     attributes: list[Attribute] = key([], "what volumes are told apart by beside their class: docs/training.md")
     attribute_dropout: float = tuned(
         0.1, "share of attributes, each and all at once, that are taken for unknown, for guidance", below_one
@@ -227,15 +205,47 @@ class LatentTrainingConfig(DiffusionModelConfig):
 
 
 @dataclass
-class BiFlowNetConfig(LatentTrainingConfig):
-    """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
+class BiFlowNetTrainingConfig(LatentTrainingConfig):
+    """What training of BiFlowNet has beside what training of a ControlNet has."""
 
-    resolution: list[int] = flag([32, 32, 32], "latent grid (z, x, y); multiples of 8", latent_grid)
+    init_from: str | None = flag(
+        None,
+        "checkpoint whose averaged weights a new run begins with, optimiser and steps anew (docs/own_data.md)",
+        resume=BEGINNING,
+        section="Files",
+    )
+    class_map: list[str] = flag(
+        [],
+        "what classes begin as: 0=3 (class 3 of init_from), 1=new (the mean of all), 2=new:4 (class 4); of the others "
+        "the same ids, or new",
+        resume=BEGINNING,
+    )
+    trainable: str = flag(
+        "all",
+        "all | lora (an adapter beside frozen weights of init_from) | conditions (table of classes and attributes)",
+        one_of(*TRAINABLE),
+        section="Fine-tuning",
+    )
+    lora_rank: int = key(16, "rank of an adapter's layers", at_least(1))
+    lora_alpha: float = key(16.0, "its strength: differences count alpha / rank times", positive)
+    lora_blocks: list[str] = key([], "parts of the network that it adapts, e.g. [downs, ups]; empty = all")
+    replay: Replay = field(default_factory=Replay)
+
+    label_dropout: float = tuned(
+        0.0, "share of labels replaced by a null label, for guidance; 0 = none", below_one, section="Diffusion"
+    )
 
 
 @dataclass
-class BiFlowNetMultiresConfig(LatentTrainingConfig):
-    """Training of the latent diffusion model on latents of several sizes (train/train_BiFlowNet_MultiRes.py)."""
+class BiFlowNetConfig(BiFlowNetTrainingConfig):
+    """Training of the latent diffusion model (train/train_BiFlowNet_SingleRes.py)."""
+
+    resolution: list[int] = flag([32, 32, 32], "latent grid (z, x, y); multiples of 8", latent_grid, section="Model")
+
+
+@dataclass
+class SeveralSizesConfig(LatentTrainingConfig):
+    """What training on latents of several sizes has."""
 
     batch_size: int | None = flag(
         None,
@@ -252,6 +262,41 @@ class BiFlowNetMultiresConfig(LatentTrainingConfig):
     )
     bucket_temperature: float = tuned(
         1.0, "proportional: above 1 the smaller buckets come more often, by batches^(1/temperature)", positive
+    )
+
+
+@dataclass
+class BiFlowNetMultiresConfig(SeveralSizesConfig, BiFlowNetTrainingConfig):
+    """Training of the latent diffusion model on latents of several sizes (train/train_BiFlowNet_MultiRes.py)."""
+
+
+@dataclass
+class Hint:
+    """One row of `hints`: what a ControlNet is told, from the folders that the data's JSON names for it."""
+
+    name: str = key("", "its name in the JSON of the data", attribute_name)
+    kind: str = key(
+        "image",
+        "image (latents of other volumes by the same autoencoder) | mask (label maps) | latent (ready-made)",
+        one_of(*HINTS),
+    )
+    labels: dict[str, int] = key({}, "of a mask: the labels that count, e.g. {liver: 1, tumour: 2}")
+    bits: bool = key(False, "of a mask of many labels: their bits in place of a channel for each")
+    channels: int | None = key(None, "of a latent: how many it has; null = volume_channels", at_least(1))
+
+
+@dataclass
+class ControlNetConfig(SeveralSizesConfig):
+    """Training of a ControlNet beside a frozen BiFlowNet (train/train_ControlNet.py)."""
+
+    base_ckpt: str | None = flag(
+        None, "BiFlowNet checkpoint, whose averaged weights stay as they are; required", section="Files"
+    )
+    model: str = flag("ControlNet", "name of the model, part of the run folder's name", section="Model")
+    hints: list[Hint] = key([], "what it is told: name, kind and, of masks, labels of each; docs/controlled.md")
+    control_scale: float = tuned(1.0, "how much what it adds counts in training", positive, flag=True)
+    hint_dropout: float = tuned(
+        0.0, "share of hints that are left out, for guidance; 0 = none", below_one, flag=True, section="Diffusion"
     )
 
 

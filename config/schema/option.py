@@ -4,6 +4,7 @@ Flags, `--help`, the commented base files, the checks of single values and what 
 come from these rows (`options_of`).
 """
 
+from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum, auto
 from functools import partial
@@ -62,8 +63,8 @@ def key(
 ) -> Any:
     """Dataclass field of an option. flag: True = `--name-with-dashes`; a string where it is published otherwise."""
     option = Option(default, meaning, rules, flag, resume, section)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"option": option})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy(default), metadata={"option": option})
     return field(default=default, metadata={"option": option})
 
 

@@ -52,6 +52,28 @@ def read_dataset_folders(path: str | Path) -> dict[str, list[Path]]:
     return {name: _resolve_folders(path, name, value) for name, value in entries.items()}
 
 
+def read_hint_folders(path: str | Path) -> dict[Path, dict[str, Path]]:
+    """Of each folder of images of a dataset JSON with hints its folders of hints, by their names.
+
+    An entry is {"images": folder or list, "hints": {name: folder or list}}, lists of one order. UserError otherwise.
+    """
+    path = Path(path)
+    found: dict[Path, dict[str, Path]] = {}
+    for name, value in read_json_object(path).items():
+        hints = value.get("hints") if isinstance(value, dict) else None
+        if not isinstance(hints, dict) or not hints:
+            form = '{"images": folder, "hints": {name: folder}}'
+            raise UserError(f'{path}: "{name}" must be {form}, found {value!r:.80}')
+        images = _resolve_folders(path, name, value)
+        for hint, folders in hints.items():
+            places = _resolve_folders(path, f"{name}, {hint}", folders)
+            if len(places) != len(images):
+                raise UserError(f'{path}: "{name}": {len(images)} folder(s) of images, {len(places)} of {hint}')
+            for image, place in zip(images, places, strict=True):
+                found.setdefault(image, {})[hint] = place
+    return found
+
+
 def read_class_folders(path: str | Path) -> dict[int, list[Path]]:
     """The folders of a dataset JSON whose names are class ids, in the order of the ids.
 
@@ -246,6 +268,7 @@ def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, A
 
 
 def _resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
+    value = value.get("images") if isinstance(value, dict) else value  # beside them hints
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not values or not all(isinstance(item, str) and item for item in values):
         raise UserError(f'{path}: "{name}" must be a folder or a list of folders, found {value!r}')

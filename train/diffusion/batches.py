@@ -100,14 +100,14 @@ class CacheLoader:
 
     def _make_room(self, indices: Sequence[int]) -> list[Tensor]:
         """A batch without its latents. Made in the training's thread, whose GPU owns pinned memory."""
-        latents = torch.empty((len(indices), *self.dataset.shapes[indices[0]]), pin_memory=self.pin_memory)
+        latents = torch.empty((len(indices), *self.dataset.item_shape(indices[0])), pin_memory=self.pin_memory)
         small = [torch.tensor(indices), *self.dataset.conditions(indices)]
         index, *conditions = (tensor.pin_memory() if self.pin_memory else tensor for tensor in small)
         return [index, latents, *conditions]
 
     def _fill(self, batch: list[Tensor]) -> list[Tensor]:
         for index, latent in zip(batch[0].tolist(), batch[1], strict=True):
-            self.dataset.cache.read_into(self.dataset.files[index], latent)
+            self.dataset.read_into(index, latent)
         return batch
 
 
@@ -125,9 +125,15 @@ class Origin:
     fingerprint: str | None = None  # None: not known
 
 
-def named_conditions(conditions: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Those of `Multires_dataset.conditions` by the names that the denoiser has for them."""
-    return dict(zip(("y", "res", "attributes"), conditions, strict=False))
+def apart(dataset: Multires_dataset, items: Tensor, conditions: Iterable[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents (B, C, d, h, w) of items, and what the denoiser is told of them by its names for it.
+
+    conditions: as of `Multires_dataset.conditions`; hints lie behind the latents' channels.
+    """
+    named = dict(zip(("y", "res", "attributes"), conditions, strict=False))
+    if not dataset.num_hint_channels:
+        return items, named
+    return items[:, : dataset.num_channels], {**named, "hint": items[:, dataset.num_channels :]}
 
 
 def make_cache(cfg: DictConfig, logger: logging.Logger) -> LatentCache | None:
@@ -250,6 +256,13 @@ class LatentBatches:
         cache = "none" if self._dataset.cache is None else "float32"
         return f"raise num_workers (now {self._num_workers}), or set cache=float32 (now {cache}) with a fast cache_dir"
 
+    def hint_of(self, class_id: int, grid: Grid) -> Tensor | None:
+        """That of the first latent of a class and size, (1, H, d, h, w); None where there are no hints."""
+        if not self._dataset.num_hint_channels:
+            return None
+        index = next(i for i in self._dataset.buckets[grid] if self._dataset.labels[i] == class_id)
+        return self._dataset[index][0][None, self._dataset.num_channels :]
+
     def check_run(self, folder: Path) -> None:
         """UserError where a run's folder says that it trains on other data. To be called on rank 0."""
         _check_split_of_run(self._dataset, folder)
@@ -257,7 +270,7 @@ class LatentBatches:
     def build_cache(self, logger: logging.Logger) -> None:
         """Copy into the cache what is not there yet, if there is one. Errors as of `LatentCache.build`."""
         if self._dataset.cache is not None:
-            self._dataset.cache.build(self._dataset.class_folders, self._num_workers, logger)
+            self._dataset.build_cache(self._num_workers, logger)
 
     def check_still_there(self) -> None:
         """UserError where latents were deleted since the start, which the cache hides."""
@@ -272,11 +285,10 @@ class LatentBatches:
             yield from map(self._as_batch, self._loader)  # unlike a loop it keeps no batch until the next one has come
 
     def _as_batch(self, item: list[Tensor]) -> Batch:
-        indices, latents, *conditions = item
+        indices, items, *conditions = item
+        latents, named = apart(self._dataset, items, conditions)
         size = len(indices) * self._ranks.world_size
-        return Batch(
-            indices, latents, named_conditions(conditions), range(self._ranks.rank, size, self._ranks.world_size), size
-        )
+        return Batch(indices, latents, named, range(self._ranks.rank, size, self._ranks.world_size), size)
 
 
 def _check_split_of_run(dataset: Multires_dataset, folder: Path) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from common.checkpoint_files import fingerprint, load_checkpoint
 from common.errors import UserError
+from dataset.hints import hints_of
 from ddpm.attributes import specs_of
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.checkpoint import (
@@ -18,11 +19,14 @@ from ddpm.checkpoint import (
     build_biflownet,
     check_options,
     count_classes,
+    load_biflownet,
 )
+from ddpm.controlled import beside_controlnet
+from ddpm.ControlNet import ControlledBiFlowNet
 from ddpm.latent_process import LatentProcess
 from ddpm.lora import AdaptedBiFlowNet, Adapter
 from ddpm.process import OFFICIAL, SCALING
-from ddpm.transfer import parse_class_map, starts_of, transfer
+from ddpm.transfer import ClassMap, parse_class_map, starts_of, transfer
 from train.diffusion.batches import Origin
 from train.loop.session import Session
 
@@ -40,8 +44,8 @@ def begin_biflownet(cfg: DictConfig, process: LatentProcess) -> tuple[nn.Module,
     if not cfg.init_from:
         return build_biflownet(cfg), None
     checkpoint = load_checkpoint(cfg.init_from)
-    beginning = Beginning(cfg, checkpoint)
-    _check_process(cfg, checkpoint)
+    beginning = Beginning(cfg.init_from, checkpoint, cfg.num_classes, parse_class_map(cfg.class_map))
+    _check_process(cfg, cfg.init_from, checkpoint)
     model = build_biflownet(cfg, beginning.null_label(cfg))
     notes = transfer(model, cfg.init_from, checkpoint, beginning.class_map)
     if process.scaling is not None:
@@ -57,20 +61,47 @@ def begin_biflownet(cfg: DictConfig, process: LatentProcess) -> tuple[nn.Module,
     return model, beginning
 
 
+def begin_controlnet(cfg: DictConfig, process: LatentProcess) -> tuple[ControlledBiFlowNet, "Beginning"]:
+    """A frozen BiFlowNet, that of `base_ckpt`, with a ControlNet that begins as it.
+
+    Raises:
+        UserError: as of `load_controlled_base`; a process or scale of latents that are not the base's; attributes that
+            it doesn't have.
+    """
+    torch.manual_seed(cfg.global_seed)
+    checkpoint = load_checkpoint(cfg.base_ckpt)
+    beginning = Beginning(cfg.base_ckpt, checkpoint, cfg.num_classes)
+    _check_process(cfg, cfg.base_ckpt, checkpoint)
+    known = specs_of(getattr(checkpoint.get("args"), "attributes", []))
+    if cfg.attributes and specs_of(cfg.attributes) != known:
+        raise UserError(f"attributes: base_ckpt has {[spec.name for spec in known]}: give these as trained, or none")
+    if process.scaling is not None:
+        process.scaling.load_state_dict(checkpoint[SCALING])
+    base = load_biflownet(cfg, cfg.base_ckpt, checkpoint=checkpoint)
+    hints = hints_of(cfg.hints, cfg.volume_channels)
+    model = beside_controlnet(cfg, base, hints, process, cfg.control_scale)
+    count = sum(parameter.numel() for parameter in model.part.parameters())
+    channels = ", ".join(f"{hint.name} {hint.channels}" for hint in hints)
+    beginning.notes = [f"beside {cfg.base_ckpt}, frozen; {count} parameters train; channels of hints: {channels}"]
+    return model, beginning
+
+
 class Beginning:
-    """A checkpoint that a run begins with.
+    """A checkpoint that a run begins with, or beside.
 
     base: fingerprint of its averaged weights. known_classes: classes of the run that are classes of it, by their ids.
     notes: lines for the run's log.
     """
 
-    def __init__(self, cfg: DictConfig, checkpoint: Mapping[str, Any]) -> None:
-        self.path = cfg.init_from
-        weights = biflownet_weights(self.path, checkpoint, use_ema=True)
+    def __init__(
+        self, path: str, checkpoint: Mapping[str, Any], num_classes: int, class_map: ClassMap | None = None
+    ) -> None:
+        self.path = path
+        weights = biflownet_weights(path, checkpoint, use_ema=True)
         self.base = fingerprint(weights)
-        self.class_map = parse_class_map(cfg.class_map)
+        self.class_map = class_map or {}
         self._num_classes, self._has_null_label = count_classes(checkpoint, weights[TABLE])
-        starts = starts_of(cfg.num_classes, self._num_classes, self.class_map)
+        starts = starts_of(num_classes, self._num_classes, self.class_map)
         self.known_classes = {class_id: start.source for class_id, start in starts.items() if not start.is_new}
         self.notes: list[str] = []
         self._autoencoder = checkpoint.get("autoencoder")
@@ -96,25 +127,23 @@ class Beginning:
             )  # fmt: skip
         elif self._autoencoder != origin.fingerprint:
             raise UserError(
-                f"init_from: {self.path} was trained on latents of another autoencoder than these: encode the volumes "
-                "with the one that it belongs to (train/generate_training_latent.py), or begin without init_from"
+                f"{self.path} was trained on latents of another autoencoder than these: encode the volumes "
+                "with the one that it belongs to (train/generate_training_latent.py), or begin with another"
             )
 
 
-def _check_process(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> None:
+def _check_process(cfg: DictConfig, path: str, checkpoint: Mapping[str, Any]) -> None:
     for name, official in OFFICIAL.items():
         trained = getattr(checkpoint.get("args"), name, official)
         if cfg[name] != trained:
-            raise UserError(
-                f"{name} is {cfg[name]}, but {cfg.init_from} was trained with {trained}: give {name}={trained}"
-            )
+            raise UserError(f"{name} is {cfg[name]}, but {path} was trained with {trained}: give {name}={trained}")
     trained = "unit" if checkpoint.get(SCALING) else "range"
     if cfg.latent_scaling != trained:
         raise UserError(
-            f"latent_scaling is {cfg.latent_scaling}, but init_from {cfg.init_from} was trained with {trained}: give "
+            f"latent_scaling is {cfg.latent_scaling}, but {path} was trained with {trained}: give "
             f"latent_scaling={trained}"
         )
-    check_options(cfg, cfg.init_from, checkpoint)
+    check_options(cfg, path, checkpoint)
 
 
 def _adapted(cfg: DictConfig, model: BiFlowNet, checkpoint: Mapping[str, Any]) -> AdaptedBiFlowNet:

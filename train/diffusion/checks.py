@@ -22,7 +22,6 @@ from train.diffusion.batches import Origin
 from train.loop.continuing import is_run_folder, read_config
 from train.loop.session import Session
 
-MODELS = ("BiFlowNet",)
 MOST_MEASURED = 1000  # latents whose mean and standard deviation are taken for those of all
 
 
@@ -34,8 +33,9 @@ def check_options(cfg: DictConfig, here: Session) -> None:
     require(cfg, "data_path")
     if cfg.continue_from and not is_run_folder(cfg.continue_from):
         cfg.ckpt, cfg.continue_from = cfg.continue_from, None
-    if cfg.model not in MODELS:
-        raise UserError(f"model={cfg.model}: there is no such model, expected {' or '.join(MODELS)}; give --model")
+    expected = "ControlNet" if "base_ckpt" in cfg else "BiFlowNet"
+    if cfg.model != expected:
+        raise UserError(f"model={cfg.model}: there is no such model, expected {expected}; give --model")
     if cfg.ckpt and not Path(cfg.ckpt).is_file():
         raise UserError(f"ckpt: {cfg.ckpt}: no such checkpoint file; give an existing one with --ckpt, or leave it out")
     if cfg.enable_amp:

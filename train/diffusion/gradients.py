@@ -32,7 +32,8 @@ def compute_gradients(
     # Timesteps, noise and dropped conditions depend on each sample's place in the global batch only
     generators = sample_generators(cfg.global_seed, step, batch.positions, here.device)
     timesteps = process.draw_timesteps(generators)  # (B,)
-    is_dropped = draw_dropped(generators, cfg.label_dropout)  # (B,)
+    share = cfg.hint_dropout if "hint_dropout" in cfg else cfg.label_dropout  # of what guidance compares without
+    is_dropped = draw_dropped(generators, share)  # (B,)
     noise = draw_noise(generators, batch.latents.shape[1:])  # (B, C, d, h, w)
     latents, conditions = batch.to(here.device)  # (B, C, d, h, w), (B, …) each
     if "attributes" in conditions:

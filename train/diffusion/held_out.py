@@ -15,7 +15,7 @@ from common.progress import tracked
 from dataset.Multires_dataset import Multires_dataset
 from dataset.volumes.geometry import size_text
 from ddpm.latent_process import LatentProcess
-from train.diffusion.batches import named_conditions
+from train.diffusion.batches import apart
 from train.loop.session import Session
 
 RANGES = 4  # of timesteps, evenly spaced from data to noise; each latent is measured once in each
@@ -61,15 +61,16 @@ class HeldOutLoss:
         generator = torch.Generator().manual_seed(index)  # on the CPU: the same on every device
         places = torch.rand(RANGES, generator=generator, dtype=torch.float64)  # float32 would round some sums up to 1
         fractions = (torch.arange(RANGES) + places) / RANGES  # (R,)
-        latent, conditions = self._dataset[index][0], self._dataset.conditions([index] * RANGES)
-        noise = torch.randn((RANGES, *latent.shape), generator=generator)  # (R, C, d, h, w)
+        items = self._dataset[index][0].expand(RANGES, -1, -1, -1, -1)
+        latents, conditions = apart(self._dataset, items, self._dataset.conditions([index] * RANGES))
+        noise = torch.randn(latents.shape, generator=generator)  # (R, C, d, h, w)
         with autocast(device, self._precision):
             losses: Tensor = self._process.p_losses(
                 model,
-                latent.expand(RANGES, *latent.shape).to(device),
+                latents.to(device),
                 self._process.timesteps_at(fractions.to(device)),
                 noise=noise.to(device),
-                conditions=named_conditions(values.to(device) for values in conditions),
+                conditions={name: values.to(device) for name, values in conditions.items()},
                 reduction="none",
             )
         return losses.tolist()

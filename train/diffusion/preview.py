@@ -46,6 +46,7 @@ class Previews:
     autoencoder: nn.Module
     device: torch.device  # where both networks are moved to in turn, and back again
     logger: logging.Logger
+    hint_of: Callable[[int, Grid], Tensor | None] = lambda class_id, grid: None  # (1, H, d, h, w) of a class and size
     is_stopping: Callable[[], bool] = lambda: False  # asked after each step whether to give up
     time_limit_s: float = 120.0  # for sampling; decoding one volume comes on top
 
@@ -94,6 +95,8 @@ class Previews:
         z = torch.randn((1, self.diffusion.channels, *grid), generator=generator).to(self.device)
         conditions = {"y": torch.tensor([class_id], device=self.device)}
         conditions["res"] = torch.tensor([grid], device=self.device) / self.model.vq_size  # (1, 3)
+        if (hint := self.hint_of(class_id, grid)) is not None:
+            conditions["hint"] = hint.to(self.device)
         options = dict(ddim_steps=self.steps, generator=generator, progress=check)
         with _moved(self.model, self.device):
             strategy = self.diffusion.fast_strategy

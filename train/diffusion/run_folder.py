@@ -26,8 +26,6 @@ from train.loop import continuing
 from train.loop.continuing import Change
 from train.loop.deletion import deletion_explained
 
-CHECKPOINT_PREFIX = "BiFlowNet_"
-
 
 def open_run_folder(
     schema: type, config: dict, closing: contextlib.ExitStack, name: str = "BiFlowNet"
@@ -68,7 +66,7 @@ def open_run_folder(
     return folder, continuing.news_of(found, config) + news
 
 
-def find_checkpoint(folder: Path, given: str | None) -> Path | None:
+def find_checkpoint(folder: Path, given: str | None, name: str = "BiFlowNet") -> Path | None:
     """The run folder's newest whole checkpoint, else the one that the user gave, else None.
 
     UserError where it has checkpoints, but none can be read.
@@ -78,20 +76,20 @@ def find_checkpoint(folder: Path, given: str | None) -> Path | None:
         return None if given is None else Path(given)
     # Later ones could not be read. Under their own names they would count among the latest and push out whole ones.
     step = step_of(newest)
-    for file in list_checkpoints(folder):
+    for file in list_checkpoints(folder, name):
         if step is not None and step_of(file) > step:  # None: a file that was put there under a name of its own
             file.rename(file.with_name(file.name + ".damaged"))
     return newest
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """`<run>/checkpoints/BiFlowNet_0453500.pt`."""
-    return folder / "checkpoints" / f"{CHECKPOINT_PREFIX}{step:07d}.pt"
+def checkpoint_path(folder: Path, step: int, name: str = "BiFlowNet") -> Path:
+    """`<run>/checkpoints/BiFlowNet_0453500.pt`, of another model with its name."""
+    return folder / "checkpoints" / f"{name}_{step:07d}.pt"
 
 
-def best_path(folder: Path, step: int) -> Path:
+def best_path(folder: Path, step: int, name: str = "BiFlowNet") -> Path:
     """`<run>/best/BiFlowNet_0453500.pt`: the checkpoint with the least held-out loss."""
-    return folder / "best" / f"{CHECKPOINT_PREFIX}{step:07d}.pt"
+    return folder / "best" / f"{name}_{step:07d}.pt"
 
 
 def step_of(path: str | Path) -> int | None:
@@ -100,9 +98,9 @@ def step_of(path: str | Path) -> int | None:
     return int(digits[-1]) if digits else None
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path, name: str = "BiFlowNet") -> list[Path]:
     """The run's checkpoint files, oldest step first."""
-    return numbered_checkpoints(folder / "checkpoints", CHECKPOINT_PREFIX)
+    return numbered_checkpoints(folder / "checkpoints", f"{name}_")
 
 
 def _choose_folder(schema: type, config: dict, name: str) -> tuple[Path, list[Change]]:

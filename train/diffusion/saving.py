@@ -22,7 +22,8 @@ from train.loop.session import Session
 class Saving(BackgroundWork):
     """A run's checkpoints and previews, written in order beside training; `previews` None: none are made.
 
-    keep: newest checkpoints kept; 0: all. export: writes averaged weights into a folder in another form.
+    keep: newest checkpoints kept; 0: all. name: what their files' names begin with.
+    export: writes averaged weights into a folder in another form.
     """
 
     def __init__(
@@ -31,10 +32,12 @@ class Saving(BackgroundWork):
         keep: int,
         previews: Previews | None,
         logger: logging.Logger,
+        name: str = "BiFlowNet",
         export: Callable[[Path, dict[str, Tensor]], None] | None = None,
     ) -> None:
         super().__init__()
         self._folder, self._keep, self._previews, self._logger = folder, keep, previews, logger
+        self._name = name
         self._export = export or (lambda folder, weights: None)
 
     def save(
@@ -62,24 +65,24 @@ class Saving(BackgroundWork):
             self.submit(self._previews.write, step, preview_turn, snapshot(averages))
 
     def _is_own(self, step: int) -> bool:
-        return run_folder.checkpoint_path(self._folder, step).exists()
+        return run_folder.checkpoint_path(self._folder, step, self._name).exists()
 
     def _write(
         self, step: int, content: dict[str, Any], preview_turn: int | None, is_kept: bool, is_best: bool
     ) -> None:
         check_not_deleted(self._folder)
         if is_kept:
-            path = run_folder.checkpoint_path(self._folder, step)
+            path = run_folder.checkpoint_path(self._folder, step, self._name)
             save_checkpoint(content, path)
-            remove_older(path, run_folder.CHECKPOINT_PREFIX, self._keep)
+            remove_older(path, f"{self._name}_", self._keep)
             self._export(self._folder, content["ema"])
             self._logger.info("saved %s", path)
         if is_best:
-            path = run_folder.best_path(self._folder, step)
+            path = run_folder.best_path(self._folder, step, self._name)
             path.parent.mkdir(exist_ok=True)
             save_checkpoint(content, path)
             self._export(path.parent, content["ema"])
-            for other in set(path.parent.glob(f"{run_folder.CHECKPOINT_PREFIX}*.pt")) - {path}:
+            for other in set(path.parent.glob("*.pt")) - {path}:
                 other.unlink()
             self._logger.info("saved %s, the best so far", path)
         if self._previews is not None and preview_turn is not None:
@@ -105,12 +108,12 @@ def open_saving(
     if cfg.preview and origin.autoencoder is not None:
         previews = Previews(
             folder / "samples", batches.kinds, cfg.preview_steps, model, process,
-            origin.autoencoder, here.device, here.logger, is_stopping=lambda: here.stop.received > 0,
+            origin.autoencoder, here.device, here.logger, batches.hint_of, is_stopping=lambda: here.stop.received > 0,
         )  # fmt: skip
     export = None
-    if cfg.trainable == "lora":
+    if cfg.get("trainable") == "lora":
         export = partial(_export_adapter, cfg=cfg, base=base)
-    return here.closing.enter_context(Saving(folder, cfg.keep_checkpoints, previews, here.logger, export))
+    return here.closing.enter_context(Saving(folder, cfg.keep_checkpoints, previews, here.logger, cfg.model, export))
 
 
 def _export_adapter(folder: Path, weights: dict[str, Tensor], cfg: DictConfig, base: str) -> None:

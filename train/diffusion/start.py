@@ -11,6 +11,7 @@ from dataset.cache.latents import LatentCache
 from dataset.Multires_dataset import Grid, Multires_dataset
 from dataset.order.data_split import VALIDATION, DataSplit, find_split
 from dataset.volumes.geometry import size_text
+from ddpm.frozen_base import WithFrozenBase
 from ddpm.latent_process import LatentProcess
 from ddpm.process import build_process
 from train.diffusion import checks
@@ -22,6 +23,8 @@ from train.diffusion.replay import check_replay, make_samples, sample_weights
 from train.diffusion.training import fit
 from train.loop.session import Session, session
 
+Begin = Callable[[DictConfig, LatentProcess], tuple[nn.Module, Beginning | None]]
+
 REFERENCE_VOXELS = 32**3  # of the latents that `batch_size` counts where there are several sizes
 
 
@@ -30,6 +33,7 @@ def start_training(
     schema: type,
     open_dataset: Callable[..., Multires_dataset],
     find_batch_sizes: Callable[[Multires_dataset], Mapping[Grid, int]],
+    begin: Begin = begin_biflownet,
     **order: object,
 ) -> dict:
     """Train on the latents of `cfg` until they are done or a signal asks to stop; returns and raises as `fit`.
@@ -38,6 +42,7 @@ def start_training(
         schema: of `cfg`.
         open_dataset: called with a JSON and keyword arguments of `Multires_dataset`.
         find_batch_sizes: latents per process and step, of each size of a data set.
+        begin: gives the denoiser, and where it begins.
         order: keyword arguments of `LatentBatches` on which latents come when.
     """
     with session(cfg.device, cfg.arithmetic, schema) as here:
@@ -51,11 +56,11 @@ def start_training(
         checks.check_data(cfg, dataset, sizes, here)
         origin = here.distributed.on_main(lambda: checks.find_autoencoder(cfg, dataset, here.logger), share=False)
         origin = origin or Origin()
-        model, beginning = begin_biflownet(cfg, process)
+        model, beginning = begin(cfg, process)
         checks.check_grids(cfg, model, dataset)
         _read_attributes(cfg, dataset, here)
         num_new, notes = len(dataset), [] if beginning is None else beginning.notes
-        if cfg.replay.data_path or cfg.replay.samples:
+        if "replay" in cfg and (cfg.replay.data_path or cfg.replay.samples):
             notes.append(_add_replay(cfg, dataset, open_dataset, cache, model, process, beginning, here))
         if beginning is not None:
             here.distributed.on_main(lambda: beginning.check_latents(origin, here), share=False)
@@ -66,7 +71,7 @@ def start_training(
         # Order of the data, and the training
         weights = sample_weights(cfg, dataset, num_new)
         batches = LatentBatches(dataset, sizes, cfg.global_seed, cfg.num_workers, here, weights=weights, **order)
-        base = beginning.base if beginning is not None and cfg.trainable == "lora" else None
+        base = beginning.base if isinstance(model, WithFrozenBase) else None
         return fit(cfg, here, model, batches, process, origin, held_out, base, notes)
 
 
@@ -127,7 +132,7 @@ def _open_held_out(
         why = f"no subject of {split.path} is on the side {VALIDATION}" if split else f"{cfg.data_path} has no split"
         here.logger.info("no held-out loss: %s", why)
         return None
-    if cfg.replay.data_path and (replayed_split := find_split(cfg.replay.data_path)):
+    if "replay" in cfg and cfg.replay.data_path and (replayed_split := find_split(cfg.replay.data_path)):
         dataset.extend(open_side(cfg.replay.data_path, replayed_split))
     held_out = HeldOutLoss(dataset, process, cfg.val_latents, cfg.amp_dtype if cfg.enable_amp else "32", here)
     here.logger.info("held-out loss on %d latents every %d steps", len(held_out.indices), cfg.val_every)

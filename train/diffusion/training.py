@@ -72,7 +72,7 @@ def fit(
     here.log_to(folder / "log.txt")
     for line in [*news, *notes]:
         logger.info("%s: %s", folder, line)
-    resume_from = distributed.on_main(lambda: run_folder.find_checkpoint(folder, cfg.ckpt))
+    resume_from = distributed.on_main(lambda: run_folder.find_checkpoint(folder, cfg.ckpt, cfg.model))
     if resume_from is not None:
         is_own = resume_from.parent == folder / "checkpoints"
         state.load(resume_from, here.schema, config, batches, logger, is_own)

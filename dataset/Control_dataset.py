@@ -1,0 +1,132 @@
+"""Data of a ControlNet: latents with their class and, on the same grid, hints."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from common.errors import UserError
+from dataset.cache.entry import CacheEntry
+from dataset.cache.latents import CachedLatent, LatentCache
+from dataset.hints import Grid, HintReader
+from dataset.Multires_dataset import Multires_dataset
+from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, read_hint_folders
+from dataset.volumes.volume_io import read_header
+
+SAME_PLACE_MM = 0.01  # corners of two volumes on one grid
+
+
+class Control_dataset(Multires_dataset):
+    """As `Multires_dataset`; an item's latent has the hints' channels behind its own, (C + H, d, h, w).
+
+    root_dir: JSON, class id -> {"images": folder of latents, "hints": {name: folder}}, or lists of one order. A hint
+    has the name of its latent's file. hints: what they are, in the order of their channels.
+
+    Raises:
+        UserError: as there; a hint that is missing, or on another grid than its latent, or elsewhere in the patient.
+    """
+
+    def __init__(self, root_dir: str | Path, *, hints: Sequence[HintReader], **options: Any) -> None:
+        super().__init__(root_dir, **options)
+        self.hints = list(hints)
+        places = read_hint_folders(root_dir)
+        self._hint_files: dict[str, list[Path]] = {}
+        self._hint_folders: dict[str, dict[Path, Path]] = {}
+        for hint in self.hints:
+            if missing := [folder for folder, named in places.items() if hint.name not in named]:
+                raise UserError(f"{root_dir}: {missing[0]} has no hints {hint.name}: name their folder")
+            folders = [places[self.class_folders[path]][hint.name] for path in self.files]
+            files = [folder / self._name_below(path) for path, folder in zip(self.files, folders, strict=True)]
+            self._hint_files[hint.name] = files
+            self._hint_folders[hint.name] = dict(zip(files, folders, strict=True))
+            self._check(hint, files)
+        self._caches = [self._cache_of(hint) for hint in self.hints] if self.cache is not None else []
+
+    @property
+    def num_hint_channels(self) -> int:
+        return sum(hint.channels for hint in self.hints)
+
+    def read_into(self, index: int, item: Tensor) -> Tensor:
+        super().read_into(index, item[: self.num_channels])
+        first = self.num_channels
+        for place, hint in enumerate(self.hints):
+            part, path = item[first : first + hint.channels], self._hint_files[hint.name][index]
+            if self._caches:
+                self._caches[place].read_into(path, part)
+            else:
+                part.copy_(hint.read(path, self.shapes[index][1:]))
+            first += hint.channels
+        return item
+
+    def build_cache(self, num_workers: int, logger: Logger) -> None:
+        super().build_cache(num_workers, logger)
+        for cache, hint in zip(self._caches, self.hints, strict=True):
+            cache.build(self._hint_folders[hint.name], num_workers, logger)
+
+    def _name_below(self, path: Path) -> Path:
+        return path.relative_to(self.class_folders[path])
+
+    def _cache_of(self, hint: HintReader) -> LatentCache:
+        grids = {file: shape[1:] for file, shape in zip(self._hint_files[hint.name], self.shapes, strict=True)}
+        return _HintCache(hint, grids, self.cache.cache_dir, self.cache.limit_gb)
+
+    def _check(self, hint: HintReader, files: Sequence[Path]) -> None:
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            example = self.files[files.index(missing[0])]
+            raise UserError(
+                f"{missing[0]}: {len(missing)} of {len(files)} hints {hint.name} are missing, this one of {example}: a "
+                "hint has the name of its latent"
+            )
+        for image, file, shape in zip(self.files, files, self.shapes, strict=True):
+            hint.check(file, shape[1:])
+            first, second = _volume_of(image), _volume_of(file)
+            if first.is_file() and second.is_file():
+                check_same_place(first, second)
+
+
+class _HintCache(LatentCache):
+    """What hints are on the latent grid, float32."""
+
+    noun = "hint"
+
+    def __init__(
+        self, hint: HintReader, grids: Mapping[Path, Grid], cache_dir: str | Path | None, limit_gb: float | None
+    ) -> None:
+        super(LatentCache, self).__init__(
+            "float32", hint.settings, cache_dir, limit_gb, partial(_read, hint=hint, grids=grids), _of_record,
+            lambda path: (hint.channels, *grids[path]),
+        )  # fmt: skip
+
+
+def _read(source: Path, hint: HintReader, grids: Mapping[Path, Grid]) -> tuple[np.ndarray, dict[str, Any]]:
+    return np.ascontiguousarray(hint.read(source, grids[source]).numpy()), {}
+
+
+def _of_record(entry: CacheEntry, record: dict[str, Any]) -> CachedLatent:
+    return CachedLatent(entry.array, tuple(record["shape"]))
+
+
+def _volume_of(file: Path) -> Path:
+    """The volume that a latent is of, beside it in `X` for `X_latents`, or the file itself."""
+    for folder in file.parents:
+        if folder.name.endswith(LATENT_SUFFIX):
+            return folder.with_name(folder.name.removesuffix(LATENT_SUFFIX)) / file.relative_to(folder)
+    return file
+
+
+def check_same_place(image: Path, other: Path) -> None:
+    """UserError where two volumes do not have the same voxels in the patient, by their headers."""
+    first, second = read_header(image), read_header(other)
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [*first.shape, 1]
+    apart = np.abs((first.affine - second.affine) @ corners.T).max() if first.shape == second.shape else np.inf
+    if apart > SAME_PLACE_MM:
+        name = other.name.removesuffix(VOLUME_SUFFIX)
+        how = "another size" if first.shape != second.shape else f"its corners are up to {apart:.3g} mm away"
+        raise UserError(
+            f"{other}: not on the grid of {image} ({how}): a hint {name} lies where its volume lies, resample it there"
+        )
