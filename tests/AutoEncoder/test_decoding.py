@@ -244,7 +244,13 @@ def biflownet() -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize(("build", "grids"), [(biflownet, [(8, 8, 16)]), (TinyDenoiser, [(8, 8, 8), (8, 8, 16)])])
+@pytest.mark.parametrize(
+    ("build", "grids"),
+    [
+        pytest.param(biflownet, [(8, 8, 16)], marks=pytest.mark.slow),  # compiling takes a minute
+        (TinyDenoiser, [(8, 8, 8), (8, 8, 16)]),
+    ],
+)
 def test_a_compiled_denoiser_gives_what_the_network_gives(build, grids):
     torch.manual_seed(0)
     network = build()

@@ -169,6 +169,7 @@ def test_generation_parts(tmp_path, part, words, ways):
     assert all(0 <= row["peak_gb"] < 10 for row in rows)
 
 
+@pytest.mark.slow
 def test_seams_of_a_trained_autoencoder(tmp_path):
     save_models(tmp_path)
     write_latent(tmp_path / "latents" / "a.nii.gz", torch.rand(4, 8, 8, 8) * 2 - 1)

@@ -127,6 +127,7 @@ def test_seconds_become_steps(demo, tmp_path, children, monkeypatch):
     assert children == []
 
 
+@pytest.mark.slow
 def test_autoencoders_are_judged_by_reconstruction(demo, tmp_path, children):
     output = tmp_path / "out"
     content = run(autoencoder_study_file(demo, tmp_path), output)
