@@ -9,10 +9,12 @@ from config.schema.rules import (
     Rule,
     at_least,
     below_one,
+    inner_share,
     interval,
     name_of_a,
     not_negative,
     one_of,
+    positive,
     positive_triple,
     regex,
     share,
@@ -20,6 +22,7 @@ from config.schema.rules import (
 
 # BiFlowNet cuts latents into sub-volumes of this edge.
 SUB_VOLUME = 8
+MASKS = ("gaussian", "equispaced", "poisson")  # those of dataset/degradation/operators.py
 _SIDES = str.maketrans("LPI", "RAS")
 
 
@@ -167,3 +170,25 @@ class PhantomConfig:
     size: int = flag(64, "voxels along each axis", at_least(16))
     seed: int = flag(0, "seed of anatomy, intensities, texture and spacing", not_negative)
     num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative)
+
+
+@dataclass
+class DegradeConfig:
+    """Condition volumes with their measurements (dataset/degrade.py)."""
+
+    data_path: str | None = flag(None, "JSON: class id -> folder of prepared volumes, in [-1, 1]; required")
+    output_dir: str | None = flag(None, "folder that gets CLASS/NAME.nii.gz, and three JSONs; required")
+    operator: str | None = flag(None, "ct | mri | thick | inpaint; required", one_of("ct", "mri", "thick", "inpaint"))
+    classes: list[int] = flag([], "class ids; empty = all")
+    seed: int = flag(0, "seed of noise, masks and boxes", not_negative)
+    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative)
+    views: int = flag(16, "ct: views", at_least(1))
+    arc: float = flag(180.0, "ct: degrees that they cover", positive)
+    photons: float = flag(0.0, "ct: expected on a detector without a patient; 0 = no noise", not_negative)
+    window: list[float] = flag([-1000.0, 1000.0], "ct: HU of the volumes' -1 and 1", interval)
+    acceleration: float = flag(6.0, "mri: one of how many lines is measured", at_least(1))
+    mask: str = flag("gaussian", "mri: gaussian | equispaced lines | poisson discs", one_of(*MASKS))
+    noise: float = flag(0.0, "mri: standard deviation of k-space's noise, of images from 0 to 1", not_negative)
+    factor: int = flag(4, "thick: how many times as thick slices are", at_least(2))
+    axis: str = flag("z", "thick: axis across the slices, x | y | z", one_of("x", "y", "z"))
+    box: float = flag(0.4, "inpaint: sides of the missing box, as a share of the volume's", inner_share)

@@ -52,6 +52,7 @@ def _stays_inside(value: str) -> bool:
 
 not_negative = Rule(lambda value: 0 <= value < inf, "at least 0")
 positive = Rule(lambda value: 0 < value < inf, "above 0")
+inner_share = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 share = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 below_one = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 betas = Rule(lambda value: len(value) == 2 and all(0 <= b < 1 for b in value), "two numbers of at least 0 and below 1")
