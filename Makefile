@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow gpu-check lint format demo demo-short clean
+.PHONY: help setup test test-slow gpu-check lint format demo demo-short demo-control clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ demo: $(READY) ## phantoms to generated volumes in a quarter of an hour, with pi
 
 demo-short: $(READY) ## the same stages with a few steps each: shows that they run, not what they reach
 	@$(BIN)/python evaluation/demo.py --output-dir $(DEMO_DIR)-short --short
+
+demo-control: $(READY) ## after `make demo`: sparse-view CT, fast MRI and masks, in 12 minutes (DEMO_DIR=demo)
+	@$(BIN)/python evaluation/demo_control.py --demo $(DEMO_DIR) --output-dir $(DEMO_DIR)/control
 
 clean: ## remove the environment and the demo's files
 	rm -rf $(VENV) $(DEMO_DIR) $(DEMO_DIR)-short .pytest_cache .ruff_cache

@@ -12,14 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig, downsampling
+from config.schema.control import ControlledGenerationConfig, ControlNetConfig
 from config.schema.data import PreprocessConfig
-from config.schema.diffusion import (
-    FLOW_STRATEGIES,
-    BiFlowNetConfig,
-    BiFlowNetMultiresConfig,
-    ControlNetConfig,
-    GenerationConfig,
-)
+from config.schema.diffusion import FLOW_STRATEGIES, BiFlowNetConfig, BiFlowNetMultiresConfig, GenerationConfig
 from config.schema.evaluation import GenerationMetricsConfig, RecipeStudyConfig, fewest_volumes
 from config.schema.option import options_of
 
@@ -119,6 +114,14 @@ def _latent_training(cfg: DictConfig) -> Iterator[str]:
 
 
 def _generation(cfg: DictConfig) -> Iterator[str]:
+    yield from _sampling(cfg)
+    for index, row in enumerate(cfg.classes):
+        if row.id >= cfg.num_classes:
+            yield f"classes[{index}]: id must be below num_classes {cfg.num_classes}, got {row.id}"
+    yield from _classes(cfg)
+
+
+def _sampling(cfg: DictConfig) -> Iterator[str]:
     yield from _levels(cfg)
     yield from _process(cfg)
     if cfg.sampling_strategy in FLOW_STRATEGIES and cfg.eta != 0:
@@ -130,10 +133,6 @@ def _generation(cfg: DictConfig) -> Iterator[str]:
             f"sampling_strategy {cfg.sampling_strategy} needs the package diffusers: pip install -r requirements.txt, "
             "or choose ddpm or ddim"
         )
-    for index, row in enumerate(cfg.classes):
-        if row.id >= cfg.num_classes:
-            yield f"classes[{index}]: id must be below num_classes {cfg.num_classes}, got {row.id}"
-    yield from _classes(cfg)
 
 
 def _preprocess(cfg: DictConfig) -> Iterator[str]:
@@ -208,6 +207,7 @@ _BETWEEN_KEYS: dict[type, Callable[[DictConfig], Iterator[str]]] = {
     BiFlowNetMultiresConfig: _multires,
     ControlNetConfig: _controlnet,
     GenerationConfig: _generation,
+    ControlledGenerationConfig: _sampling,
     PreprocessConfig: _preprocess,
     GenerationMetricsConfig: _generation_metrics,
     RecipeStudyConfig: _recipe_study,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.schema.autoencoder import AutoencoderConfig
+from config.schema.control import ControlledGenerationConfig, ControlNetConfig
 from config.schema.data import PreprocessConfig
-from config.schema.diffusion import BiFlowNetConfig, BiFlowNetMultiresConfig, ControlNetConfig, GenerationConfig
+from config.schema.diffusion import BiFlowNetConfig, BiFlowNetMultiresConfig, GenerationConfig
 from config.schema.option import Option, options_of
 
 COMMENT_COLUMN = 34
@@ -93,6 +94,13 @@ BASE_FILES = (
 # Every key of class-conditional generation with its default; the keys are the flags of
 # evaluation/class_conditional_generation.py with underscores. A flag on the command line wins over this file.
 # Use generation_8x.yaml or generation_4x.yaml, which hold the class table.""",
+    ),
+    BaseFile(
+        "controlled_base.yaml",
+        ControlledGenerationConfig,
+        """
+# Every key of controlled generation with its default; the keys are the flags of evaluation/controlled_generation.py
+# with underscores. A flag on the command line wins over this file.""",
     ),
     BaseFile(
         "preprocess.yaml",

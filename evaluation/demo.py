@@ -11,15 +11,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.child import LAUNCHER, run_child  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.script import run_script  # noqa: E402
 from config.cli import parse_command_line  # noqa: E402
 from config.schema.evaluation import DemoConfig  # noqa: E402
-from evaluation.demonstration.stages import DemoPaths, evaluation_stages, training_stages  # noqa: E402
+from evaluation.demonstration.stages import (  # noqa: E402
+    DemoPaths,
+    announce,
+    evaluation_stages,
+    run_stage,
+    training_stages,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,24 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     announce(f"report: {paths.evaluation / 'report.html'}")
     if not passed:
         raise UserError(f"the demo missed a target, see the table above and {output / 'demo.json'}")
-
-
-def run_stage(number: int, title: str, command: Sequence[str]) -> None:
-    """Run one command in the project's folder; its failure ends the demo with the command to repeat."""
-    announce(f"[{number}] {title}")
-    begin = time.monotonic()
-    status = run_child(command, processes=2 if LAUNCHER in command else 1, folder=ROOT)
-    if status:
-        raise UserError(
-            f"stage {number} ({title}) ended with exit status {status}; what it said stands above. "
-            "`make demo` again goes on with this stage"
-        )
-    announce(f"[{number}] {time.monotonic() - begin:.0f} s")
-
-
-def announce(line: str) -> None:
-    sys.stdout.write(f"== {line}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from omegaconf import DictConfig  # noqa: E402
 
 from common.script import run_script  # noqa: E402
 from config.cli import parse_command_line  # noqa: E402
-from config.schema.diffusion import ControlNetConfig  # noqa: E402
+from config.schema.control import ControlNetConfig  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from config.schema.rules import (
     below_one,
     betas,
     inner_path,
+    inner_share,
     interval,
     not_negative,
     one_of,
@@ -36,11 +37,9 @@ LOSS_WEIGHTINGS = ("none", "min_snr", "x0")  # those of ddpm/predictions.py
 TIMESTEP_DRAWS = ("uniform", "logit_normal")  # those of ddpm/timesteps.py
 LATENT_SCALINGS = ("range", "unit")  # those of ddpm/latent_scaling.py
 TRAINABLE = ("all", "lora", "conditions")  # those of train/diffusion/beginning.py
-HINTS = ("image", "mask", "latent")  # those of dataset/hints.py
 PROCESSES = ("diffusion", "flow")  # those of ddpm/process.py
 SAMPLING_STRATEGIES = ("ddpm", "ddim", "dpm++", "unipc")  # those of ddpm/samplers.py
 FLOW_STRATEGIES = ("euler",)  # those of ddpm/flow.py
-inner_share = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 attribute_name = Rule(
     lambda value: value.isidentifier() and value.isascii(),
     "a name of letters, digits and _, no digit first",
@@ -268,36 +267,6 @@ class SeveralSizesConfig(LatentTrainingConfig):
 @dataclass
 class BiFlowNetMultiresConfig(SeveralSizesConfig, BiFlowNetTrainingConfig):
     """Training of the latent diffusion model on latents of several sizes (train/train_BiFlowNet_MultiRes.py)."""
-
-
-@dataclass
-class Hint:
-    """One row of `hints`: what a ControlNet is told, from the folders that the data's JSON names for it."""
-
-    name: str = key("", "its name in the JSON of the data", attribute_name)
-    kind: str = key(
-        "image",
-        "image (latents of other volumes by the same autoencoder) | mask (label maps) | latent (ready-made)",
-        one_of(*HINTS),
-    )
-    labels: dict[str, int] = key({}, "of a mask: the labels that count, e.g. {liver: 1, tumour: 2}")
-    bits: bool = key(False, "of a mask of many labels: their bits in place of a channel for each")
-    channels: int | None = key(None, "of a latent: how many it has; null = volume_channels", at_least(1))
-
-
-@dataclass
-class ControlNetConfig(SeveralSizesConfig):
-    """Training of a ControlNet beside a frozen BiFlowNet (train/train_ControlNet.py)."""
-
-    base_ckpt: str | None = flag(
-        None, "BiFlowNet checkpoint, whose averaged weights stay as they are; required", section="Files"
-    )
-    model: str = flag("ControlNet", "name of the model, part of the run folder's name", section="Model")
-    hints: list[Hint] = key([], "what it is told: name, kind and, of masks, labels of each; docs/controlled.md")
-    control_scale: float = tuned(1.0, "how much what it adds counts in training", positive, flag=True)
-    hint_dropout: float = tuned(
-        0.0, "share of hints that are left out, for guidance; 0 = none", below_one, flag=True, section="Diffusion"
-    )
 
 
 @dataclass

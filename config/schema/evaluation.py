@@ -95,6 +95,19 @@ class ValidityConfig(FeatureConfig):
 
 
 @dataclass
+class PairedMetricsConfig:
+    """How near controlled generation comes to the truth (evaluation/paired_metrics.py)."""
+
+    data: str | None = flag(None, "JSON of conditions with the true images, or JSON:SIDE of its split; required")
+    generated: str | None = flag(None, "output folder of evaluation/controlled_generation.py; required")
+    AE_ckpt: str | None = flag(None, "autoencoder checkpoint, for the ceiling; required")
+    output_dir: str | None = flag(None, "folder that gets the results; required")
+    num_resamples: int = flag(200, "resamples of the bootstrap, for 95 % intervals; at least 20", at_least(20))
+    seed: int = flag(0, "seed of resamples", not_negative)
+    device: str = device_flag()
+
+
+@dataclass
 class ReportConfig:
     """The page of what evaluations found (evaluation/report.py)."""
 
@@ -109,6 +122,15 @@ class DemoConfig:
 
     output_dir: str = flag("demo", "folder of the demo")
     short: bool = flag(False, "a few steps of each stage, figures are not judged")
+
+
+@dataclass
+class DemoControlConfig:
+    """Controlled generation on the demo's phantoms (evaluation/demo_control.py)."""
+
+    demo: str = flag("demo", "folder of a finished demo")
+    output_dir: str = flag("demo/control", "folder of this one")
+    short: bool = flag(False, "a few steps of each stage: shows that they run, not what they reach")
 
 
 @dataclass

@@ -49,7 +49,7 @@ def read_dataset_folders(path: str | Path) -> dict[str, list[Path]]:
     entries = read_json_object(path)
     if not entries:
         raise UserError(f'{path}: names no folder: write {{"name": "folder"}}')
-    return {name: _resolve_folders(path, name, value) for name, value in entries.items()}
+    return {name: resolve_folders(path, name, value) for name, value in entries.items()}
 
 
 def read_hint_folders(path: str | Path) -> dict[Path, dict[str, Path]]:
@@ -64,9 +64,9 @@ def read_hint_folders(path: str | Path) -> dict[Path, dict[str, Path]]:
         if not isinstance(hints, dict) or not hints:
             form = '{"images": folder, "hints": {name: folder}}'
             raise UserError(f'{path}: "{name}" must be {form}, found {value!r:.80}')
-        images = _resolve_folders(path, name, value)
+        images = resolve_folders(path, name, value)
         for hint, folders in hints.items():
-            places = _resolve_folders(path, f"{name}, {hint}", folders)
+            places = resolve_folders(path, f"{name}, {hint}", folders)
             if len(places) != len(images):
                 raise UserError(f'{path}: "{name}": {len(images)} folder(s) of images, {len(places)} of {hint}')
             for image, place in zip(images, places, strict=True):
@@ -267,7 +267,8 @@ def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, A
     return dict(pairs)
 
 
-def _resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
+def resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
+    """The folders of an entry `name` of the dataset JSON `path`, looked for as by `read_dataset_json`."""
     value = value.get("images") if isinstance(value, dict) else value  # beside them hints
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not values or not all(isinstance(item, str) and item for item in values):

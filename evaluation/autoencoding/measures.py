@@ -1,9 +1,10 @@
 """One volume against its reconstruction, and what the measurements of a group of volumes come to."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,11 +135,36 @@ def summarise(
     the first, volume by volume: a figure of the model "B minus A". units: the subjects and classes of the volumes;
     resamples are of subjects within each class, and what a class has no value of is left out.
     """
-    figures, notes = [], []
     first, *later = results
     num_codes = max(len(arrays[0][COUNTS]) for arrays in results.values())
     make = partial(_figure, group, num_codes, {"num_resamples": num_resamples, "seed": seed})
-    for name in VOLUME_METRICS:
+    figures, notes = volume_figures(group, results, units, num_resamples, seed, VOLUME_METRICS, num_codes)
+    for name, of_counts in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
+        statistics = {
+            model: partial(of_counted_codes, of_counts, code_counts_of(arrays)) for model, arrays in results.items()
+        }
+        for model in later:
+            of, to = statistics[model], statistics[first]
+            statistics[f"{model} minus {first}"] = lambda chosen, of=of, to=to: of(chosen) - to(chosen)
+        for model, statistic in statistics.items():
+            figures.append(make(name, model, statistic, units, is_difference=model not in results))
+    return figures, notes
+
+
+def volume_figures(
+    group: str,
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    units: Units,
+    num_resamples: int,
+    seed: int,
+    names: Iterable[str],
+    num_codes: int = 0,
+) -> tuple[list[Figure], list[str]]:
+    """As `summarise`, of the metrics of single volumes alone. names: of `VOLUME_METRICS`."""
+    figures, notes = [], []
+    first, *later = results
+    make = partial(_figure, group, num_codes, {"num_resamples": num_resamples, "seed": seed})
+    for name in names:
         found = {model: [float(of_volume[name]) for of_volume in arrays] for model, arrays in results.items()}
         values = {model: torch.tensor(of_model, dtype=torch.float64) for model, of_model in found.items()}  # (N,) each
         rows = [(model, of_model, ~of_model.isnan()) for model, of_model in values.items()]
@@ -156,15 +182,6 @@ def summarise(
                 figure = make(name, model, partial(mean_of, kept), of_kept, is_difference=model not in results)
                 std = kept.std().item() if math.isfinite(figure.value) and len(kept) > 1 else None
                 figures.append(replace(figure, std=std))
-    for name, of_counts in (("codebook_usage", codebook_usage), ("codebook_perplexity", perplexity)):
-        statistics = {
-            model: partial(of_counted_codes, of_counts, code_counts_of(arrays)) for model, arrays in results.items()
-        }
-        for model in later:
-            of, to = statistics[model], statistics[first]
-            statistics[f"{model} minus {first}"] = lambda chosen, of=of, to=to: of(chosen) - to(chosen)
-        for model, statistic in statistics.items():
-            figures.append(make(name, model, statistic, units, is_difference=model not in results))
     return figures, notes
 
 

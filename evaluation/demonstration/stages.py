@@ -1,8 +1,14 @@
 """The commands of the demo: one real script after the other, and where each puts its results."""
 
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.child import LAUNCHER
+from common.child import LAUNCHER, run_child
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PHANTOMS = {False: (40, 4, 16), True: (8, 2, 6)}  # short? -> phantoms per class to train, validate and hold out
 SLABS = 0.5  # chests of half the height, as a share of these
@@ -90,3 +96,21 @@ def evaluation_stages(paths: DemoPaths, model_ckpt: Path, short: bool) -> Stages
             ["evaluation/report.py", "--input-dir", f"{paths.evaluation}", "--title", "Demo on phantoms"]
         ),
     }
+
+
+def run_stage(number: int, title: str, command: Sequence[str], again: str = "`make demo` again") -> None:
+    """Run one command in the project's folder; its failure ends the demo with the command to repeat."""
+    announce(f"[{number}] {title}")
+    begin = time.monotonic()
+    status = run_child(command, processes=2 if LAUNCHER in command else 1, folder=ROOT)
+    if status:
+        raise UserError(
+            f"stage {number} ({title}) ended with exit status {status}; what it said stands above. "
+            f"{again} goes on with this stage"
+        )
+    announce(f"[{number}] {time.monotonic() - begin:.0f} s")
+
+
+def announce(line: str) -> None:
+    sys.stdout.write(f"== {line}\n")
+    sys.stdout.flush()

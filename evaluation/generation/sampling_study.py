@@ -4,7 +4,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from config.loading import SAVED_CONFIG, load_config
 from config.schema.diffusion import GenerationConfig
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import HELD_OUT, TRAINING
+from dataset.preparation.classes import AUTOENCODER_JSON
+from dataset.volumes.geometry import size_text
 from dataset.volumes.pictures import png_of
 from ddpm.process import SAMPLERS_OF
-from evaluation.demonstration.figures import features, load_classes
+from evaluation.demonstration.figures import Kind, features, load_side
 from evaluation.demonstration.stages import DemoPaths
 from evaluation.generation.requests import Request, list_requests
 from evaluation.generation.run import load_models, sample_latents
@@ -36,7 +38,7 @@ ALL_TIMESTEPS = "ddpm"  # takes every timestep, whatever --steps says: the refer
 _ALL = [name for samplers in SAMPLERS_OF.values() for name in samplers]
 BATCH_SIZE = 16  # latents sampled together; results do not depend on it
 MEASURES = {
-    "fid": "FID-3D on random features, mean over the classes, as in demo.json",
+    "fid": "FID-3D on random features, mean over classes and sizes, as in demo.json",
     "mmd": "unbiased MMD on the same features, all classes together",
 }
 
@@ -86,20 +88,23 @@ class Study:
     def __init__(self, demo: Path, output: Path, num_samples: int, device: torch.device):
         self.output, self.device = output, device
         self.cfg = demo_config(demo, output, num_samples)
-        real, self.labels = load_classes(DemoPaths(demo).phantoms, HELD_OUT)
-        training, training_labels = load_classes(DemoPaths(demo).phantoms, TRAINING)
+        dataset_json = DemoPaths(demo).phantoms / AUTOENCODER_JSON
+        real, training = (load_side(dataset_json, side) for side in (HELD_OUT, TRAINING))
         self.real = features(real)
+        of_real = b"".join(of_kind.numpy().tobytes() for of_kind in real.values())
         self.settings = {
             "AE_sha256": file_sha256(self.cfg.AE_ckpt),
             "model_sha256": file_sha256(self.cfg.model_ckpt),
-            "held_out_sha256": hashlib.sha256(real.numpy().tobytes()).hexdigest(),
+            "held_out_sha256": hashlib.sha256(
+                b"".join(of_kind.numpy().tobytes() for of_kind in real.values())
+            ).hexdigest(),
             "num_samples": num_samples,
             "timesteps": self.cfg.timesteps,
             "guidance_scale": self.cfg.guidance_scale,
             "measures": list(MEASURES),
         }
         self.results = self._read()
-        self.floor = self._floor(features(training), training_labels, num_samples)
+        self.floor = self._floor(features(training), num_samples)
         self.autoencoder, self.model, self.process = load_models(self.cfg, device)
 
     def strategies(self, asked: Sequence[str] | None) -> list[str]:
@@ -128,28 +133,29 @@ class Study:
             latents = sample_latents(cfg, self.model, self.process, batch, self.device, show)  # (B, C, d, h, w)
             found |= dict(zip(batch, latents, strict=True))
         seconds = time.monotonic() - begin
-        decoded = [decode(self.autoencoder, found[request], request.decoding, request.tile) for request in requests]
-        volumes = torch.stack(decoded)  # (N, 1, D, H, W)
-        if not volumes.isfinite().all():
-            raise UserError(f"{run.strategy} with {run.steps} steps gives NaN: the training of a model diverged")
-        asked = torch.tensor([request.class_id for request in requests])
-        return {**self._compare(features(volumes), asked), "sampling_seconds": seconds}
+        volumes: dict[Kind, list[Tensor]] = {kind: [] for kind in self.real}
+        for request in requests:
+            volume = decode(self.autoencoder, found[request], request.decoding, request.tile)  # (1, D, H, W)
+            if not volume.isfinite().all():
+                raise UserError(f"{run.strategy} with {run.steps} steps gives NaN: the training of a model diverged")
+            volumes[request.class_name, size_text(request.voxels)].append(volume)
+        made = features({kind: torch.stack(of_kind) for kind, of_kind in volumes.items()})
+        return {**self._compare(made), "sampling_seconds": seconds}
 
-    def _compare(self, made: Tensor, asked: Tensor) -> dict[str, float]:
-        """Both measures of features (N, F) of classes (N,) against the held-out phantoms."""
-        classes = self.labels.unique()
-        distances = [frechet_distance(self.real[self.labels == label], made[asked == label]) for label in classes]
-        bandwidth = median_bandwidth(*self.real.chunk(2))  # of every pair of the real set, whatever it is compared with
-        return {"fid": statistics.fmean(distances), "mmd": mmd_rbf(self.real, made, bandwidth=bandwidth)}
+    def _compare(self, made: Mapping[Kind, Tensor]) -> dict[str, float]:
+        """Both measures of features (N, F) of each kind against the held-out phantoms."""
+        distances = [frechet_distance(real, made[kind]) for kind, real in self.real.items()]
+        real, other = (torch.cat([of[kind] for kind in self.real]) for of in (self.real, made))
+        bandwidth = median_bandwidth(*real.chunk(2))  # of every pair of the real set, whatever it is compared with
+        return {"fid": statistics.fmean(distances), "mmd": mmd_rbf(real, other, bandwidth=bandwidth)}
 
-    def _floor(self, training: Tensor, labels: Tensor, num_samples: int) -> list[dict[str, float]]:
+    def _floor(self, training: Mapping[Kind, Tensor], num_samples: int) -> list[dict[str, float]]:
         """What real volumes get: disjoint sets of training phantoms, each as large as a run."""
-        by_class = [training[labels == label].split(num_samples) for label in self.labels.unique()]
-        sets = [chunks for chunks in zip(*by_class, strict=False) if all(len(c) == num_samples for c in chunks)]
+        by_kind = [training[kind].split(num_samples) for kind in self.real]
+        sets = [chunks for chunks in zip(*by_kind, strict=False) if all(len(c) == num_samples for c in chunks)]
         if not sets:
-            raise UserError(f"--num-samples {num_samples}: the demo has fewer training phantoms per class: take fewer")
-        asked = self.labels.unique().repeat_interleave(num_samples)
-        return [self._compare(torch.cat(chunks), asked) for chunks in sets]
+            raise UserError(f"--num-samples {num_samples}: the demo has fewer training phantoms of a kind: take fewer")
+        return [self._compare(dict(zip(self.real, chunks, strict=True))) for chunks in sets]
 
     def _read(self) -> Found:
         path = self.output / "sampling.json"

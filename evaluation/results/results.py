@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from common.errors import UserError
 from common.files import write_atomically
 
-KINDS = ("reconstruction", "generation", "validity")
+KINDS = ("reconstruction", "generation", "paired", "validity")
 SCHEMA_VERSION = 1  # rises when a key changes its meaning or goes; new keys don't raise it
 PACKAGES = ("torch", "torchvision", "torchmetrics", "monai", "numpy", "nibabel")
 PICTURES_FOLDER = "pictures"

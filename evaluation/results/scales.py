@@ -38,6 +38,9 @@ SCALES = {
     "perplexity of a volume": CODES,
     "codebook usage": SHARE,
     "codebook perplexity": CODES,
+    # Generated volumes and their truths
+    "residual of the measurements": DISTANCE,
+    "own truth is the nearest": SHARE,
     # Generated and real volumes
     "FID-3D": DISTANCE,
     "FID-2.5D": DISTANCE,

@@ -14,12 +14,18 @@ from user_errors import error_of
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, save_config
 from config.schema.autoencoder import AutoencoderConfig
+from config.schema.control import ControlledGenerationConfig, ControlNetConfig
 from config.schema.data import PreprocessConfig
-from config.schema.diffusion import BiFlowNetConfig, BiFlowNetMultiresConfig, ControlNetConfig, GenerationConfig
+from config.schema.diffusion import BiFlowNetConfig, BiFlowNetMultiresConfig, GenerationConfig
 from config.schema.evaluation import RecipeStudyConfig
 from config.write_base_files import BASE_FILES
 
-SCHEMAS = {"ControlNet": ControlNetConfig, "base_cfg": AutoencoderConfig, "PatchVolume": AutoencoderConfig}
+SCHEMAS = {
+    "ControlNet": ControlNetConfig,
+    "controlled": ControlledGenerationConfig,
+    "base_cfg": AutoencoderConfig,
+    "PatchVolume": AutoencoderConfig,
+}
 SCHEMAS |= {"BiFlowNet_multires": BiFlowNetMultiresConfig, "BiFlowNet": BiFlowNetConfig}  # the first that fits
 SCHEMAS |= {"diffusion_demo": RecipeStudyConfig, "autoencoder_demo": RecipeStudyConfig}
 SCHEMAS |= {"generation": GenerationConfig, "classes": PreprocessConfig, "preprocess": PreprocessConfig}

@@ -222,7 +222,9 @@ def test_plots_of_next_to_nothing(y):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(UserError, match=r"none of reconstruction.json, generation.json, validity.json is there"):
+    with pytest.raises(
+        UserError, match=r"none of reconstruction.json, generation.json, paired.json, validity.json is there"
+    ):
         report.main(["--input-dir", f"{tmp_path}"])
     assert list(tmp_path.iterdir()) == []
 

@@ -20,6 +20,8 @@ from evaluation.comparison.figures import (
 )
 from evaluation.comparison.pairs import PairScores, choose_pairs
 from evaluation.comparison.warnings import diversity_warning, noise_warning
+from evaluation.controlled.paired import DEFINITIONS as OF_PAIRS
+from evaluation.controlled.paired import RESIDUAL
 from evaluation.metrics.intervals import share_interval
 from evaluation.metrics.units import Units
 from evaluation.report_page.tables import figure_table
@@ -39,12 +41,12 @@ TWO_SIDED = {
 
 def test_what_is_better_is_said_of_every_metric():
     known = {metric.title for metric in METRICS.values()} | set(DEFINITIONS) - {"interval", "floor", "subjects"}
-    known |= {f"FID-2.5D {plane}" for plane in PLANES} | {"FID of a half", "FID to itself"}
+    known |= {f"FID-2.5D {plane}" for plane in PLANES} | {"FID of a half", "FID to itself"} | set(OF_PAIRS)
     assert set(SCALES) == known
     assert {name: scale.like_real for name, scale in SCALES.items() if scale.better == "real"} == TWO_SIDED
     assert all(scale.like_real == "" for scale in SCALES.values() if scale.better in ("lower", "higher"))
     lower = {"L1", "L1, foreground", "LPIPS", "MMD", "FID-3D", "FID-2.5D", "FID of a half", "FID to itself"}
-    lower |= {f"FID-2.5D {plane}" for plane in PLANES}
+    lower |= {f"FID-2.5D {plane}" for plane in PLANES} | {RESIDUAL}
     assert {name for name, scale in SCALES.items() if scale.better == "lower"} == lower
 
 

@@ -12,7 +12,7 @@ from user_errors import error_of
 
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.cli import parse_command_line
-from config.schema.diffusion import ControlNetConfig
+from config.schema.control import ControlNetConfig
 from dataset.hints import hints_of
 from dataset.volumes.geometry import centred_affine
 from dataset.volumes.volume_io import write_latent, write_volume

@@ -1,0 +1,181 @@
+"""Controlled generation and its paired figures, with tiny random models: files in, files out, mistakes."""
+
+import argparse
+import csv
+import json
+import re
+from pathlib import Path
+
+import generation_models as models
+import numpy as np
+import pytest
+import torch
+from user_errors import error_of
+
+from common.checkpoint_files import fingerprint, load_checkpoint, save_checkpoint
+from config.loading import load_config
+from config.schema.control import ControlledGenerationConfig
+from config.schema.evaluation import PairedMetricsConfig
+from dataset.degrade import main as degrade
+from dataset.hints import hints_of
+from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION
+from dataset.preparation.phantoms import write_phantoms
+from dataset.volumes.geometry import centred_affine
+from dataset.volumes.volume_io import read_header, read_volume, write_volume
+from ddpm.checkpoint import load_biflownet
+from ddpm.controlled import beside_controlnet
+from ddpm.process import build_process
+from evaluation.controlled.paired import measure
+from evaluation.controlled.run import generate
+
+IMAGE = {"name": "thick", "kind": "image", "labels": {}, "bits": False, "channels": None}
+MASK = {"name": "organ", "kind": "mask", "labels": {"organ": 1}, "bits": False, "channels": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Models, and conditions of phantoms of 32³ (their latents are 8³)."""
+    root = models.save_models(tmp_path_factory.mktemp("models"))
+    for name, hint in (("image.pt", IMAGE), ("mask.pt", MASK)):
+        save_controlnet(root, name, hint)
+    write_phantoms(root / "phantoms", {TRAINING: 1, VALIDATION: 0, HELD_OUT: 2}, size=32, seed=0)
+    data = str(root / "phantoms" / "Singleres_dataset.json")
+    options = ["--data-path", data, "--output-dir", str(root / "thick"), "--classes", "0", "--num-workers", "0"]
+    degrade([*options, "--operator", "thick", "--factor", "4"])
+    return root
+
+
+def save_controlnet(root: Path, name: str, hint: dict) -> None:
+    cfg = config(root, root, model_ckpt=str(root / "none.pt"))
+    torch.manual_seed(1)
+    base = load_checkpoint(root / "flow.pt")
+    process = build_process(config(root, root, process="diffusion", prediction="noise"))
+    network = beside_controlnet(cfg, load_biflownet(cfg, root / "flow.pt"), hints_of([hint], 4), process, 1.0)
+    with torch.no_grad():
+        for parameter in network.part.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    weights = network.part.state_dict()
+    args = argparse.Namespace(hints=[hint], timesteps=models.TIMESTEPS)
+    content = {"model": weights, "ema": weights, "args": args, "base": fingerprint(base["ema"])}
+    save_checkpoint(content, root / name)
+
+
+def config(root: Path, output: Path, **values):
+    given = {
+        "data": str(root / "thick" / "conditions.json"), "AE_ckpt": str(root / "ae.ckpt"), "output_dir": str(output),
+        "base_ckpt": str(root / "flow.pt"), "model_ckpt": str(root / "image.pt"), "ddim_steps": 2, "downsample": 4,
+        "device": "cpu", **models.MODEL,
+    }  # fmt: skip
+    return load_config(ControlledGenerationConfig, None, values={**given, **values})
+
+
+def test_volumes_lie_where_their_conditions_lie(folder, tmp_path):
+    paths = generate(config(folder, tmp_path, batch_size=2))
+    conditions = sorted((folder / "thick" / "CTChest").glob("*.nii.gz"))
+    assert [path.relative_to(tmp_path) for path in paths] == [Path("0") / file.name for file in conditions]
+    for path, condition in zip(paths, conditions, strict=True):
+        assert np.array_equal(read_header(path).affine, read_header(condition).affine)
+        assert read_header(path).shape == read_header(condition).shape
+    record = json.loads(paths[0].with_name(paths[0].name.replace(".nii.gz", ".json")).read_text())
+    assert record["hints"]["thick"]["file"] == str(conditions[0])
+    assert (tmp_path / "contact_sheet.png").is_file()
+    # Swapped conditions give swapped volumes, of their own noise; the base alone doesn't look at them
+    first = read_volume(paths[0]).data
+    times = [path.stat().st_mtime_ns for path in paths]
+    paths[0].unlink()
+    generate(config(folder, tmp_path))
+    torch.testing.assert_close(read_volume(paths[0]).data, first, rtol=0, atol=0.05)
+    assert [path.stat().st_mtime_ns for path in paths[1:]] == times[1:]
+    found = error_of(generate, config(folder, tmp_path, control_scale=0.5))
+    assert re.search("was generated otherwise .control_scale.: choose another output_dir", found)
+    (other,) = {path.read_bytes() for path in generate(config(folder, tmp_path / "off", control_scale=0.0))[:1]}
+    assert other != paths[0].read_bytes()
+
+
+def test_several_samples_and_what_was_measured(folder, tmp_path):
+    side = str(folder / "thick" / "conditions.json") + ":held_out"
+    cfg = config(folder, tmp_path, num_samples=2, data_consistency=True, data=side, guidance_scale=2.0)
+    paths = generate(cfg)
+    assert len(paths) == 4
+    samples = [read_volume(path).data for path in paths[:2]]
+    name = paths[0].name.removesuffix("_0.nii.gz")
+    mean, std = (read_volume(paths[0].with_name(f"{name}_{what}.nii.gz")).data for what in ("mean", "std"))
+    torch.testing.assert_close(mean, (samples[0] + samples[1]) / 2)
+    assert std.max() > 0
+    options = {
+        "data": side,
+        "generated": str(tmp_path),
+        "AE_ckpt": str(folder / "ae.ckpt"),
+        "output_dir": str(tmp_path),
+    }
+    results = measure(load_config(PairedMetricsConfig, None, values=options))
+    of = {(figure.metric, figure.model): figure.value for figure in results.figures}
+    assert of["residual of the measurements", "truth"] < 1e-3
+    assert of["residual of the measurements", "generated"] < 0.1  # but for the clip to [-1, 1]
+    assert of["PSNR", "generated minus condition"] == pytest.approx(of["PSNR", "generated"] - of["PSNR", "condition"])
+    rows = list(csv.DictReader((tmp_path / "paired_volumes.csv").open()))
+    assert {row["model"] for row in rows} == {"condition", "condition, agreeing", "generated", "autoencoder"}
+    from config.schema.evaluation import ReportConfig
+    from evaluation.report_page.report import write_report
+
+    write_report(load_config(ReportConfig, None, values={"input_dir": str(tmp_path)}))
+    assert "own truth is the nearest" in (tmp_path / "report.html").read_text()
+
+
+def masks(root: Path, output: Path, values: torch.Tensor) -> str:
+    for file in sorted((root / "thick" / "CTChest").glob("*held_out*.nii.gz")):
+        write_volume(output / "masks" / file.name, values[None].float(), centred_affine((1, 1, 1), values.shape))
+    (output / "conditions.json").write_text('{"0": {"hints": {"organ": "masks"}}}')
+    return str(output / "conditions.json")
+
+
+def test_masks(folder, tmp_path):
+    labels = torch.zeros(32, 32, 32)
+    labels[8:20, 8:20, 8:20] = 1
+    data = masks(folder, tmp_path, labels)
+    paths = generate(config(folder, tmp_path / "out", model_ckpt=str(folder / "mask.pt"), data=data))
+    assert len(paths) == 2
+    labels[8:20, 8:20, 8:20] = 2
+    data = masks(folder, tmp_path, labels)
+    found = error_of(generate, config(folder, tmp_path / "b", model_ckpt=str(folder / "mask.pt"), data=data))
+    assert "label 2 is not among those of hint organ" in found
+
+
+def without_measurements(root: Path, folder: Path) -> dict:
+    for file in (root / "thick" / "CTChest").glob("*.nii.gz"):
+        (folder / "bare").mkdir(exist_ok=True)
+        (folder / "bare" / file.name).write_bytes(file.read_bytes())
+    (folder / "conditions.json").write_text('{"0": {"hints": {"thick": "bare"}}}')
+    return {"data": str(folder / "conditions.json"), "data_consistency": True}
+
+
+def other_hint(root: Path, folder: Path) -> dict:
+    return {"model_ckpt": str(root / "mask.pt")}
+
+
+def other_base(root: Path, folder: Path) -> dict:
+    base = load_checkpoint(root / "flow.pt")
+    base["ema"]["init_conv.bias"] += 1
+    save_checkpoint(base, folder / "other.pt")
+    return {"base_ckpt": str(folder / "other.pt")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_measurements, "data_consistency needs what was measured"),
+        (other_hint, "has no hint organ, which the ControlNet was trained with"),
+        (other_base, "trained beside another BiFlowNet"),
+        (lambda root, folder: {"base_ckpt": str(root / "image.pt")}, "a ControlNet, expected a BiFlowNet"),
+        (lambda root, folder: {"model_ckpt": str(root / "flow.pt")}, "doesn't say which hints"),
+        (
+            lambda root, folder: {"data": str(root / "phantoms" / "Singleres_dataset.json")},
+            "entries like .* are needed",
+        ),
+        (lambda root, folder: {"sampling_strategy": "euler"}, "was trained with process diffusion: choose"),
+    ],
+)
+def test_mistakes_end_before_work(folder, tmp_path, change, message):
+    found = error_of(generate, config(folder, tmp_path / "out", **change(folder, tmp_path)))
+    assert re.search(message, found), found
+    assert not list((tmp_path / "out").rglob("*.nii.gz"))
