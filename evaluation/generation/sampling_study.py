@@ -95,9 +95,7 @@ class Study:
         self.settings = {
             "AE_sha256": file_sha256(self.cfg.AE_ckpt),
             "model_sha256": file_sha256(self.cfg.model_ckpt),
-            "held_out_sha256": hashlib.sha256(
-                b"".join(of_kind.numpy().tobytes() for of_kind in real.values())
-            ).hexdigest(),
+            "held_out_sha256": hashlib.sha256(of_real).hexdigest(),
             "num_samples": num_samples,
             "timesteps": self.cfg.timesteps,
             "guidance_scale": self.cfg.guidance_scale,
