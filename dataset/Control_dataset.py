@@ -10,8 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import UserError
-from dataset.cache.entry import CacheEntry
-from dataset.cache.latents import CachedLatent, LatentCache
+from dataset.cache.latents import LatentCache
 from dataset.hints import Grid, HintReader
 from dataset.Multires_dataset import Multires_dataset
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, read_hint_folders
@@ -72,7 +71,9 @@ class Control_dataset(Multires_dataset):
 
     def _cache_of(self, hint: HintReader) -> LatentCache:
         grids = {file: shape[1:] for file, shape in zip(self._hint_files[hint.name], self.shapes, strict=True)}
-        return _HintCache(hint, grids, self.cache.cache_dir, self.cache.limit_gb)
+        read = partial(_read, hint=hint, grids=grids)
+        shape_of = {file: (hint.channels, *grid) for file, grid in grids.items()}.__getitem__
+        return LatentCache(self.cache.cache_dir, self.cache.limit_gb, hint.settings, read, shape_of)
 
     def _check(self, hint: HintReader, files: Sequence[Path]) -> None:
         missing = [file for file in files if not file.is_file()]
@@ -89,26 +90,8 @@ class Control_dataset(Multires_dataset):
                 check_same_place(first, second)
 
 
-class _HintCache(LatentCache):
-    """What hints are on the latent grid, float32."""
-
-    noun = "hint"
-
-    def __init__(
-        self, hint: HintReader, grids: Mapping[Path, Grid], cache_dir: str | Path | None, limit_gb: float | None
-    ) -> None:
-        super(LatentCache, self).__init__(
-            "float32", hint.settings, cache_dir, limit_gb, partial(_read, hint=hint, grids=grids), _of_record,
-            lambda path: (hint.channels, *grids[path]),
-        )  # fmt: skip
-
-
 def _read(source: Path, hint: HintReader, grids: Mapping[Path, Grid]) -> tuple[np.ndarray, dict[str, Any]]:
     return np.ascontiguousarray(hint.read(source, grids[source]).numpy()), {}
-
-
-def _of_record(entry: CacheEntry, record: dict[str, Any]) -> CachedLatent:
-    return CachedLatent(entry.array, tuple(record["shape"]))
 
 
 def _volume_of(file: Path) -> Path:

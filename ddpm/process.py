@@ -26,17 +26,18 @@ def build_process(cfg: DictConfig, checkpoint: Mapping[str, Any] | None = None) 
     """
     # These have no effect on sampling, so generation has none of them.
     loss_weighting, timestep_draw = cfg.get("loss_weighting", "none"), cfg.get("timestep_draw", "uniform")
+    loss_type = cfg.get("loss_type", "l1")
     state = (checkpoint or {}).get(SCALING)
     scaling = LatentScaling(cfg.volume_channels) if state or cfg.get("latent_scaling") == "unit" else None
     try:
         if state:
             scaling.load_state_dict(state)
         if cfg.process == "flow":  # the configuration refuses prediction and loss_weighting with it
-            return RectifiedFlow(cfg.volume_channels, cfg.timesteps, cfg.loss_type, timestep_draw, scaling)
+            return RectifiedFlow(cfg.volume_channels, cfg.timesteps, loss_type, timestep_draw, scaling)
         return GaussianDiffusion(
             cfg.volume_channels,
             cfg.timesteps,
-            cfg.loss_type,
+            loss_type,
             prediction=cfg.prediction,
             loss_weighting=loss_weighting,
             timestep_draw=timestep_draw,

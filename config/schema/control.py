@@ -60,8 +60,6 @@ class ControlledGenerationConfig(DiffusionModelConfig):
     model_ckpt: str | None = flag(None, "ControlNet checkpoint; required")
     output_dir: str | None = flag(None, "folder that gets CLASS_ID/NAME.nii.gz; required")
     hints: list[Hint] = key([], "of a ControlNet whose file doesn't say its hints: as of its training")
-    loss_type: str = key("l1", "has no effect on sampling", one_of("l1", "l2"), section="Model")
-
     control_scale: float = flag(1.0, "how much what the ControlNet adds counts", not_negative, section="Sampling")
     guidance_scale: float = flag(
         1.0, "guidance by the hint; 1 = off, others need a ControlNet trained with hint_dropout", not_negative

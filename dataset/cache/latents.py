@@ -1,5 +1,6 @@
 """Uncompressed copies of latents, made once, of which whole batches are read into one tensor."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,24 @@ class CachedLatent:
 
 
 class LatentCache(FileCache):
-    """The cache of latents, float32, equal to the files bit for bit. `build` refuses what `read_latent` refuses."""
+    """The cache of latents, float32, equal to the files bit for bit. `build` refuses what `read_latent` refuses.
+
+    settings, read, shape_of: as of `FileCache`, for what is made of other files, such as hints.
+    """
 
     noun = "latent"
     options = ""
     dtypes = ("float32",)
 
-    def __init__(self, cache_dir: str | Path | None = None, limit_gb: float | None = None):
-        super().__init__("float32", "float32", cache_dir, limit_gb, _read, _of_record, _latent_shape)
+    def __init__(
+        self,
+        cache_dir: str | Path | None = None,
+        limit_gb: float | None = None,
+        settings: str = "float32",
+        read: Callable[[Path], tuple[np.ndarray, dict[str, Any]]] | None = None,
+        shape_of: Callable[[Path], tuple[int, ...]] | None = None,
+    ):
+        super().__init__("float32", settings, cache_dir, limit_gb, read or _read, _of_record, shape_of or _latent_shape)
 
     def read_into(self, path: Path, latent: torch.Tensor) -> torch.Tensor:
         """Fills and returns a contiguous tensor (C, d, h, w), float32, with a latent that was given to `build`.

@@ -102,6 +102,10 @@ def load_models(
     base = load_checkpoint(cfg.base_ckpt)
     take_process(cfg, cfg.base_ckpt, base)
     check_options(cfg, cfg.base_ckpt, base)
+    if cfg.guidance_scale != 1 and getattr(control.get("args"), "hint_dropout", None) == 0:
+        raise UserError(
+            f"guidance_scale is {cfg.guidance_scale}, but {cfg.model_ckpt} was trained without hint_dropout: use 1"
+        )
     process = build_process(cfg, base)
     pair = (cfg.base_ckpt, base), (cfg.model_ckpt, control)
     model = load_controlled(cfg, hints, process, *pair, device)

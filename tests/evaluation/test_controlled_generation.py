@@ -55,7 +55,8 @@ def save_controlnet(root: Path, name: str, hint: dict) -> None:
         for parameter in network.part.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     weights = network.part.state_dict()
-    args = argparse.Namespace(hints=[hint], timesteps=models.TIMESTEPS)
+    dropout = 0.1 if name == "image.pt" else 0.0
+    args = argparse.Namespace(hints=[hint], timesteps=models.TIMESTEPS, hint_dropout=dropout)
     content = {"model": weights, "ema": weights, "args": args, "base": fingerprint(base["ema"])}
     save_checkpoint(content, root / name)
 
@@ -164,6 +165,7 @@ def other_base(root: Path, folder: Path) -> dict:
     ("change", "message"),
     [
         (without_measurements, "data_consistency needs what was measured"),
+        (lambda root, folder: {**other_hint(root, folder), "guidance_scale": 2.0}, "has no hint organ|hint_dropout"),
         (other_hint, "has no hint organ, which the ControlNet was trained with"),
         (other_base, "trained beside another BiFlowNet"),
         (lambda root, folder: {"base_ckpt": str(root / "image.pt")}, "a ControlNet, expected a BiFlowNet"),

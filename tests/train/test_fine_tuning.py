@@ -200,6 +200,11 @@ def test_mistakes_end_before_work(new, base, tmp_path, values, message):
     assert not (tmp_path / "results").exists()
 
 
+def test_an_adapter_is_no_beginning(new, tmp_path):
+    found = error_of(train, config(new, tmp_path, tmp_path / "adapter.safetensors"))
+    assert "an adapter: give the checkpoint that it was trained on, or merge the two" in found
+
+
 def test_latents_of_another_autoencoder_are_refused(base, tmp_path):
     data = runs.make_latents(tmp_path / "latents")
     runs.write_records(data, "0" * 64)
