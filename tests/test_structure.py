@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,17 @@ def test_models_import_without_the_imaging_libraries(package):
     allowed = MODEL_LIBRARIES | MAY_IMPORT[package] | set(sys.stdlib_module_names)
     for path in sources(package):
         assert imported(path, top_level_only=True) <= allowed, path
+
+
+def test_every_library_imported_is_pinned():
+    """One that is here only because another brought it, or by hand, is missing on the next machine."""
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE))
+    distributions = packages_distributions()
+    for path in [path for package in (*OURS, "tests") for path in sources(package)]:
+        local = OURS | {other.stem for other in (ROOT / "tests").iterdir()}
+        for library in imported(path) - local - set(sys.stdlib_module_names):
+            names = {name.lower() for name in distributions.get(library, [library])}
+            assert names & {name.lower() for name in pinned}, f"{path.relative_to(ROOT)} imports {library}"
 
 
 def test_the_training_loop_is_put_together_from_few_parts():
