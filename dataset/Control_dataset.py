@@ -1,5 +1,6 @@
 """Data of a ControlNet: latents with their class and, on the same grid, hints."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from logging import Logger
@@ -13,8 +14,11 @@ from common.errors import UserError
 from dataset.cache.latents import LatentCache
 from dataset.hints import Grid, HintReader
 from dataset.Multires_dataset import Multires_dataset
+from dataset.order.data_split import TRAINING, DataSplit
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, read_hint_folders
 from dataset.volumes.volume_io import read_header
+
+logger = logging.getLogger(__name__)
 
 SAME_PLACE_MM = 0.01  # corners of two volumes on one grid
 
@@ -30,9 +34,9 @@ class Control_dataset(Multires_dataset):
     """
 
     def __init__(self, root_dir: str | Path, *, hints: Sequence[HintReader], **options: Any) -> None:
-        super().__init__(root_dir, **options)
         self.hints = list(hints)
-        places = read_hint_folders(root_dir)
+        super().__init__(root_dir, **options)
+        places, _ = read_hint_folders(root_dir)
         self._hint_files: dict[str, list[Path]] = {}
         self._hint_folders: dict[str, dict[Path, Path]] = {}
         for hint in self.hints:
@@ -44,6 +48,20 @@ class Control_dataset(Multires_dataset):
             self._hint_folders[hint.name] = dict(zip(files, folders, strict=True))
             self._check(hint, files)
         self._caches = [self._cache_of(hint) for hint in self.hints] if self.cache is not None else []
+
+    def _list_files(self, root_dir: str | Path, split: DataSplit | None, side: str = TRAINING) -> None:
+        super()._list_files(root_dir, split, side)
+        places, pairs_only = read_hint_folders(root_dir)
+        kept = []
+        for path, label in zip(self.files, self.labels, strict=True):
+            folder, names = self.class_folders[path], self._name_below(path)
+            if folder not in pairs_only or all((place / names).is_file() for place in places[folder].values()):
+                kept.append((path, label))
+        if not kept:
+            raise UserError(f"{root_dir}: no latent has its hints beside it: encode both, or name the folders of pairs")
+        if left := len(self.files) - len(kept):
+            logger.info("%s: %d of %d latents have no hint and are left out", root_dir, left, len(self.files))
+        self.files, self.labels = [path for path, _ in kept], [label for _, label in kept]
 
     @property
     def num_hint_channels(self) -> int:

@@ -8,6 +8,7 @@
 | mri | undersampled k-space of each axial slice, single coil; zero-filled |
 | thick | thick slices along an axis, linearly interpolated |
 | inpaint | a box is missing |
+| contrast | no operator: the volume of `others` of the same study, on the grid of each volume |
 
 Writes OUT/CLASS/NAME.nii.gz (the condition, in [-1, 1]), NAME.npz (what was measured), NAME.json (operator, parameters,
 seed), and OUT/volumes.json (to be encoded), OUT/latents.json (for train_ControlNet.py) and OUT/conditions.json (for

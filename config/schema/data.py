@@ -178,7 +178,9 @@ class DegradeConfig:
 
     data_path: str | None = flag(None, "JSON: class id -> folder of prepared volumes, in [-1, 1]; required")
     output_dir: str | None = flag(None, "folder that gets CLASS/NAME.nii.gz, and three JSONs; required")
-    operator: str | None = flag(None, "ct | mri | thick | inpaint; required", one_of("ct", "mri", "thick", "inpaint"))
+    operator: str | None = flag(
+        None, "ct | mri | thick | inpaint | contrast; required", one_of("ct", "mri", "thick", "inpaint", "contrast")
+    )
     classes: list[int] = flag([], "class ids; empty = all")
     seed: int = flag(0, "seed of noise, masks and boxes", not_negative)
     num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative)
@@ -191,4 +193,6 @@ class DegradeConfig:
     noise: float = flag(0.0, "mri: standard deviation of k-space's noise, of images from 0 to 1", not_negative)
     factor: int = flag(4, "thick: how many times as thick slices are", at_least(2))
     axis: str = flag("z", "thick: axis across the slices, x | y | z", one_of("x", "y", "z"))
+    others: list[str] = flag([], "contrast: folders of prepared volumes of the other contrast")
+    pattern: str | None = flag(None, "contrast: regular expression that finds the study in a path of both", regex)
     box: float = flag(0.4, "inpaint: sides of the missing box, as a share of the volume's", inner_share)

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from common.errors import UserError
 from common.files import write_atomically
 from common.log import get_logger
 from common.parallel import map_in_processes
+from dataset.degradation.contrast import onto_grid_of, pair_up
 from dataset.degradation.operators import OPERATORS, Measured, Operator
 from dataset.order.data_split import class_name_of, find_split
 from dataset.volumes.index import (
+    PAIRS_ONLY,
     VOLUME_SUFFIX,
     class_folder,
     is_size_folder,
@@ -34,7 +38,19 @@ from dataset.volumes.volume_io import (
     write_volume,
 )
 
+CONTRAST = "contrast"  # in place of an operator: the condition is another scan of the same study
+CONTRAST = "contrast"  # in place of an operator: the condition is another scan of the same study
 VOLUMES_JSON, LATENTS_JSON, CONDITIONS_JSON = "volumes.json", "latents.json", "conditions.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A condition to be made. other: the volume of the other contrast, where that is what is asked for."""
+
+    source: Path
+    target: Path
+    record: dict[str, Any]
+    other: Path | None = None
 
 
 def degrade(cfg: DictConfig) -> None:
@@ -43,32 +59,52 @@ def degrade(cfg: DictConfig) -> None:
     Raises:
         UserError: options or folders that do not fit; conditions that were made otherwise.
     """
-    operator, output = operator_of(cfg), Path(cfg.output_dir)
-    folders = read_class_folders(cfg.data_path)
+    output, folders = Path(cfg.output_dir), read_class_folders(cfg.data_path)
     if strange := set(cfg.classes) - folders.keys():
         raise UserError(f"classes: {cfg.data_path} has no class {min(strange)}, only {', '.join(map(str, folders))}")
     chosen = {label: places for label, places in folders.items() if not cfg.classes or label in cfg.classes}
-    split = find_split(cfg.data_path)
-    jobs, named = [], {name: {} for name in (VOLUMES_JSON, LATENTS_JSON, CONDITIONS_JSON)}
-    for label, places in chosen.items():
-        targets = [output / _place_of(place) for place in places]
-        for place, target in zip(places, targets, strict=True):
-            if split is not None:
-                split.write(target, class_name_of(place))
-            jobs += [(path, target / path.relative_to(place)) for path in list_volumes(place)]
-        images, hints = ([str(p.absolute()) for p in of] for of in (places, targets))
-        of_latents = [[str(latent_folder(p)) for p in of] for of in (images, hints)]
-        named[VOLUMES_JSON][str(label)] = hints
-        named[LATENTS_JSON][str(label)] = {"images": of_latents[0], "hints": {cfg.operator: of_latents[1]}}
-        named[CONDITIONS_JSON][str(label)] = {"images": images, "hints": {cfg.operator: hints}}
-    record = {"operator": cfg.operator, **dataclasses.asdict(operator), "seed": cfg.seed}
-    todo = [job for job in jobs if not _is_done(job[1], record)]
-    make = partial(_degrade_one, operator=operator, record=record)
-    for _ in map_in_processes(make, todo, cfg.num_workers, "degrading"):
+    targets = {place: output / _place_of(place) for places in chosen.values() for place in places}
+    images = {path: place for place in targets for path in list_volumes(place)}
+    operator = None if cfg.operator == CONTRAST else operator_of(cfg)
+    if operator is None:
+        others = pair_up(images, cfg.others, cfg.pattern)
+        records = {path: {"operator": CONTRAST, "other": str(other.absolute())} for path, other in others.items()}
+    else:
+        others, record = {}, {"operator": cfg.operator, **dataclasses.asdict(operator), "seed": cfg.seed}
+        records = dict.fromkeys(images, record)
+    jobs = []
+    for path, record in records.items():
+        target = targets[images[path]] / path.relative_to(images[path])
+        jobs.append(Job(path, target, record, others.get(path)))
+    todo = [job for job in jobs if not _is_done(job)]
+    used = {images[job.source] for job in jobs}
+    if (split := find_split(cfg.data_path)) is not None:
+        for place in used:
+            split.write(targets[place], class_name_of(place))
+    for _ in map_in_processes(partial(_make, operator=operator), todo, cfg.num_workers, "degrading"):
         pass
+    pairs = {label: [(place, targets[place]) for place in places if place in used] for label, places in chosen.items()}
+    _name_all(output, cfg.operator, {label: found for label, found in pairs.items() if found})
+    if left := len(images) - len(jobs):
+        get_logger().warning("%d of %d volumes have no other contrast and no condition", left, len(images))
+    get_logger().info("%d conditions in %s, %d were there", len(jobs), output, len(jobs) - len(todo))
+
+
+def _name_all(output: Path, hint: str, classes: Mapping[int, Sequence[tuple[Path, Path]]]) -> None:
+    """Write the JSONs that name the conditions: to be encoded, to train on, to generate for.
+
+    classes: id -> (folder of images, folder of conditions).
+    """
+    named: dict[str, dict[str, Any]] = {name: {} for name in (VOLUMES_JSON, LATENTS_JSON, CONDITIONS_JSON)}
+    only = {PAIRS_ONLY: True} if hint == CONTRAST else {}
+    for label, places in classes.items():
+        images, hints = ([str(place.absolute()) for place in of] for of in zip(*places, strict=True))
+        of_latents = [[str(latent_folder(place)) for place in of] for of in (images, hints)]
+        named[VOLUMES_JSON][str(label)] = hints
+        named[LATENTS_JSON][str(label)] = {"images": of_latents[0], "hints": {hint: of_latents[1]}, **only}
+        named[CONDITIONS_JSON][str(label)] = {"images": images, "hints": {hint: hints}}
     for name, content in named.items():
         write_atomically(output / name, (json.dumps(content, indent=2) + "\n").encode())
-    get_logger().info("%d conditions in %s, %d were there", len(jobs), output, len(jobs) - len(todo))
 
 
 def operator_of(cfg: DictConfig) -> Operator:
@@ -92,10 +128,14 @@ def read_measurement(condition: Path) -> tuple[Operator, Measured]:
     record_file, file = condition.with_name(f"{stem}.json"), condition.with_name(f"{stem}.npz")
     try:
         record = json.loads(record_file.read_text(encoding="utf-8"))
+        if record["operator"] == CONTRAST:
+            raise UserError(f"{condition}: another contrast, of which nothing was measured: leave data_consistency out")
         names = {field.name for field in dataclasses.fields(OPERATORS[record["operator"]])}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items() if name in names}
         with np.load(file, allow_pickle=False) as content:
             return OPERATORS[record["operator"]](**values), {name: content[name] for name in content.files}
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise UserError(
             f"{condition}: what was measured is not known, {record_file.name} and {file.name} have to lie beside it, "
@@ -110,28 +150,33 @@ def _place_of(folder: Path) -> Path:
     return name / folder.name if is_size_folder(folder.name) else name
 
 
-def _is_done(target: Path, record: dict[str, Any]) -> bool:
-    if not is_whole_volume(target):
+def _record_of(target: Path) -> Path:
+    return target.with_name(target.name.removesuffix(VOLUME_SUFFIX) + ".json")
+
+
+def _is_done(job: Job) -> bool:
+    if not is_whole_volume(job.target):
         return False
     try:
-        found = json.loads(target.with_name(target.name.removesuffix(VOLUME_SUFFIX) + ".json").read_text("utf-8"))
+        found = json.loads(_record_of(job.target).read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    if found != json.loads(json.dumps(record)):
-        raise UserError(f"{target}: was made with {found}, not {record}: name another output_dir")
+    if found != json.loads(json.dumps(job.record)):
+        raise UserError(f"{job.target}: was made with {found}, not {job.record}: name another output_dir")
     return True
 
 
-def _degrade_one(job: tuple[Path, Path], operator: Operator, record: dict[str, Any]) -> None:
-    source, target = job
-    volume = read_model_volume(source, (-1, 1))
-    array = tensor_to_nifti(volume.data[0]).numpy()
-    rng = np.random.default_rng([record["seed"], zlib.crc32(source.name.encode())])
-    measured = operator.measure(array, volume.header.spacing_mm, rng)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **measured)
-    stem = target.name.removesuffix(VOLUME_SUFFIX)
-    write_atomically(target.with_name(f"{stem}.npz"), buffer.getvalue())
-    write_atomically(target.with_name(f"{stem}.json"), (json.dumps(record, indent=2) + "\n").encode())
-    condition = nifti_to_tensor(torch.from_numpy(operator.reconstruct(measured)))[None].contiguous()
-    write_volume(target, condition, volume)
+def _make(job: Job, operator: Operator | None) -> None:
+    if operator is None:
+        condition, volume = onto_grid_of(job.source, job.other)
+    else:
+        volume = read_model_volume(job.source, (-1, 1))
+        array = tensor_to_nifti(volume.data[0]).numpy()
+        rng = np.random.default_rng([job.record["seed"], zlib.crc32(job.source.name.encode())])
+        measured = operator.measure(array, volume.header.spacing_mm, rng)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **measured)
+        write_atomically(_record_of(job.target).with_suffix(".npz"), buffer.getvalue())
+        condition = operator.reconstruct(measured)
+    write_atomically(_record_of(job.target), (json.dumps(job.record, indent=2) + "\n").encode())
+    write_volume(job.target, nifti_to_tensor(torch.from_numpy(condition))[None].contiguous(), volume)

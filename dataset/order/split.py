@@ -100,19 +100,19 @@ def files_below(folders: Sequence[Path]) -> dict[Path, str]:
     return {path: path.relative_to(folder).as_posix() for folder in folders for path in list_volumes(folder)}
 
 
-def find_subject(pattern: str) -> Callable[[Path, str], str]:
+def find_subject(pattern: str, option: str = "subject_pattern", what: str = "subject") -> Callable[[Path, str], str]:
     """A function (path, path below the class folder) -> subject. UserError: see `split_dataset`."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"subject_pattern {pattern!r}: not a regular expression ({error})") from error
+        raise UserError(f"{option} {pattern!r}: not a regular expression ({error})") from error
 
     def find(path: Path, below: str) -> str:
         match = compiled.search(below)
         subject = match and match[1 if compiled.groups else 0]
         if not subject:
             raise UserError(
-                f"{path}: subject_pattern {pattern!r} finds no subject in {below!r}: "
+                f"{path}: {option} {pattern!r} finds no {what} in {below!r}: "
                 "give a pattern that fits every file, or rename the file"
             )
         return subject

@@ -17,6 +17,7 @@ VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
 CACHE_SUFFIX = "_cache"
 HIDDEN_STARTS = (".", "@eaDir", "#recycle", "$RECYCLE.BIN")  # the last three: copies that file servers and Windows keep
+PAIRS_ONLY = "pairs_only"  # in an entry of a dataset JSON with hints: images without them are left out
 NATIVE_SIZES = "native"  # the folder of a class's volumes that keep the sizes they have
 # Endings, in lower case, of volumes that neither preparation nor training reads. Of two files that are one volume the
 # one with the voxels: FSL's motion parameters are `.par` too, and one volume counts once.
@@ -52,26 +53,29 @@ def read_dataset_folders(path: str | Path) -> dict[str, list[Path]]:
     return {name: resolve_folders(path, name, value) for name, value in entries.items()}
 
 
-def read_hint_folders(path: str | Path) -> dict[Path, dict[str, Path]]:
+def read_hint_folders(path: str | Path) -> tuple[dict[Path, dict[str, Path]], set[Path]]:
     """Of each folder of images of a dataset JSON with hints its folders of hints, by their names.
 
     An entry is {"images": folder or list, "hints": {name: folder or list}}, lists of one order. UserError otherwise.
+    Also the folders of which only the images with hints are wanted ("pairs_only": true).
     """
     path = Path(path)
     found: dict[Path, dict[str, Path]] = {}
+    pairs_only: set[Path] = set()
     for name, value in read_json_object(path).items():
         hints = value.get("hints") if isinstance(value, dict) else None
         if not isinstance(hints, dict) or not hints:
             form = '{"images": folder, "hints": {name: folder}}'
             raise UserError(f'{path}: "{name}" must be {form}, found {value!r:.80}')
         images = resolve_folders(path, name, value)
+        pairs_only |= set(images) if value.get(PAIRS_ONLY) is True else set()
         for hint, folders in hints.items():
             places = resolve_folders(path, f"{name}, {hint}", folders)
             if len(places) != len(images):
                 raise UserError(f'{path}: "{name}": {len(images)} folder(s) of images, {len(places)} of {hint}')
             for image, place in zip(images, places, strict=True):
                 found.setdefault(image, {})[hint] = place
-    return found
+    return found, pairs_only
 
 
 def read_class_folders(path: str | Path) -> dict[int, list[Path]]:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from user_errors import error_of
 
+from common.errors import UserError
 from dataset.degradation.degrading import read_measurement
 from dataset.degradation.operators import FastMRI, Inpainting, SparseViewCT, ThickSlices
 from dataset.degrade import main
 from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, files_of_side
 from dataset.preparation.phantoms import make_phantom, write_phantoms
-from dataset.volumes.volume_io import read_header, read_volume
+from dataset.volumes.volume_io import read_header, read_volume, write_nifti
 
 SPACING = (4.0, 4.0, 4.0)
 
@@ -132,3 +133,60 @@ def test_a_data_set_of_conditions(phantoms, tmp_path):
 def test_mistakes(phantoms, tmp_path, options, message):
     assert message in error_of(lambda: run(phantoms, tmp_path / "out", *options))
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- two contrasts
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    """Heads of two studies as T2; their T1, of one, on another grid: shifted by 4 mm, half the voxels."""
+    root = tmp_path_factory.mktemp("scans")
+    for study in (0, 1):
+        head = make_phantom(1, study, 32)
+        write_nifti(root / "T2" / f"p{study}_T2.nii.gz", head.data, np.diag([4.0, 4, 4, 1]))
+    head = make_phantom(1, 0, 32)
+    affine = np.diag([8.0, 8, 8, 1])
+    affine[:3, 3] = [2, 2, 2 + 8]
+    small = head.data.reshape(16, 2, 16, 2, 16, 2).mean((1, 3, 5))[:, :, 1:]
+    write_nifti(root / "T1" / "x" / "p0_T1.nii.gz", -small, affine)
+    (root / "data.json").write_text('{"0": "T2"}')
+    return root
+
+
+def test_the_other_contrast_of_a_study_comes_onto_its_grid(scans, tmp_path, capsys):
+    options = ["--operator", "contrast", "--others", str(scans / "T1"), "--pattern", r"p\d+"]
+    command = ["--data-path", str(scans / "data.json"), "--output-dir", str(tmp_path), "--num-workers", "0", *options]
+    for _ in range(2):  # the second finds all of it
+        main(command)
+    assert [path.name for path in sorted((tmp_path / "T2").glob("*.nii.gz"))] == ["p0_T2.nii.gz"]
+    image, other = read_volume(scans / "T2" / "p0_T2.nii.gz"), read_volume(tmp_path / "T2" / "p0_T2.nii.gz")
+    np.testing.assert_array_equal(image.affine, other.affine)
+    inside = np.s_[0, 4:-2, 2:-2, 2:-2]
+    assert np.corrcoef(image.data[inside].ravel(), -other.data[inside].ravel())[0, 1] > 0.93
+    assert (other.data[0, 0] == -1).all()  # the slices that were not measured
+    assert json.loads((tmp_path / "latents.json").read_text())["0"]["pairs_only"] is True
+    assert "1 of 2 volumes have no other contrast" in capsys.readouterr().err
+    with pytest.raises(UserError, match="of which nothing was measured"):
+        read_measurement(tmp_path / "T2" / "p0_T2.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("others", "pattern", "words"),
+    [
+        ([], r"p\d+", "needs others"),
+        (["T2"], None, "needs others"),
+        (["T1"], "T1|T2", "no study of"),
+        (["T2"], "(p)", "tells them apart"),
+        (["T1"], "q", "finds no study in"),
+        (["far"], r"p\d+", "covers 0% of what is seen"),
+    ],
+)
+def test_contrasts_that_do_not_belong_together(scans, tmp_path, others, pattern, words):
+    far = np.diag([4.0, 4, 4, 1])
+    far[:3, 3] = 500
+    write_nifti(scans / "far" / "p0.nii.gz", make_phantom(1, 0, 32).data, far)
+    command = ["--data-path", str(scans / "data.json"), "--output-dir", str(tmp_path / "out"), "--operator", "contrast"]
+    command += ["--num-workers", "0", *(["--others", *[str(scans / name) for name in others]] if others else [])]
+    assert words in error_of(main, [*command, *(["--pattern", pattern] if pattern else [])])
+    assert not list(tmp_path.rglob("*.nii.gz"))

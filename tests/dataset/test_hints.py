@@ -120,11 +120,27 @@ def test_items_have_their_hints_behind_the_latent(data, tmp_path, is_cached):
 
 
 def test_folders_of_hints(data, tmp_path):
-    found = read_hint_folders(data)
+    found, pairs_only = read_hint_folders(data)
+    assert not pairs_only
     assert {name: path.name for name, path in found[data.parent / "x_latents"].items()} == {
         "fbp": "fbp_latents",
         "organs": "masks",
     }
+
+
+def test_latents_without_a_hint_are_left_out_where_pairs_alone_are_wanted(data, caplog):
+    entries = json.loads(data.read_text())
+    data.write_text(json.dumps({"0": {**entries["0"], "pairs_only": True}}))
+    (data.parent / "masks/sub/0.nii.gz").unlink()
+    with caplog.at_level("INFO"):
+        dataset = Control_dataset(data, hints=HINTS)
+    assert [file.name for file in dataset.files] == ["1.nii.gz", "2.nii.gz"]
+    assert len(dataset.labels) == 2
+    assert "1 of 3 latents have no hint" in caplog.text
+    for index in (1, 2):
+        (data.parent / f"fbp_latents/sub/{index}.nii.gz").unlink()
+    with pytest.raises(ValueError, match="no latent has its hints"):
+        Control_dataset(data, hints=HINTS)
 
 
 def moved(data: Path) -> None:
