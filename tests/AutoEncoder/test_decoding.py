@@ -223,7 +223,7 @@ def test_layout_changes_rounding_only(models, tmp_path):
 
 
 class TinyDenoiser(nn.Module):
-    """Compiles in a second."""
+    """What may be called on several grids."""
 
     vq_size = 32
 
@@ -244,13 +244,8 @@ def biflownet() -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize(
-    ("build", "grids"),
-    [
-        pytest.param(biflownet, [(8, 8, 16)], marks=pytest.mark.slow),  # compiling takes a minute
-        (TinyDenoiser, [(8, 8, 8), (8, 8, 16)]),
-    ],
-)
+@pytest.mark.slow  # compiling takes a minute
+@pytest.mark.parametrize(("build", "grids"), [(biflownet, [(8, 8, 16)]), (TinyDenoiser, [(8, 8, 8), (8, 8, 16)])])
 def test_a_compiled_denoiser_gives_what_the_network_gives(build, grids):
     torch.manual_seed(0)
     network = build()
@@ -278,6 +273,7 @@ def test_channels_last_reaches_both_networks(models, tmp_path):
         assert all(value.is_contiguous(memory_format=torch.channels_last_3d) for value in weights)
 
 
+@pytest.mark.slow  # as long as compiling
 def test_no_compiler(models, tmp_path, monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))

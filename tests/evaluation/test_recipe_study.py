@@ -117,11 +117,20 @@ def test_a_variant_that_diverges_is_a_row(demo, tmp_path, children):
 def test_seconds_become_steps(demo, tmp_path, children, monkeypatch):
     speeds = iter([2.0, 1.0, 2.2, 0.9, 1.8, 1.1])  # in turns: as is, fast, …
     monkeypatch.setattr(running, "logged_intervals", lambda folder: [(1, 100.0), (1, next(speeds, 4.0))])
+    really, warm_ups = running.train, []
+
+    def train(recipe, cfg, folder):  # what a warm-up trains isn't looked at
+        if folder.name != "speed":
+            return really(recipe, cfg, folder)
+        warm_ups.append(cfg.max_steps)
+        return folder, None
+
+    monkeypatch.setattr(running, "train", train)
     file = study_file(demo, tmp_path, budget={"seconds": 2, "warm_up": 2}, seeds=[0])
     content = run(file, tmp_path / "out")
     assert list(content["speeds"].values()) == [[2.0, 2.2, 1.8], [1.0, 0.9, 1.1]]
     assert [(r["variant"], r["steps"]) for r in content["runs"]] == [("as is", 4), ("fast", 2)]
-    assert children.count("train_BiFlowNet_SingleRes") == 8
+    assert (children.count("train_BiFlowNet_SingleRes"), warm_ups) == (2, [2] * 6)
     children.clear()
     run(file, tmp_path / "out")
     assert children == []
