@@ -57,7 +57,7 @@ class Control_dataset(Multires_dataset):
             folder, names = self.class_folders[path], self._name_below(path)
             if folder not in pairs_only or all((place / names).is_file() for place in places[folder].values()):
                 kept.append((path, label))
-        if not kept:
+        if self.files and not kept:
             raise UserError(f"{root_dir}: no latent has its hints beside it: encode both, or name the folders of pairs")
         if left := len(self.files) - len(kept):
             logger.info("%s: %d of %d latents have no hint and are left out", root_dir, left, len(self.files))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,8 @@ def test_latents_without_a_hint_are_left_out_where_pairs_alone_are_wanted(data, 
     assert [file.name for file in dataset.files] == ["1.nii.gz", "2.nii.gz"]
     assert len(dataset.labels) == 2
     assert "1 of 3 latents have no hint" in caplog.text
+    nobody = SimpleNamespace(select=lambda folder, side: [])  # a split whose validation side is empty
+    assert len(Control_dataset(data, hints=HINTS, split=nobody, side="validation")) == 0
     for index in (1, 2):
         (data.parent / f"fbp_latents/sub/{index}.nii.gz").unlink()
     with pytest.raises(ValueError, match="no latent has its hints"):
