@@ -19,6 +19,7 @@ from common.progress import tracked
 from config.loading import load_config
 from config.schema.evaluation import GenerationMetricsConfig, fewest_volumes
 from dataset.order.data_split import HELD_OUT, TRAINING
+from dataset.volumes.geometry import size_text
 from dataset.volumes.index import list_volumes
 from dataset.volumes.pictures import central_slices
 from dataset.volumes.volume_io import read_header, write_volume
@@ -71,6 +72,12 @@ class GeneratedJudge:
 
     def _check_counts(self) -> None:
         least = fewest_volumes(self.study.neighbours)
+        for group in (*self.real, *self.training):
+            if len(sizes := {read_header(volume.path).shape for volume in group.sets["real"]}) > 1:
+                raise UserError(
+                    f"volumes: {group.name} has {' and '.join(map(size_text, sorted(sizes)))}: a study compares one "
+                    "size of each class: name a dataset JSON with the folders of that size"
+                )
         for group in self.real:
             if (found := units_of(group.sets["real"]).num_subjects) < least:
                 raise UserError(

@@ -18,7 +18,11 @@ from study_runs import autoencoder_study_file, make_demo, run, study_file
 from common.errors import UserError
 from common.script import run_script
 from config.loading import load_config
+from config.schema.diffusion import GenerationConfig
 from config.schema.evaluation import RecipeStudyConfig
+from dataset.volumes.index import latent_folder
+from dataset.volumes.volume_io import read_volume, write_volume
+from evaluation.demonstration.stages import DemoPaths
 from evaluation.study import running
 from evaluation.study.recipes import read_recipes
 
@@ -222,6 +226,26 @@ def test_generated_volumes_have_to_fit_the_held_out_ones(demo, tmp_path, childre
     variants = [{"name": "as is", "generation": [classes]}, {"name": "b"}]
     with pytest.raises(UserError, match=r"makes CTChest in .*64.* voxels; its held-out volumes have \(32, 32, 32\)"):
         run(study_file(demo, tmp_path, variants=variants), tmp_path / "out")
+
+
+def test_a_class_in_two_sizes(demo, tmp_path, children):
+    """As the demo's data, of which its study names one size."""
+    volumes = demo / "phantoms"
+    for path in sorted((volumes / "CTChest").glob("*.nii.gz")):
+        volume = read_volume(path)
+        write_volume(tmp_path / "CTChest" / "32x32x16" / path.name, volume.data[:, :16].contiguous(), volume.affine)
+    both = {"0": [str(volumes / "CTChest"), str(tmp_path / "CTChest" / "32x32x16")], "1": str(volumes / "MRBrain")}
+    (tmp_path / "both.json").write_text(json.dumps(both))
+    shutil.copy(volumes / "split.json", tmp_path)
+    with pytest.raises(UserError, match="CTChest has 32x32x16 and 32x32x32: a study compares one size"):
+        run(study_file(demo, tmp_path, volumes=str(tmp_path / "both.json")), tmp_path / "out")
+    cfg = load_config(RecipeStudyConfig, ROOT / "config" / "studies" / "diffusion_demo.yaml")
+    named = [json.loads((ROOT / file).read_text()) for file in (cfg.volumes, cfg.data)]
+    paths = DemoPaths(Path("demo"))
+    assert named[0] == {"0": str(paths.phantoms / "CTChest" / "64x64x64"), "1": str(paths.phantoms / "MRBrain")}
+    assert named[1] == {name: str(latent_folder(folder)) for name, folder in named[0].items()}
+    made = load_config(GenerationConfig, ROOT / cfg.generation)
+    assert [len(row.grids) for row in made.classes] == [1, 1]
 
 
 def test_a_foreign_file_is_not_overwritten(demo, tmp_path, children):
