@@ -16,6 +16,7 @@ from torch import Tensor
 from common.checkpoint_files import load_weights
 from common.errors import UserError
 from common.files import write_atomically
+from common.places import exists, is_file
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.lora import Adapter
 
@@ -52,7 +53,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """UserError: no such file, or none of an adapter of this project."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such adapter file")
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,7 +82,7 @@ def parse_adapters(words: Sequence[str]) -> list[tuple[str, float]]:
     found = []
     for word in words:
         path, colon, weight = word.rpartition(":")
-        if not colon or Path(word).exists():
+        if not colon or exists(word):
             path, weight = word, "1"
         try:
             found.append((path, float(weight)))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER
 from common.errors import UserError
 from common.files import file_sha256
+from common.places import home_expanded, is_file, is_folder, missing_folder
 from common.processes import device_name
 from dataset.volumes.pictures import PLANES
 
@@ -189,14 +190,14 @@ def describe_networks(networks: Sequence[FeatureNetwork], device: torch.device) 
 def find_weights(name: str, weights_dir: str | Path | None) -> Path | None:
     """The weight file of a pretrained network: in the folder, in torch hub's cache, or where MedicalNet's lie."""
     files = (folder / file for folder in _folders(weights_dir) for file in WEIGHT_FILES[name])
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if is_file(file)), None)
 
 
 def weight_folders(weights_dir: str | Path | None) -> tuple[list[Path], Path]:
     """The user's folder, if one is named, and torch hub's cache. UserError: a folder that doesn't exist."""
-    own = [] if weights_dir is None else [Path(weights_dir).expanduser()]
-    if own and not own[0].is_dir():
-        raise UserError(f"weights_dir: {own[0]}: no such folder: give the one that holds the weight files")
+    own = [] if weights_dir is None else [home_expanded(weights_dir)]
+    if own and not is_folder(own[0]):
+        raise UserError(f"weights_dir: {own[0]}: {missing_folder(own[0])}: give the one that holds the weight files")
     return own, Path(torch.hub.get_dir()) / "checkpoints"
 
 

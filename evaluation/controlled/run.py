@@ -19,6 +19,7 @@ from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.log import get_logger
+from common.places import is_file
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import tracked
 from config.loading import require, save_config
@@ -138,7 +139,7 @@ def check_conditions(
 def measured_hint(condition: Condition) -> Path:
     """The hint with measurements. UserError: none has them."""
     for hint in condition.hints.values():
-        if hint.with_name(hint.name.removesuffix(VOLUME_SUFFIX) + ".npz").is_file():
+        if is_file(hint.with_name(hint.name.removesuffix(VOLUME_SUFFIX) + ".npz")):
             read_measurement(hint)
             return hint
     raise UserError(

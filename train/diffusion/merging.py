@@ -9,6 +9,7 @@ from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.files import check_writable
 from common.log import get_logger
+from common.places import exists
 from config.loading import require
 from config.schema.diffusion import BiFlowNetConfig
 from ddpm.adapter_files import parse_adapters, read_adapter
@@ -23,7 +24,7 @@ def merge_adapters(cfg: DictConfig) -> Path:
     """
     require(cfg, "model_ckpt", "adapters", "output")
     output = Path(cfg.output)
-    if output.exists():
+    if exists(output):
         raise UserError(f"{output}: is there already: remove it, or name another output")
     check_writable(output)
     adapters = parse_adapters(cfg.adapters)
