@@ -25,6 +25,7 @@ OF_PLACES = (
     *(errno.EIO, errno.ESTALE),
 )
 OUT_OF_MEMORY = "take a smaller batch_size, or see docs/performance.md, Memory; the same command goes on"
+MAIN_MEMORY = "the main memory does not suffice: take fewer processes (num_workers), or smaller batches or volumes"
 # The same order comes twice where a terminal or Slurm sends it to all processes, and torchrun passes its own on.
 SAME_ORDER_S = 2.0
 
@@ -80,7 +81,11 @@ def _status_of(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
         return _leave(f"error: {where}{full}: make room and start again", MISTAKE)
     except KeyboardInterrupt:
         return _leave("interrupted", INTERRUPTED)
+    except MemoryError:
+        return _leave(f"error: {MAIN_MEMORY}", MISTAKE)
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            return _leave(f"error: {MAIN_MEMORY}", MISTAKE)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported
             return _leave(f"error: the GPU's memory does not suffice: {OUT_OF_MEMORY}", MISTAKE)
         if another_has_left():  # as of a collective operation whose partner is gone

@@ -19,7 +19,7 @@ from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, NLayerDiscrimi
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.MedicalNetPerceptual import MedicalNetPerceptual
 from AutoEncoder.model.networks import ResBlock
-from common.checkpoint_files import check_sums, load_checkpoint, only_safe_types
+from common.checkpoint_files import load_checkpoint, only_safe_types
 
 
 class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the public name
@@ -65,7 +65,7 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
         """
         try:
             if not hasattr(checkpoint_path, "read"):
-                check_sums(checkpoint_path)
+                load_checkpoint(checkpoint_path, mmap=True)
             with only_safe_types():
                 return super().load_from_checkpoint(checkpoint_path, *args, **options)
         except (OSError, RuntimeError, pickle.UnpicklingError):

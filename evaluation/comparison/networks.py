@@ -10,7 +10,6 @@
 Nothing is downloaded: a number must not depend on whether a server answered. docs/evaluation.md says where to get them.
 """
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER
+from common.checkpoint_contents import check_archive, check_contents
+from common.checkpoint_files import load_plain
 from common.errors import UserError
 from common.files import file_sha256
 from common.places import home_expanded, is_file, is_folder, missing_folder
@@ -222,6 +223,7 @@ def _build(name: str, weights_dir: str | Path | None, num_slices: int) -> Featur
         )
     settings = {"weights_sha256": file_sha256(path)}
     if name == "medicalnet_resnet50":
+        check_archive(path)
         try:
             net = torch.hub.load(str(HUB_FOLDER), name, source="local", weights_dir=path.parent)
         except ValueError as error:
@@ -239,13 +241,10 @@ def load_resnet50(path: Path) -> nn.Module:
 
     Nothing in the file is executed. UserError: unreadable, or another network's.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: no readable file of plain weights ({reason}): fetch it again") from error
+    state = load_plain(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: no dictionary of weights: it is not the file of a ResNet-50")
+    check_contents(path, state)
     state = {_torchvision_name(name): value for name, value in state.items()}
     from torchvision.models import resnet50  # here, since importing it takes as long as all the rest
 

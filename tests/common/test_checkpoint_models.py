@@ -210,7 +210,7 @@ AUTOENCODER_ERRORS = [
     (lambda p, m: lightning_file(p, m, {"model": 3, "dataset": {}}), r"stored autoencoder config is damaged"),
     (
         lambda p, m: lightning_file(p, m, {"model": {"downsample": [4]}, "dataset": {}}),
-        r"the stored autoencoder config is damaged: Missing key",
+        r"the stored autoencoder config is damaged: model.embedding_dim is missing",
     ),
     (lambda p, m: other_config(p, m, stage=7), r"autoencoder config: model.stage is 7"),
     (lambda p, m: other_config(p, m, n_hiddens="x"), r"the stored autoencoder config is damaged"),

@@ -1,6 +1,7 @@
 """Places that can't be looked at, and names that no file can have: one line, by whatever asks."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -43,8 +44,6 @@ def test_what_is_there(tmp_path):
 )
 def test_folders_of_a_dataset(tmp_path, place, reason, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    import json
-
     Path("set.json").write_text(json.dumps({"0": place}))
     with pytest.raises(UserError, match=reason):
         read_dataset_json("set.json")
@@ -66,7 +65,7 @@ def test_whatever_the_system_says_of_a_place_is_one_line(capsys):
 
     assert run_script(refuse) == 2
     assert capsys.readouterr().err.endswith(
-        r"error: \x1b[31mred: Permission denied: choose another place, or change this" "\n"
+        "error: \\x1b[31mred: Permission denied: choose another place, or change this\n"
     )
     with pytest.raises(FileNotFoundError):
         run_script(lambda argv: Path("nothing").read_bytes())

@@ -9,12 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from AutoEncoder.checkpoint import load_autoencoder_weights
 from AutoEncoder.model.PatchVolume import patchvolumeAE
+from common.checkpoint_contents import count_in
 from common.checkpoint_files import checkpoints_in
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.option import BEGINNING
 from train.autoencoder.validation import Validations
 from train.loop import continuing
+from train.loop.averages import is_average
 
 
 class Start(NamedTuple):
@@ -75,6 +77,8 @@ def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any],
     problem = None
     if not {"pytorch-lightning_version", "global_step", "loops", "optimizer_states"} <= checkpoint.keys():
         problem = "it holds weights only"
+    elif not _are_states(checkpoint["optimizer_states"]):
+        problem = "its optimisers are damaged"
     else:
         saved = [state["state"] for state in checkpoint["optimizer_states"]]
         own = [optimizer.param_groups[0]["params"] for optimizer in model.configure_optimizers()]
@@ -84,6 +88,17 @@ def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any],
         return True
     logger.warning("%s: %s: training starts from its weights at step 0, with new optimisers", path, problem)
     return False
+
+
+def _are_states(states: Any) -> bool:
+    """Whether they have the form that optimisers give theirs, with Adam's averages."""
+    return isinstance(states, list) and all(
+        isinstance(state, dict)
+        and isinstance(state.get("state"), dict)
+        and isinstance(state.get("param_groups"), list)
+        and all(is_average(average) for average in state["state"].values())
+        for state in states
+    )
 
 
 def _moments_fit(saved: dict, parameters: list) -> bool:
@@ -98,10 +113,12 @@ def _tell_of_other_values(
     path: Path, checkpoint: Mapping[str, Any], config: dict[str, Any], logger: logging.Logger
 ) -> None:
     """Of a checkpoint of another run."""
-    stored = checkpoint.get("hyper_parameters", {}).get("cfg", {})
-    saved = OmegaConf.to_container(OmegaConf.create(stored))
+    stored = checkpoint.get("hyper_parameters")
+    stored = stored.get("cfg") if isinstance(stored, Mapping | DictConfig) else None
+    saved = OmegaConf.to_container(OmegaConf.create(stored)) if isinstance(stored, Mapping | DictConfig) else {}
     before = {
-        table: {**options, **saved.get(table, {})} for table, options in config.items()
+        table: {**options, **(saved[table] if isinstance(saved.get(table), dict) else {})}
+        for table, options in config.items()
     }  # official ones lack many
     found = continuing.changes(AutoencoderConfig, before, config)
     for line in continuing.news_of([change for change in found if change.resume is not BEGINNING], config):
@@ -109,8 +126,8 @@ def _tell_of_other_values(
 
 
 def _start(path: Path, checkpoint: dict[str, Any], model: patchvolumeAE) -> Start:
-    step = checkpoint.get("global_step")
-    if not isinstance(step, int):
+    step = count_in(path, checkpoint, "global_step", None)
+    if step is None:
         raise UserError(f"{path}: no Lightning checkpoint of a training run (it has no global_step)")
     checkpoint["state_dict"] = model.state_dict()  # which has these weights now: no copy of them while a cache is built
     return Start(path, step, Validations.last_of(checkpoint), {path: checkpoint})
