@@ -21,6 +21,7 @@ LARGEST = {
     **{"model.embedding_dim": 4096, "model.n_codes": 2**24, "model.n_hiddens": 4096, "model.num_groups": 4096},
     **{"dataset.image_channels": 256, "dataset.patch_size": 4096},
 }
+LARGEST_IN_TRAINING = {"model.disc_channels": 1024, "model.disc_layers": 16}  # may be missing
 MOST_DOWNSAMPLE = 64
 MOST_QUOTED = 120  # characters of what a library says
 PERCEPTUAL, DISCRIMINATOR = "perceptual_loss.", "volume_discriminator."  # weights for training alone
@@ -49,17 +50,9 @@ def load_autoencoder(
             f"{path}: this autoencoder compresses by {_times(found)}, {downsample}x is needed here; "
             f"use a {downsample}x checkpoint or the config and script for {_times(found)}"
         )
-    target = f"an autoencoder of its config ({_times(found)})"
-    try:
-        with torch.device("meta"):  # where a network takes no memory, whatever its size
-            outline = Autoencoder(cfg)
-    except ValueError as error:
-        raise UserError(f"{path}: autoencoder config: {error}") from error
-    except Exception as error:  # a value of another type, a missing key
-        raise _damaged(path, " ".join(str(error).split())[:MOST_QUOTED]) from error
-    check_fits(outline, state, path, target)
+    _check_describes(path, cfg, state)
     model = Autoencoder(cfg)
-    load_weights(model, state, path, target)
+    model.load_state_dict(state)
     if not model.codebook.initialised:
         raise UserError(f"{path}: its codebook was never started from data: train this autoencoder for longer")
     return model.eval().requires_grad_(False).to(device)
@@ -78,6 +71,25 @@ def load_autoencoder_weights(model: Autoencoder, path: str | Path) -> dict[str, 
     state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL,))
     load_weights(model, state, path, f"the configured autoencoder ({_times(list(model.cfg.model.downsample))})")
     return checkpoint
+
+
+def check_autoencoder(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """UserError: a file whose config is not that of its weights, or of no autoencoder. Nothing is built."""
+    path = Path(path)
+    state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL, DISCRIMINATOR))
+    _check_describes(path, _autoencoder_config(path, checkpoint), state)
+
+
+def _check_describes(path: Path, cfg: DictConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Compares the networks of a config with weights while they take no memory, whatever their size."""
+    try:
+        with torch.device("meta"):
+            outline = Autoencoder(cfg)
+    except ValueError as error:
+        raise UserError(f"{path}: autoencoder config: {error}") from error
+    except Exception as error:  # a value of another type, a missing key
+        raise _damaged(path, " ".join(str(error).split())[:MOST_QUOTED]) from error
+    check_fits(outline, state, path, f"an autoencoder of its config ({_times(cfg.model.downsample)})")
 
 
 def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -111,8 +123,10 @@ def _autoencoder_config(path: Path, checkpoint: Mapping[str, Any]) -> DictConfig
         raise _damaged(path, f"{type(error).__name__} in hyper_parameters") from error
     if not isinstance(plain["model"], dict) or not isinstance(plain["dataset"], dict):
         raise _damaged(path, "model and dataset are no sections with keys")
-    for key, largest in LARGEST.items():
+    for key, largest in {**LARGEST, **LARGEST_IN_TRAINING}.items():
         section, name = key.split(".")
+        if name not in plain[section] and key in LARGEST_IN_TRAINING:
+            continue
         if name not in plain[section]:
             raise _damaged(path, f"{key} is missing")
         if not _is_whole(value := plain[section][name], largest):

@@ -5,6 +5,7 @@ rank, alpha, blocks, num_classes, class_map    as of the training
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
+from common.checkpoint_contents import check_contents
 from common.checkpoint_files import load_weights
 from common.errors import UserError
 from common.files import write_atomically
@@ -21,6 +23,7 @@ from ddpm.BiFlowNet import BiFlowNet
 from ddpm.lora import Adapter
 
 ADAPTER_NAME = "adapter.safetensors"  # in a run's folder
+MOST = 10**6  # of classes, and of an adapter's rank
 KIND = "3D MedDiffusion adapter"
 
 
@@ -58,12 +61,18 @@ def read_adapter(path: str | Path) -> AdapterFile:
     try:
         with safe_open(path, framework="pt") as file:
             found, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable adapter file, expected safetensors ({error})") from error
+        check_contents(path, weights)
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path}: not a readable adapter file, expected whole safetensors ({reason})") from error
     if found.get("kind") != KIND:
         raise UserError(f"{path}: not an adapter of this project: give the {ADAPTER_NAME} of a run")
     try:
         about: dict[str, Any] = json.loads(found["about"])
+        if not (0 < about["rank"] <= MOST and 0 < about["num_classes"] <= MOST and math.isfinite(about["alpha"])):
+            raise ValueError
         return AdapterFile(
             str(about["base"]),
             int(about["rank"]),

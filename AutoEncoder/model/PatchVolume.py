@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import BaseFinetuning
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
+from AutoEncoder.checkpoint import check_autoencoder
 from AutoEncoder.model.adversarial_training import AdversarialTraining
 from AutoEncoder.model.autoencoder import Autoencoder
 from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, NLayerDiscriminator3D
@@ -65,7 +66,9 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
         """
         try:
             if not hasattr(checkpoint_path, "read"):
-                load_checkpoint(checkpoint_path, mmap=True)
+                checkpoint = load_checkpoint(checkpoint_path, mmap=True)
+                if checkpoint.get("hyper_parameters") and "cfg" not in options and options.get("strict") is not False:
+                    check_autoencoder(checkpoint_path, checkpoint)
             with only_safe_types():
                 return super().load_from_checkpoint(checkpoint_path, *args, **options)
         except (OSError, RuntimeError, pickle.UnpicklingError):
