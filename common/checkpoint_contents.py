@@ -25,7 +25,7 @@ def check_archive(path: str | Path) -> None:
     """UserError: a zip archive whose entries are larger unpacked than the file; anything else passes."""
     state = Path(path).stat()
     if reason := _oversized(str(path), state.st_ino, state.st_size, state.st_mtime_ns):
-        raise UserError(f"{path}: refused: {reason}, which torch.save never writes: save it again with torch")
+        raise UserError(f"{path}: refused: {reason}, as torch.save never writes it: save it again with torch")
 
 
 @lru_cache(maxsize=256)
@@ -36,8 +36,8 @@ def _oversized(path: str, inode: int, size: int, time: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except Exception:  # damage may show itself in any way; who reads the file says so
-        return None
+    except Exception:  # damage may show itself in any way, and torch reads what Python does not
+        return "its list of entries is damaged"
     if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
         return f"its entry {shown(packed[0])} is compressed"
     if sum(entry.file_size for entry in entries) > size:
@@ -47,7 +47,7 @@ def _oversized(path: str, inode: int, size: int, time: int) -> str | None:
 
 def check_contents(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """UserError: names that are no text, tensors that aren't plain, interpolations in a config."""
-    todo, seen = [("", checkpoint, False)], set()
+    todo, seen, kept = [("", checkpoint, False)], set(), []
     while todo:
         name, value, is_config = todo.pop()
         if isinstance(value, torch.Tensor):
@@ -64,7 +64,8 @@ def check_contents(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
                 continue
             seen.add((id(value), is_config))
             if isinstance(value, DictConfig | ListConfig):
-                todo.append((name, _plain(path, name, value), True))
+                kept.append(_plain(path, name, value))  # what is seen must not make place for another of its id
+                todo.append((name, kept[-1], True))
                 continue
             if isinstance(value, Namespace):
                 value, is_config = vars(value), True
@@ -75,7 +76,8 @@ def check_contents(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
             else:
                 items = enumerate(value)
             for key, item in items:
-                below = f"{name}.{key}" if name else str(key)
+                key = key if isinstance(key, str) else shown(key)
+                below = f"{name}.{key}" if name else key
                 todo.append((shown(below) if len(below) > 80 else below, item, is_config or key == "hyper_parameters"))
 
 

@@ -260,13 +260,13 @@ def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, A
     for name in names:
         if names.count(name) > 1:
             raise UserError(f'{path}: key "{name}" occurs twice: list its folders under one key')
-        if not is_plain(name):
-            raise UserError(f"{path}: key {shown(name)} has characters that are no text: write another")
     return dict(pairs)
 
 
 def resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
     """The folders of an entry `name` of the dataset JSON `path`, looked for as by `read_dataset_json`."""
+    if not is_plain(name):
+        raise UserError(f"{path}: key {shown(name)} has characters that are no text: write another")
     value = value.get("images") if isinstance(value, dict) else value  # beside them hints
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not values or not all(isinstance(item, str) and item for item in values):

@@ -13,7 +13,7 @@ from biflownet_runs import assert_same_training, checkpoint
 from user_errors import error_of
 
 from common import checkpoint_files
-from common.checkpoint_files import load_checkpoint
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.cli import parse_command_line
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.diffusion import BiFlowNetConfig
@@ -210,6 +210,24 @@ def test_unreadable_checkpoints_are_no_reason_to_start_anew(latents, biflownet, 
     message = error_of(train, runs.config(latents, results, max_steps=4))
     assert f"{run / 'checkpoints'}: none of its checkpoints can be read: move the folder away to start anew" in message
     assert runs.logged_steps(run) == [1, 2]
+
+
+DAMAGED = {
+    "step": ("7", "step is '7', expected a whole number"),
+    "epoch": (float("nan"), "epoch is nan, expected a whole number"),
+    "samples_seen": ([1], "samples_seen is .1., expected a whole number"),
+    "opt": ({"state": {0: {"exp_avg": 1}}, "param_groups": []}, "its optimiser state .opt. is damaged"),
+    "rng": ({"cpu": [1]}, "its states of random numbers .rng. are damaged"),
+}
+
+
+def test_a_checkpoint_whose_parts_are_damaged(latents, biflownet, tmp_path):
+    results, run = copy_of(biflownet, tmp_path)
+    path = run_folder.checkpoint_path(run, 2)
+    whole = load_checkpoint(path)
+    for name, (value, message) in DAMAGED.items():
+        save_checkpoint({**whole, name: value}, path)
+        assert re.search(f"{path}: {message}", error_of(train, runs.config(latents, results, max_steps=4))), name
 
 
 def test_latents_of_another_autoencoder_are_other_data(tmp_path):
