@@ -16,7 +16,8 @@ COUNTS = (
 )
 LISTS = ("dim_mults", "use_attn")
 NAMES = ("process", "prediction")
-MOST = 10**6  # of anything that is counted, categories of an attribute among them
+MOST = 10**6  # of anything that is counted
+MOST_ATTRIBUTES, MOST_CATEGORIES = 1000, 10**5  # categories of all attributes together: each is a row of a table
 
 
 def check_trained(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
@@ -39,7 +40,8 @@ def trained_attributes(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple
     rows = getattr(checkpoint.get("args"), "attributes", [])
     try:
         specs = specs_of(rows)
-        if len(rows) <= MOST and all(map(_is_sound, specs)):
+        is_small = len(rows) <= MOST_ATTRIBUTES and sum(len(spec.categories) for spec in specs) <= MOST_CATEGORIES
+        if is_small and all(map(_is_sound, specs)):
             return specs
     except (TypeError, KeyError, ValueError, AttributeError, IndexError):
         pass
@@ -48,7 +50,7 @@ def trained_attributes(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple
 
 def _is_sound(spec: AttributeSpec) -> bool:
     texts = (spec.name, *spec.categories)
-    if not all(isinstance(text, str) for text in texts) or not spec.name or len(spec.categories) > MOST:
+    if not all(isinstance(text, str) for text in texts) or not spec.name:
         return False
     if spec.range is None:
         return len(spec.categories) > 0

@@ -169,6 +169,10 @@ TRAINED = {
     "attributes": (args(attributes=[3]), "attributes was .3., expected rows"),
     "range": (args(attributes=[ROW | {"range": [1, 0]}]), "attributes was .*, expected rows"),
     "category": (args(attributes=[ROW | {"range": None, "categories": [1]}]), "attributes was .*, expected rows"),
+    "categories": (
+        args(attributes=[ROW | {"range": None, "categories": ["x"] * 10**5 + ["y"]}]),
+        "attributes was .*, expected rows",
+    ),
     "names": ({"ema": {"cond_emb.weight": torch.zeros(3, 2), 3: torch.zeros(1)}}, "ema has a weight named 3, expected"),
     "values": ({"ema": {"cond_emb.weight": torch.zeros(3, 2), "x": 1}}, "ema: 'x' is a int, expected a tensor"),
     "table": ({"ema": {"cond_emb.weight": torch.tensor(1.0)}}, "cond_emb.weight is no table of classes"),

@@ -266,6 +266,22 @@ def test_the_autoencoder_goes_by_the_same_rule(volumes, stage_1, tmp_path, capsy
     train_autoencoder(options("model.adam_betas=[0.4,0.9]", "model.max_steps=4"), 1)  # it is remembered
 
 
+def test_an_autoencoders_checkpoint_whose_parts_are_damaged(volumes, stage_1, tmp_path):
+    run = shutil.copytree(stage_1, tmp_path / "run")
+    path = run / "checkpoints" / "last.ckpt"
+    whole = load_checkpoint(path)
+    for other in set(path.parent.iterdir()) - {path}:
+        other.unlink()
+    loops = {"fit_loop": {"epoch_progress": {"total": {"ready": "1"}}}}
+    damaged = {"global_step": ("2", "global_step is '2', expected a whole"), "loops": (loops, "its loops are damaged")}
+    damaged["optimizer_states"] = ([{"state": {0: 1}, "param_groups": []}], "its optimizer_states are damaged")
+    for name, (value, message) in damaged.items():
+        save_checkpoint({**whole, name: value}, path)
+        assert f"{path}: {message}" in error_of(
+            train_autoencoder, autoencoder_runs.config(volumes, run, "model.max_steps=3"), 1
+        )
+
+
 def test_another_autoencoder_beside_is_told_of(volumes, stage_1, tmp_path, capsys):
     run = stage_1.parent / "other"
     train_autoencoder(autoencoder_runs.config(volumes, run, "model.max_steps=1", "model.seed=5"), 1)

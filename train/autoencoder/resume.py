@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from AutoEncoder.checkpoint import load_autoencoder_weights
 from AutoEncoder.model.PatchVolume import patchvolumeAE
-from common.checkpoint_contents import count_in
+from common.checkpoint_contents import MOST_STEPS, count_in
 from common.checkpoint_files import checkpoints_in
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig
@@ -54,7 +54,9 @@ def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logg
         continuing.check_goes_on(root, found, cfg.model.set_anew, "name another model.default_root_dir")
         for line in continuing.news_of(found, config):
             logger.info("%s: %s", root, line)
-        return _start(own, load_autoencoder_weights(model, own), model)
+        checkpoint = load_autoencoder_weights(model, own)
+        _check_whole(own, checkpoint)
+        return _start(own, checkpoint, model)
     source = cfg.model.continue_from or cfg.model.resume_from_checkpoint
     if cfg.model.continue_from is None and (source is None or cfg.model.stage == 2):
         for line in continuing.news_of_others(AutoencoderConfig, root, config):
@@ -77,9 +79,8 @@ def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any],
     problem = None
     if not {"pytorch-lightning_version", "global_step", "loops", "optimizer_states"} <= checkpoint.keys():
         problem = "it holds weights only"
-    elif not _are_states(checkpoint["optimizer_states"]):
-        problem = "its optimisers are damaged"
     else:
+        _check_whole(path, checkpoint)
         saved = [state["state"] for state in checkpoint["optimizer_states"]]
         own = [optimizer.param_groups[0]["params"] for optimizer in model.configure_optimizers()]
         if len(saved) != len(own) or not all(map(_moments_fit, saved, own)):
@@ -88,6 +89,27 @@ def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any],
         return True
     logger.warning("%s: %s: training starts from its weights at step 0, with new optimisers", path, problem)
     return False
+
+
+def _check_whole(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """UserError: what Lightning goes on with, and would fail at in its depths, is damaged."""
+    for entry, is_sound in (("optimizer_states", _are_states), ("loops", _are_loops)):
+        if not is_sound(checkpoint.get(entry)):
+            raise UserError(f"{path}: its {entry} are damaged: go on from another checkpoint")
+
+
+def _are_loops(loops: Any) -> bool:
+    """Whether Lightning's loops say how far they are in whole numbers."""
+    if not isinstance(loops, dict) or not isinstance(loops.get("fit_loop"), dict):
+        return False
+    todo = [value for name, value in loops["fit_loop"].items() if str(name).endswith("progress")]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += value.values()
+        elif not isinstance(value, int) or not 0 <= value <= MOST_STEPS:
+            return False
+    return True
 
 
 def _are_states(states: Any) -> bool:
