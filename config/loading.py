@@ -251,6 +251,8 @@ def _describe(hint: Any) -> str:
     for kind in _alternatives(hint):
         if get_origin(kind) is list:
             parts.append(f"a list, each item {_describe(get_args(kind)[0])}")
+        elif get_origin(kind) is dict:
+            parts.append(f"names, each with {_describe(get_args(kind)[1])}")
         else:
             parts.append(names.get(kind, f"a section with the keys {', '.join(get_type_hints(kind))}"))
     return " or ".join(parts)
