@@ -27,8 +27,10 @@ from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 from torch import nn
 
+from common.checkpoint_contents import check_archive, check_contents
 from common.errors import UserError
 from common.files import replacing
+from common.places import is_file, is_folder
 
 # What a pickled DictConfig of plain values consists of, and argparse's Namespace; nothing here can run code.
 OF_OMEGACONF = (DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata)
@@ -45,8 +47,9 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         mmap: map tensors instead of reading them, for a look at small entries.
 
     Raises:
-        UserError: missing file, truncated file, another kind of file, one that holds a type that is not allowed, or one
-            whose content is no longer what was saved.
+        UserError: missing file, truncated file, another kind of file, one that holds a type that is not allowed, one
+            that is larger unpacked than it is (`common/checkpoint_contents.py`), or one whose content is no longer what
+            was saved.
     """
     checkpoint = _read(Path(path), mmap)
     check_sums(path)
@@ -55,18 +58,28 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 def _read(path: Path, mmap: bool) -> dict[str, Any]:
     """As `load_checkpoint`, but for the checksums."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        with only_safe_types():
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # a damaged or hostile file may fail in any way
-        raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
+    if not is_file(path):
+        raise UserError(f"{path}: no such checkpoint file{', it is a folder' if is_folder(path) else ''}")
+    checkpoint = load_plain(path, mmap)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: not a checkpoint: holds a {type(checkpoint).__name__}, expected a dict")
+    check_contents(path, checkpoint)
     return checkpoint
+
+
+def load_plain(path: Path, mmap: bool = False) -> Any:
+    """What a file of `torch.save` holds, weights of other projects among them, on the CPU. UserError: unreadable."""
+    try:
+        check_archive(path)
+        with only_safe_types():
+            is_mappable = mmap and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a damaged or hostile file may fail in any way
+        raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
 
 
 def check_sums(path: str | Path) -> None:
@@ -116,10 +129,16 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             "expected only tensors, plain values, an OmegaConf config or an argparse.Namespace"
         )
     with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip and not zipfile.is_zipfile(path):
-        return "truncated checkpoint (its end is missing); copy or download it again"
-    return f"not a readable checkpoint, truncated or another kind of file ({type(error).__name__})"
+        start = file.read(16)
+    if isinstance(error, MemoryError):
+        return f"{path.stat().st_size / 1e9:.3g} GB of memory are needed and not free"
+    if start[:2] == b"PK":
+        is_whole = zipfile.is_zipfile(path)
+        found = "damaged checkpoint (its parts do not fit together)" if is_whole else "truncated checkpoint (no end)"
+        return f"{found}; copy or download it again"
+    if start[:1] == b"\x80":  # a pickle, as of torch before 1.6
+        return "not a readable checkpoint: an old or bare pickle that ends too early or is damaged; copy it again"
+    return f"not a readable checkpoint: {f'it begins with {start!r}' if start else 'an empty file'}; give one of torch"
 
 
 def save_checkpoint(obj: Mapping[str, Any], path: str | Path) -> None:
@@ -222,11 +241,16 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path, target: str) -> None:
     """Loads a state dict whose names, shapes and kinds of numbers must fit; the error names the first that does not."""
+    check_fits(model, state, path, target)
+    model.load_state_dict(state)
+
+
+def check_fits(model: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path, target: str) -> None:
+    """As `load_weights`, and nothing is loaded: for a model on the meta device, which takes no memory."""
     problems = list(_misfits(model.state_dict(), state))
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{path}: the weights do not fit {target}: {problems[0]}{more}")
-    model.load_state_dict(state)
 
 
 def _misfits(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> Iterator[str]:

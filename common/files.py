@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import UserError
+from common.places import exists
 
 LONG_NAME = 100  # bytes; file systems stop at 255, encrypted ones at 143
 LOCK_NAME = ".lock"
@@ -76,7 +77,7 @@ def check_writable(path: str | Path, what: str = "") -> None:
 
 def check_still_there(files: Sequence[Path], noun: str, what_now: str) -> None:
     """UserError where files that were there at the start are not any more. noun: what they are, in the plural."""
-    gone = [path for path in files if not path.exists()]
+    gone = [path for path in files if not exists(path)]
     if gone:
         raise UserError(f"{gone[0]}: vanished meanwhile, {len(gone)} of {len(files)} {noun} are gone; {what_now}")
 

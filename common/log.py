@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from common.text import printable
+
 LOGGER_NAME = "train"
 # Modules that warn on their own have loggers named after themselves; their warnings go where the program's log goes.
 PACKAGES = ("AutoEncoder", "common", "config", "dataset", "ddpm", "evaluation")
@@ -64,5 +66,5 @@ class _Formatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        record.message = f"{self.mark}{level}{record.message}"
+        record.message = f"{self.mark}{level}{printable(record.message)}"
         return super().formatMessage(record)

@@ -27,7 +27,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + _cached_memory(device)))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(CPU_SHARE * _free_main_memory() / processes)
+    return int(CPU_SHARE * free_main_memory() / processes)
 
 
 def halving(work: Callable[[int], Result], most: int) -> Result:
@@ -55,7 +55,7 @@ def _cached_memory(device: torch.device) -> int:
     return sum(segment["total_size"] - segment["active_size"] for segment in segments)
 
 
-def _free_main_memory() -> int:
+def free_main_memory() -> int:
     """What the machine, or the container or batch job that this process runs in, has left."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():

@@ -13,12 +13,19 @@ from types import FrameType
 
 from common.errors import UserError
 from common.launched import another_has_left, is_first_to_leave, let_others_leave
+from common.text import printable
 
 MISTAKE = 2  # exit status after a user's mistake; 128 + its number after a signal
 INTERRUPTED = 128 + signal.SIGINT
 # A GPU's memory in pieces that grow, so that what is free lies together; unless the user set something.
 ALLOCATOR_OPTIONS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# What the operating system says of a place, and no program can help: it is the user's to choose or change.
+OF_PLACES = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EIO, errno.ESTALE),
+)
 OUT_OF_MEMORY = "take a smaller batch_size, or see docs/performance.md, Memory; the same command goes on"
+MAIN_MEMORY = "the main memory does not suffice: take fewer processes (num_workers), or smaller batches or volumes"
 # The same order comes twice where a terminal or Slurm sends it to all processes, and torchrun passes its own on.
 SAME_ORDER_S = 2.0
 
@@ -26,7 +33,8 @@ SAME_ORDER_S = 2.0
 def run_script(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Calls `main(argv)` and returns the exit status: what it returns (None: 0), 2 after a UserError, 130 after Ctrl-C.
 
-    A full disk is a user's too, whatever was being written, a log for example. Any other exception is a fault of ours
+    A full disk is a user's too, whatever was being written, a log for example, and so is a place that may not be
+    entered, read or written. Any other exception is a fault of ours
     and keeps its traceback. What a terminal can't show, such as a file name in Latin-1, is shown as question marks. A
     second Ctrl-C ends the process at once, whatever it still has to close.
 
@@ -64,6 +72,8 @@ def _status_of(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
     except UserError as error:
         return _leave(f"error: {' '.join(str(error).splitlines())}", MISTAKE)
     except OSError as error:
+        if error.errno in OF_PLACES and error.filename is not None:
+            return _leave(f"error: {error.filename}: {error.strerror}: choose another place, or change this", MISTAKE)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f"{error.filename}: " if error.filename else ""
@@ -71,7 +81,11 @@ def _status_of(main: Callable[[Sequence[str] | None], int | None], argv: Sequenc
         return _leave(f"error: {where}{full}: make room and start again", MISTAKE)
     except KeyboardInterrupt:
         return _leave("interrupted", INTERRUPTED)
+    except MemoryError:
+        return _leave(f"error: {MAIN_MEMORY}", MISTAKE)
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            return _leave(f"error: {MAIN_MEMORY}", MISTAKE)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported
             return _leave(f"error: the GPU's memory does not suffice: {OUT_OF_MEMORY}", MISTAKE)
         if another_has_left():  # as of a collective operation whose partner is gone
@@ -113,6 +127,6 @@ def _is_in_group() -> bool:
 def _leave(text: str, status: int) -> int:
     if not is_first_to_leave():
         return 0
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable(text)}\n")
     let_others_leave()
     return status

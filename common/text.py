@@ -1,6 +1,13 @@
 """Text as people's programs write it, and file names that are no text."""
 
 import json
+import os
+import re
+import reprlib
+from typing import Any
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that a terminal obeys, or that end a name or line
+LONGEST_SHOWN = 80
 
 
 def decode(content: bytes) -> str:
@@ -11,9 +18,28 @@ def decode(content: bytes) -> str:
     return content.decode(json.detect_encoding(content))  # by the mark, else by the zeros among the first characters
 
 
-def printable(text: str) -> str:
-    """Text with a question mark for each byte of a file name that is no UTF-8: what draws or encodes text refuses it.
+def is_plain(text: str) -> bool:
+    """False with control characters, and with halves of characters but for those that are bytes of a file name."""
+    try:
+        return os.fsencode(text) is not None and CONTROL.search(text) is None
+    except UnicodeEncodeError:
+        return False
 
-    Python has such bytes as halves of characters (PEP 383); as JSON they are escaped and come back as they were.
+
+def printable(text: str) -> str:
+    """Text with a question mark for each byte of a file name that is no UTF-8, and control characters escaped.
+
+    What draws or encodes text refuses such bytes, and a terminal obeys such characters. Python has these bytes as
+    halves of characters (PEP 383); as JSON they are escaped and come back as they were.
     """
+    text = CONTROL.sub(lambda found: found[0] if found[0] in "\t\n" else f"\\x{ord(found[0]):02x}", text)
     return text.encode(errors="replace").decode()
+
+
+def shown(value: Any) -> str:
+    """A value out of a file, for a message: one short line, whatever it is."""
+    try:
+        text = printable(" ".join(reprlib.repr(value).split()))
+    except Exception:  # e.g. a number of 5000 digits; an object's own repr may fail in any way
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."

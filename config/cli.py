@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from omegaconf import DictConfig
 
 from common.errors import UserError
+from common.places import is_file
 from config.loading import CONFIG_FOLDER, SAVED_CONFIG, load_config
 from config.schema.option import Option, options_of
 
@@ -81,7 +82,7 @@ def _config_of_run(options: Sequence[Option], overrides: Sequence[str], values: 
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides) | dict(values)
     names = [option.name for option in options if option.name.rpartition(".")[2] == "continue_from"]
     folders = [Path(given[name]) for name in names if given.get(name)]
-    return next((folder / SAVED_CONFIG for folder in folders if (folder / SAVED_CONFIG).is_file()), None)
+    return next((folder / SAVED_CONFIG for folder in folders if is_file(folder / SAVED_CONFIG)), None)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -19,6 +19,8 @@ from yaml import YAMLError
 
 from common.errors import UserError
 from common.files import replacing
+from common.places import is_file
+from common.text import is_plain
 from config.schema.option import options_of
 from config.validation import validate
 
@@ -65,8 +67,19 @@ def load_config(
     if unset := sorted(OmegaConf.missing_keys(plain)):
         raise UserError(f"{path or 'config'}: {', '.join(unset)} must be set, found ???")
     validate(plain, schema)
+    if odd := [name for name, text in _texts(OmegaConf.to_container(plain)) if not is_plain(text)]:
+        raise UserError(f"{path or 'config'}: {odd[0]} has characters that are no text, such as NUL: write it anew")
     OmegaConf.set_struct(plain, True)
     return plain
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The texts in a config, each with the name of its option."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, f"{name}.{key}".strip("."))
 
 
 def _read_class_table(path: Path) -> DictConfig:
@@ -102,7 +115,7 @@ def require(cfg: DictConfig, *keys: str) -> None:
 
 def _compose(path: Path) -> dict[str, Any]:
     """The file with its defaults list worked in, as plain containers with interpolations still unresolved."""
-    if not path.is_file():
+    if not is_file(path):
         shipped = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
         raise UserError(f"{path}: no such config file; config/ has {shipped}")
     if path.suffix != ".yaml":
@@ -238,6 +251,8 @@ def _describe(hint: Any) -> str:
     for kind in _alternatives(hint):
         if get_origin(kind) is list:
             parts.append(f"a list, each item {_describe(get_args(kind)[0])}")
+        elif get_origin(kind) is dict:
+            parts.append(f"names, each with {_describe(get_args(kind)[1])}")
         else:
             parts.append(names.get(kind, f"a section with the keys {', '.join(get_type_hints(kind))}"))
     return " or ".join(parts)

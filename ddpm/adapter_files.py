@@ -5,6 +5,7 @@ rank, alpha, blocks, num_classes, class_map    as of the training
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
+from common.checkpoint_contents import check_contents
 from common.checkpoint_files import load_weights
 from common.errors import UserError
 from common.files import write_atomically
+from common.places import exists, is_file
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.lora import Adapter
 
 ADAPTER_NAME = "adapter.safetensors"  # in a run's folder
+MOST = 10**6  # of classes, and of an adapter's rank
 KIND = "3D MedDiffusion adapter"
 
 
@@ -52,17 +56,23 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """UserError: no such file, or none of an adapter of this project."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such adapter file")
     try:
         with safe_open(path, framework="pt") as file:
             found, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable adapter file, expected safetensors ({error})") from error
+        check_contents(path, weights)
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path}: not a readable adapter file, expected whole safetensors ({reason})") from error
     if found.get("kind") != KIND:
         raise UserError(f"{path}: not an adapter of this project: give the {ADAPTER_NAME} of a run")
     try:
         about: dict[str, Any] = json.loads(found["about"])
+        if not (0 < about["rank"] <= MOST and 0 < about["num_classes"] <= MOST and math.isfinite(about["alpha"])):
+            raise ValueError
         return AdapterFile(
             str(about["base"]),
             int(about["rank"]),
@@ -81,7 +91,7 @@ def parse_adapters(words: Sequence[str]) -> list[tuple[str, float]]:
     found = []
     for word in words:
         path, colon, weight = word.rpartition(":")
-        if not colon or Path(word).exists():
+        if not colon or exists(word):
             path, weight = word, "1"
         try:
             found.append((path, float(weight)))

@@ -9,11 +9,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from common.checkpoint_contents import tensors_in
 from common.checkpoint_files import load_checkpoint, load_weights
 from common.errors import UserError
 from ddpm.attributes import specs_of
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.ControlNet import ControlNet
+from ddpm.trained import check_trained
 
 TABLE = "cond_emb.weight"  # of the classes, and behind them the null label
 ATTRIBUTES = "attribute_emb."  # what the names of their weights begin with
@@ -124,7 +126,8 @@ def load_part_weights(
     weights = checkpoint.get(entry)
     if not isinstance(weights, Mapping):
         raise UserError(f"{path}: no checkpoint of this training: expected a dict whose entry {entry!r} holds weights")
-    load_weights(part, weights, path, f"the {type(part).__name__} of this config")
+    check_trained(path, checkpoint)
+    load_weights(part, tensors_in(path, entry, weights), path, f"the {type(part).__name__} of this config")
     if checkpoint.get("base") not in (None, base):
         raise UserError(f"{path}: trained beside another BiFlowNet than the one that is given: give that")
 
@@ -142,7 +145,10 @@ def biflownet_weights(path: str | Path, checkpoint: Mapping[str, Any], use_ema: 
         raise UserError(
             f"{path}: a ControlNet, expected a BiFlowNet checkpoint: give the one that it was trained beside"
         )
-    return dict(weights)
+    if getattr(weights[TABLE], "ndim", None) != 2:
+        raise UserError(f"{path}: {TABLE} is no table of classes: no BiFlowNet of this project")
+    check_trained(path, checkpoint)
+    return tensors_in(path, entry, weights)
 
 
 def count_classes(checkpoint: Mapping[str, Any], table: torch.Tensor) -> tuple[int, bool]:
@@ -159,6 +165,7 @@ def has_null_label(checkpoint: Mapping[str, Any], table: torch.Tensor, num_class
 
 def check_options(cfg: DictConfig, path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """UserError where a config says other things of the network than its checkpoint that no weight's shape tells."""
+    check_trained(path, checkpoint)
     for name in ("timesteps", *WITHOUT_SHAPE):
         trained = getattr(checkpoint.get("args"), name, cfg[name])
         if trained != cfg[name]:

@@ -4,7 +4,8 @@ Latent files are scaled by the range of the whole codebook, as in the official r
 standard deviation of a few hundredths, which noise drowns at nearly all timesteps.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,19 @@ class LatentScaling(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
+
+    def take(self, state: Any) -> None:
+        """Set them to those of a checkpoint. ValueError: none, or those of other channels."""
+        is_mapping = isinstance(state, Mapping) and set(state) == {"mean", "std"}
+        for name in ("mean", "std") if is_mapping else ():
+            value, own = state[name], getattr(self, name)
+            if not isinstance(value, Tensor) or value.shape != own.shape or not value.is_floating_point():
+                raise ValueError(f"the scale of latents: {name} is not one number for each of {len(own)} channels")
+            if not value.isfinite().all() or (name == "std" and not (value > 0).all()):
+                raise ValueError(f"the scale of latents: {name} has {value.tolist()[:8]}, which can't scale anything")
+        if not is_mapping:
+            raise ValueError("the scale of latents is damaged: expected mean and std")
+        self.load_state_dict(state)
 
     def measure(self, latents: Iterable[Tensor]) -> None:
         """Set them to those of all voxels of some latents, each (C, d, h, w)."""

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from common.checkpoint_files import load_weights
 from common.errors import UserError
-from ddpm.attributes import AttributeSpec, specs_of
+from ddpm.attributes import AttributeSpec
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.checkpoint import ATTRIBUTES, TABLE, biflownet_weights, count_classes
+from ddpm.trained import trained_attributes
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def transfer(
     weights = biflownet_weights(path, checkpoint, use_ema=True)
     table, notes = _table(model, path, checkpoint, weights[TABLE], class_map or {})
     weights[TABLE] = table
-    notes += _exchange_attributes(model, checkpoint, weights)
+    notes += _exchange_attributes(model, path, checkpoint, weights)
     load_weights(model, weights, path, "this BiFlowNet config: only its classes and attributes may be others")
     return notes
 
@@ -97,9 +98,11 @@ def _table(
     return torch.stack(rows), notes
 
 
-def _exchange_attributes(model: BiFlowNet, checkpoint: Mapping[str, Any], weights: dict[str, Tensor]) -> list[str]:
+def _exchange_attributes(
+    model: BiFlowNet, path: str | Path, checkpoint: Mapping[str, Any], weights: dict[str, Tensor]
+) -> list[str]:
     """Leave in `weights` those of attributes that both have, and the model's own zeros for what is new to it."""
-    known = {spec.name: spec for spec in specs_of(getattr(checkpoint.get("args"), "attributes", []))}
+    known = {spec.name: spec for spec in trained_attributes(path, checkpoint)}
     wanted = {} if model.attribute_emb is None else {spec.name: spec for spec in model.attribute_emb.specs}
     shared = {name for name, spec in wanted.items() if known.get(name) == spec}
 

@@ -13,13 +13,14 @@ from pytorch_lightning.callbacks import BaseFinetuning
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
+from AutoEncoder.checkpoint import check_autoencoder
 from AutoEncoder.model.adversarial_training import AdversarialTraining
 from AutoEncoder.model.autoencoder import Autoencoder
 from AutoEncoder.model.discriminator import DISCRIMINATOR_LOSSES, NLayerDiscriminator3D
 from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.MedicalNetPerceptual import MedicalNetPerceptual
 from AutoEncoder.model.networks import ResBlock
-from common.checkpoint_files import check_sums, load_checkpoint, only_safe_types
+from common.checkpoint_files import load_checkpoint, only_safe_types
 
 
 class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the public name
@@ -65,7 +66,9 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
         """
         try:
             if not hasattr(checkpoint_path, "read"):
-                check_sums(checkpoint_path)
+                checkpoint = load_checkpoint(checkpoint_path, mmap=True)
+                if checkpoint.get("hyper_parameters") and "cfg" not in options and options.get("strict") is not False:
+                    check_autoencoder(checkpoint_path, checkpoint)
             with only_safe_types():
                 return super().load_from_checkpoint(checkpoint_path, *args, **options)
         except (OSError, RuntimeError, pickle.UnpicklingError):

@@ -8,7 +8,6 @@
 
 import importlib.util
 import logging
-import pickle
 import re
 import socket
 from collections.abc import Iterator
@@ -19,7 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.checkpoint_contents import check_contents
+from common.checkpoint_files import load_plain
 from common.files import file_sha256
+from common.places import home_expanded, is_file, is_folder
 
 VGG_FILE = "vgg16-397923af.pth"
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
@@ -72,8 +74,8 @@ def user_folder(weights_dir: str | Path | None) -> list[Path]:
     """[the folder], or [] without one; ValueError when it doesn't exist."""
     if weights_dir is None or str(weights_dir) == "":
         return []
-    folder = Path(weights_dir).expanduser()
-    if not folder.is_dir():
+    folder = home_expanded(weights_dir)
+    if not is_folder(folder):
         raise ValueError(f"model.perceptual_weights names {folder}, which is not a folder")
     return [folder]
 
@@ -87,7 +89,7 @@ def package_folder() -> list[Path]:
 
 
 def first_existing(folders: list[Path], name: str) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    return next((folder / name for folder in folders if is_file(folder / name)), None)
 
 
 def list_folders(folders: list[Path]) -> str:
@@ -121,21 +123,11 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a file of plain tensors; nothing in it is executed. ValueError for anything else."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{path} is no readable file of plain weights ({refusal_reason(error)}): fetch it again"
-        ) from error
+    weights = load_plain(path)
     if not isinstance(weights, dict):
         raise ValueError(f"{path} holds a {type(weights).__name__}, not a dictionary of weights: fetch it again")
+    check_contents(path, weights)
     return weights
-
-
-def refusal_reason(error: Exception) -> str:
-    """The one telling line of torch's long message about a file that holds more than tensors."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return next((line.strip() for line in lines if "Unsupported" in line), lines[0].strip())
 
 
 def select(model: nn.Module, names: dict[str, str], weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from common.text import is_plain
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -32,8 +34,13 @@ def positive_triple(expected: str) -> Rule:
 def name_of_a(what: str) -> Rule:
     """Not too long either: sizes, numbers and endings come to it, and most file systems stop at 255 bytes."""
     return Rule(
-        lambda value: value not in ("", ".", "..") and not set(value) & set("/\\\0") and len(os.fsencode(value)) <= 150,
-        f"a name that a {what} can have, of at most 150 bytes",
+        lambda value: (
+            is_plain(value)
+            and not set(value) & set("/\\")
+            and 0 < len(os.fsencode(value)) <= 150
+            and not value.startswith(".")
+        ),
+        f"a name that a {what} can have, of at most 150 bytes, and not hidden",
     )
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common.errors import UserError
+from common.places import is_file
 from common.progress import tracked
 from dataset.checking import examine
 from dataset.checking.examine import FileFacts, Problem, examine_latent, examine_volume
@@ -46,7 +47,7 @@ def check_volumes(
             the range.
     """
     low, high = intensity_range
-    command = f"python dataset/check.py {root_dir if Path(root_dir).is_file() else 'JSON'}"
+    command = f"python dataset/check.py {root_dir if is_file(root_dir) else 'JSON'}"
     command += "" if (low, high) == MODEL_RANGE else f" --intensity-range {low:g} {high:g}"
     _warn_of_headers(headers, command, logger)
     facts = _read(files, lambda path: _examine_once(path, (low, high), _version(path)), logger)

@@ -18,6 +18,8 @@ from rich.table import Table
 from common.errors import UserError
 from common.files import check_writable, write_atomically
 from common.parallel import map_in_processes
+from common.places import is_file
+from common.text import printable
 from dataset.checking import examine
 from dataset.checking.examine import FileFacts, Problem, examine_latent, examine_volume
 from dataset.order.split import find_subject
@@ -75,7 +77,7 @@ def check(cfg: DictConfig) -> bool:
 
 
 def _is_latents(files: Mapping[str, Sequence[Path]], folders: Mapping[str, Sequence[Path]]) -> bool:
-    if any((folder / RECORD_NAME).is_file() for of_name in folders.values() for folder in of_name):
+    if any(is_file(folder / RECORD_NAME) for of_name in folders.values() for folder in of_name):
         return True
     return examine.holds_latents([path for _, path in examine.choose_sample(files, KIND_SAMPLE)])
 
@@ -164,7 +166,7 @@ def show(
 ) -> None:
     """Prints table, problems, warnings and notes."""
     first = next(iter(summaries.values()))
-    table = Table(title=str(path), title_justify="left")
+    table = Table(title=printable(str(path)), title_justify="left")
     columns = {"name": "left", "files": "right"}
     columns |= {"subjects": "right"} if "subjects" in first else {}
     columns |= {"size X×Y×Z": "left", "spacing mm": "left"} if "spacings_mm" in first else {"size C×d×h×w": "left"}
@@ -173,7 +175,7 @@ def show(
     for heading, side in columns.items():
         table.add_column(heading, justify=side)
     for name, summary in summaries.items():
-        cells = [name, str(summary["files"])]
+        cells = [printable(name), str(summary["files"])]
         cells += [str(summary["subjects"])] if "subjects" in summary else []
         cells += [_counts(summary[key]) for key in ("sizes", "spacings_mm") if key in summary]
         cells += [f"{summary[key]:.4g}" if key in summary else "–" for key in ("lowest", "highest", "median_of_means")]
@@ -202,7 +204,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True)
+    console.print(printable(line), soft_wrap=True)
 
 
 def write_report(

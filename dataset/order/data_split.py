@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.places import is_file
 from dataset.order.split import Split, find_subject, is_run_record, split_dataset
 from dataset.volumes.index import (
     LATENT_SUFFIX,
@@ -146,7 +147,7 @@ def find_split(root_dir: str | Path, wanted: str | None = None) -> DataSplit | N
         return None
     beside = Path(root_dir).parent / SPLIT_NAME
     folders = [folder for folders in read_dataset_folders(root_dir).values() for folder in folders]
-    if wanted is not None or beside.is_file():
+    if wanted is not None or is_file(beside):
         split = read_split(beside if wanted is None else wanted)
     else:
         split = _common_split(folders, root_dir)
@@ -172,19 +173,19 @@ def split_near(folder: Path) -> Path | None:
     """The `split.json` of the data set that a folder belongs to: in it, or above CLASS or CLASS/SIZE."""
     place = folder.absolute()
     files = (parent / SPLIT_NAME for parent in (place, *place.parents[:2]))
-    return next((file for file in files if file.is_file() and not is_run_record(file)), None)
+    return next((file for file in files if is_file(file) and not is_run_record(file)), None)
 
 
 def _class_names(folders: Iterable[Path]) -> dict[Path, str]:
     copies = {folder: folder / SPLIT_NAME for folder in folders}
-    names = {folder: read_json_object(copy).get("class") for folder, copy in copies.items() if copy.is_file()}
+    names = {folder: read_json_object(copy).get("class") for folder, copy in copies.items() if is_file(copy)}
     return {folder: name for folder, name in names.items() if isinstance(name, str)}
 
 
 def read_split(path: str | Path) -> DataSplit:
     """UserError: no such file, or none of this form."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file: make it with dataset/split.py")
     record = read_json_object(path)
     try:
@@ -217,7 +218,7 @@ def parse_side(text: str) -> tuple[str, str | None]:
 def dataset_of(text: str) -> Path:
     """The dataset JSON, or folder, behind what a set is given by: a folder, JSON, JSON:SIDE or split.json:SIDE."""
     path = Path(parse_side(text)[0])
-    return path.with_name(read_split(path).dataset) if path.name == SPLIT_NAME and path.is_file() else path
+    return path.with_name(read_split(path).dataset) if path.name == SPLIT_NAME and is_file(path) else path
 
 
 def files_of_side(json_file: str | Path, side: str) -> dict[str, list[Path]]:
@@ -240,7 +241,7 @@ def split_of(text: str) -> DataSplit | None:
     path = Path(parse_side(text)[0])
     if path.name == SPLIT_NAME:
         return read_split(path)
-    if path.is_file():
+    if is_file(path):
         return find_split(path)
     near = split_near(path)
     return read_split(near) if near else None

@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import UserError
+from common.places import is_file
+from common.text import printable
 from dataset.order.data_split import (
     HELD_OUT,
     SIDES,
@@ -102,10 +104,10 @@ def agreed_shares(root_dir: str | Path, wanted: Mapping[str, Any], anew: bool = 
     path = Path(root_dir).with_name(SPLIT_NAME)
     asked = {key: value for key, value in wanted.items() if value is not None}
     shares = DEFAULTS
-    if path.is_file():
+    if is_file(path):
         with suppress(UserError) if anew else nullcontext():  # what can't be read is replaced
             shares = read_split(path).shares
-    if anew or not path.is_file():
+    if anew or not is_file(path):
         return replace(shares, **asked)
     for key, value in asked.items():
         if getattr(shares, key) != value:
@@ -123,7 +125,7 @@ def keep_or_draw(root_dir: str | Path, wanted: Mapping[str, Any], anew: bool = F
     Arguments and UserError as `agreed_shares`.
     """
     path = Path(root_dir).with_name(SPLIT_NAME)
-    before = read_split(path) if path.is_file() and not anew else None
+    before = read_split(path) if is_file(path) and not anew else None
     split = draw_split(root_dir, agreed_shares(root_dir, wanted, anew), before)
     split.write(path.parent)
     return split
@@ -134,12 +136,12 @@ def show_split(split: DataSplit, root_dir: str | Path) -> None:
     console = Console(stderr=True)
     pattern = split.shares.subject_pattern
     console.print(
-        f"{split.path}: {'every file is a subject' if pattern is None else f'subjects by {pattern}'}",
+        printable(f"{split.path}: {'every file is a subject' if pattern is None else f'subjects by {pattern}'}"),
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     table = Table("name", *(f"{side.replace('_', ' ')}: subjects, volumes" for side in SIDES))
     for name, folders in read_dataset_folders(root_dir).items():
         found = [(split.subject_of(p, f), split.side_of(p, f)) for f in folders for p in list_volumes(f)]
         files, subjects = Counter(side for _, side in found), Counter(side for _, side in set(found))
-        table.add_row(Text(name), *(f"{subjects[side]}, {files[side]}" for side in SIDES))
+        table.add_row(Text(printable(name)), *(f"{subjects[side]}, {files[side]}" for side in SIDES))
     console.print(table)

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.places import is_file
 from dataset.volumes.index import is_size_folder, list_volumes, read_dataset_folders
 
 RECORD_NAME = "split.json"  # in a run folder
@@ -209,7 +210,7 @@ def keep_split(
     path = Path(folder) / RECORD_NAME
     by = {} if split.source is None else {BY_DATA_SPLIT: True}
     record = {**options, **by, "files": _named_files(root_dir, split)}
-    if is_resumed and path.is_file():
+    if is_resumed and is_file(path):
         _check_same(path, root_dir, record["files"])
     else:
         write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
@@ -237,7 +238,7 @@ def is_run_record(path: Path) -> bool:
 def began_by_itself(folder: str | Path) -> bool:
     """Whether a run with checkpoints in this folder drew its split itself, as all did before there was one for all."""
     path = Path(folder) / RECORD_NAME
-    if not path.is_file() or not any((Path(folder) / "checkpoints").glob("*.ckpt")):
+    if not is_file(path) or not any((Path(folder) / "checkpoints").glob("*.ckpt")):
         return False
     return _read_record(path).get(BY_DATA_SPLIT) is not True
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.places import is_file, is_folder
 from dataset.order.data_split import HELD_OUT, SPLIT_NAME, TRAINING, DataSplit, dataset_of, split_of
 from dataset.order.split import find_subject
 from dataset.volumes.index import is_size_folder, read_dataset_folders
@@ -58,7 +59,7 @@ def find_subjects(sets: Mapping[str, tuple[str, Sequence[Path]]], pattern: str |
     untold: dict[str, dict[Path, str]] = {}  # option -> file -> below its folder
     for option, (text, files) in sets.items():
         folders, found[option], untold[option] = _folders_of(text), {}, {}
-        own = None if Path(text).is_dir() else splits[option]  # what lies near a folder can be another data set's
+        own = None if is_folder(text) else splits[option]  # what lies near a folder can be another data set's
         for path in files:
             place = path.resolve()
             folder = next((parent for parent in place.parents if parent in known), None)
@@ -83,7 +84,7 @@ def _folders_of_splits(splits: Iterable[DataSplit | None]) -> dict[Path, DataSpl
     """The folders of the data sets that splits were drawn for."""
     known = {}
     for split in splits:
-        if split is not None and (json_file := split.path.with_name(split.dataset)).is_file():
+        if split is not None and is_file(json_file := split.path.with_name(split.dataset)):
             folders = read_dataset_folders(json_file).values()
             known |= {folder.resolve(): split for of_name in folders for folder in of_name}
     return known
@@ -91,7 +92,7 @@ def _folders_of_splits(splits: Iterable[DataSplit | None]) -> dict[Path, DataSpl
 
 def _folders_of(text: str) -> list[Path]:
     path = dataset_of(text)
-    return [path] if path.is_dir() else [f for folders in read_dataset_folders(path).values() for f in folders]
+    return [path] if is_folder(path) else [f for folders in read_dataset_folders(path).values() for f in folders]
 
 
 def _other_sizes(path: Path) -> str | None:

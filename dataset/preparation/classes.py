@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.places import exists
 from dataset.volumes.index import LATENT_SUFFIX, class_folder, read_json_object
 
 AUTOENCODER_JSON = "PatchVolume_data.json"  # name -> folder or folders
@@ -75,7 +76,7 @@ def add_classes(folder: str | Path, places: Mapping[int, str]) -> None:
             raise UserError(f"{ids}: class id {class_id} is {names[0]}: give {_class_name(place)} another class_id")
     for file_name in (AUTOENCODER_JSON, LATENTS_JSON, VOLUMES_JSON):  # the last says what the others have, too
         path = folder / file_name
-        entries = read_json_object(path) if path.exists() else {}
+        entries = read_json_object(path) if exists(path) else {}
         before = dict(entries)
         for class_id, place in places.items():
             key = _class_name(place) if file_name == AUTOENCODER_JSON else str(class_id)
@@ -95,7 +96,7 @@ def _class_name(place: str) -> str:
 
 def _places(path: Path) -> Iterator[tuple[str, str]]:
     """(key, folder) for all folders of a JSON; none where it doesn't exist."""
-    for key, value in (read_json_object(path) if path.exists() else {}).items():
+    for key, value in (read_json_object(path) if exists(path) else {}).items():
         if path.name == VOLUMES_JSON and not (key.isascii() and key.isdigit()):
             raise UserError(f'{path}: entries {{"class id": "folder"}} are needed to add a class: move the file away')
         yield from ((key, folder) for folder in _as_list(path, key, value))

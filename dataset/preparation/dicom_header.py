@@ -29,6 +29,7 @@ DAMAGED_HEADER = (
     KeyError, IndexError, NotImplementedError,
 )  # fmt: skip
 PREAMBLE = 128
+MOST_INFLATED = 2**30  # bytes of a gzipped file; it could hold a thousand times its own size
 NIFTI_MAGIC = (b"n+1\0", b"ni1\0")  # from byte 344; the preamble of a DICOM file may begin with anything
 PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # float, double and whole numbers
 UNKNOWN_LENGTH = 0xFFFFFFFF  # of compressed voxels
@@ -101,7 +102,10 @@ def open_dicom(path: Path) -> IO[bytes]:
     if start != GZIP_MAGIC:
         return file
     with file:
-        return io.BytesIO(gzip.GzipFile(fileobj=file).read())
+        content = gzip.GzipFile(fileobj=file).read(MOST_INFLATED + 1)
+    if len(content) > MOST_INFLATED:
+        raise UserError(f"{path}: the gzip file holds more than {MOST_INFLATED >> 30} GiB: unpack it if that is right")
+    return io.BytesIO(content)
 
 
 def read_slices(path: Path) -> list[Slice]:
@@ -125,6 +129,8 @@ def read_slices(path: Path) -> list[Slice]:
             fault = _fault_of_voxels(header, lengths, num_bytes)
             return list(_slices_of(path, header, fault))
         kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+    except UserError:
+        raise
     except DAMAGED_HEADER as error:
         raise UserError(f"{path}: a damaged DICOM header ({error}): export the file again") from error
     # An image whose header is cut off must not pass for an object without one: its slice would be missing unnoticed.

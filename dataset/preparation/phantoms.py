@@ -11,6 +11,7 @@ from scipy import ndimage
 from common.errors import UserError
 from common.files import write_atomically
 from common.parallel import map_in_processes
+from common.places import exists
 from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, Shares
 from dataset.order.draw_split import given_split
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes
@@ -278,7 +279,7 @@ def write_phantoms(
 def check_record(output_dir: Path, options: dict[str, int]) -> None:
     """Compares the options with those that the folder's phantoms were made with, and notes them in a new folder."""
     record = output_dir / "phantoms.json"
-    if not record.exists():
+    if not exists(record):
         write_atomically(record, (json.dumps(options) + "\n").encode())
     elif (found := record.read_text().strip()) != json.dumps(options):
         raise UserError(f"{output_dir}: holds phantoms made with {found}, not {json.dumps(options)}: name a new folder")

@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from common.errors import UserError
 from common.files import remove_leftovers
 from common.parallel import map_in_processes
+from common.places import exists, is_file
 from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manifest, write_manifest
 from dataset.preparation.measured import NotAVolume, check_is_image
 from dataset.preparation.recipe import Recipe, describe, prepare
@@ -133,8 +134,8 @@ class PreparedFolder:
     def tidy(self) -> None:
         """Sorts the manifest and takes out entries whose volume is gone, and files that a killed run left half."""
         remove_leftovers(self.folder)
-        self.entries = {file: e for file, e in self.entries.items() if (self.folder / file).is_file()}
-        if self.entries or (self.folder / MANIFEST_NAME).exists():
+        self.entries = {file: e for file, e in self.entries.items() if is_file(self.folder / file)}
+        if self.entries or exists(self.folder / MANIFEST_NAME):
             write_manifest(self.folder, self.entries.values())
 
     def _is_there(self, source: Source) -> bool:
@@ -142,7 +143,7 @@ class PreparedFolder:
         entry, path = self.entries.get(file_name(source)), self.folder / file_name(source)
         if entry is None or entry["recipe"] != self.recipe.record():
             return False
-        return path.is_file() and path.stat().st_size == entry["file_bytes"]
+        return is_file(path) and path.stat().st_size == entry["file_bytes"]
 
     def _is_untouched(self, source: Source) -> bool:
         entry = self.entries[file_name(source)]

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.files import LOCK_NAME, lock, lock_folder
+from common.places import exists, is_file, is_folder
 from dataset.order.data_split import SPLIT_NAME, subject_finder
 from dataset.order.draw_split import agreed_shares, check_shares, keep_or_draw, show_split, subjects_of
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes, check_place, choose_class_id
@@ -20,7 +21,7 @@ from dataset.preparation.manifest import read_manifest
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder, file_name
 from dataset.preparation.recipe import Recipe
 from dataset.preparation.sources import Found, Source, check_source, find_sources
-from dataset.preparation.summary import PLAIN, Run, add_row, count_other_sizes, report
+from dataset.preparation.summary import Run, add_row, count_other_sizes, report, say
 from dataset.volumes.index import size_folder
 
 DEFAULT_WINDOW = (-1000.0, 1000.0)  # HU: air to dense bone
@@ -69,18 +70,18 @@ def preprocess(cfg: DictConfig, diffusion_multiple: int) -> bool:
         prepared.tidy()
         fitting, refused = prepared.without_collisions(selected, cfg.num_workers)
         todo = prepared.plan(fitting, cfg.num_workers)
-        console.print(
+        say(
+            console,
             f"{len(selected)} volumes in {cfg.input} -> {folder} (class {class_id}, "
             f"{target.modality}), {len(fitting) - len(todo)} of them are there",
-            **PLAIN,
         )
         outcomes += [*refused, *prepared.prepare(todo, cfg.num_workers)]
         prepared.tidy()
         if unwanted := prepared.unwanted(selected):
-            console.print(
+            say(
+                console,
                 f"{folder}: {len(unwanted)} volume(s) of earlier runs come from sources in {cfg.input} that this run "
                 f"leaves out or no longer finds, e.g. {unwanted[0]}: they stay, delete them if they are not wanted",
-                **PLAIN,
             )
     run = Run(size, source_folder, selected, passed_over, outcomes)
     with (output_dir / LOCK_NAME).open("a") as file:  # another size or class may be ready at the same time
@@ -101,10 +102,10 @@ def _hint_at_size(cfg: DictConfig, recipe: Recipe, multiple: int, console: Conso
         what = f"size {size_folder(recipe.size)}: not all are multiples of {multiple}"
     else:
         return
-    console.print(
+    say(
+        console,
         f"{what}: good for the autoencoder; a diffusion model needs one size, each side a multiple of {multiple} at "
         f"{cfg.downsample}x",
-        **PLAIN,
     )
 
 
@@ -113,7 +114,7 @@ def _shares(cfg: DictConfig) -> dict[str, str | float | None]:
 
 
 def _has_split(cfg: DictConfig, json_file: Path) -> bool:
-    return json_file.with_name(SPLIT_NAME).is_file() or any(value is not None for value in _shares(cfg).values())
+    return is_file(json_file.with_name(SPLIT_NAME)) or any(value is not None for value in _shares(cfg).values())
 
 
 def _check_split(cfg: DictConfig, json_file: Path, folder: Path, sources: Sequence[Source]) -> None:
@@ -121,7 +122,7 @@ def _check_split(cfg: DictConfig, json_file: Path, folder: Path, sources: Sequen
     if _has_split(cfg, json_file):
         shares = agreed_shares(json_file, _shares(cfg))
         check_shares(shares)
-        if json_file.is_file():
+        if is_file(json_file):
             subjects_of(json_file, shares)
         subject_of = subject_finder(shares.subject_pattern)
         for source in sources:
@@ -133,10 +134,10 @@ def _keep_split(cfg: DictConfig, json_file: Path, console: Console) -> None:
     if _has_split(cfg, json_file):
         show_split(keep_or_draw(json_file, _shares(cfg)), json_file)
     else:
-        console.print(
+        say(
+            console,
             f"who trains and who is held out is not said yet: python dataset/split.py {json_file} --subject-pattern "
             "'^[^/]+' if each patient has a folder",
-            **PLAIN,
         )
 
 
@@ -166,8 +167,8 @@ def _check_output(cfg: DictConfig, folder: Path, source_folder: Path) -> None:
             "choose a folder outside"
         )
     for place in (folder, Path(cfg.output_dir)):  # the latter gets the dataset JSONs
-        parent = next(found for found in (place, *place.absolute().parents) if found.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
+        parent = next(found for found in (place, *place.absolute().parents) if exists(found))
+        if not is_folder(parent) or not os.access(parent, os.W_OK):
             raise UserError(f"output_dir: {parent} can't be written to: choose another folder")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import file_sha256
 from common.parallel import map_in_processes
+from common.places import exists, is_file, is_folder
 from dataset.preparation.dicom_conversion import convert
 from dataset.preparation.dicom_header import Slice, is_dicom, read_slices
 from dataset.preparation.dicom_series import Series, check_series, group_series
@@ -87,9 +88,9 @@ def find_sources(folder: str | Path, num_workers: int = 0) -> Found:
     UserError: no such folder, or nothing of either kind in it.
     """
     folder = Path(folder)
-    if folder.is_file():
+    if is_file(folder):
         raise UserError(f"input: {folder} is a file: give the folder that it lies in, {folder.parent}")
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"input: {folder}: no such folder")
     found, closed = Found(), []
     files = [path for path in walk_files(folder, closed.append) if path.name != "DICOMDIR"]
@@ -153,7 +154,7 @@ def _look(path: Path) -> list[Slice] | str | None:
     try:
         if is_dicom(start):
             return read_slices(path) or None
-        if path.suffix.lower() == ".hdr" and path.with_suffix(".img").exists():
+        if path.suffix.lower() == ".hdr" and exists(path.with_suffix(".img")):
             return None  # the volume is named by its voxels
         if start[:4] in NIFTI_STARTS or path.name.lower().endswith(NIFTI_SUFFIXES):
             return "nifti"

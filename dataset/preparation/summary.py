@@ -18,13 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from common.files import write_atomically
+from common.places import is_folder
+from common.text import printable
 from dataset.preparation.manifest import read_manifest
 from dataset.preparation.prepared_folder import Outcome, PreparedFolder
 from dataset.preparation.sources import Source
 from dataset.volumes.index import is_size_folder
 
 PROBLEMS_NAME = "problems.jsonl"
-PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}  # of lines on the console
 MAX_SHOWN = 20  # problems on the console; all are in problems.jsonl
 NOTABLE_LOSS = 0.02  # share of the foreground cut off from which a volume is mentioned
 
@@ -46,7 +47,7 @@ class Run:
 
 def count_other_sizes(class_folder: Path, folder: Path) -> dict[str, int]:
     """Size -> number of prepared volumes, of all sizes of a class but that in `folder`."""
-    places = sorted(class_folder.iterdir()) if class_folder.is_dir() else []
+    places = sorted(class_folder.iterdir()) if is_folder(class_folder) else []
     counts = {place.name: len(read_manifest(place)) for place in places if is_size_folder(place.name)}
     return {size: count for size, count in counts.items() if count and class_folder / size != folder}
 
@@ -74,15 +75,20 @@ def report(
         add_row(table, "failed", "1", f"{problem['source']}: {problem['reason']}{of_size}")
     if len(problems) > MAX_SHOWN:
         add_row(table, "failed", str(len(problems) - MAX_SHOWN), f"more, see {class_folder / PROBLEMS_NAME}")
-    console.print(f"{class_folder}: {len(prepared.entries) + sum(other_sizes.values())} volumes", **PLAIN)
+    say(console, f"{class_folder}: {len(prepared.entries) + sum(other_sizes.values())} volumes")
     console.print(table)
     for line in [*_notes(new), *_losses(prepared)]:
-        console.print(line, **PLAIN)
+        say(console, line)
+
+
+def say(console: Console, line: str) -> None:
+    """A line of plain text, as `add_row`."""
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def add_row(table: Table, *cells: str) -> None:
-    """A row of plain text: a name in square brackets is no markup."""
-    table.add_row(*map(Text, cells), style="red" if cells[0] == "failed" else None)
+    """A row of plain text: a name in square brackets is no markup, and nothing in it is obeyed by a terminal."""
+    table.add_row(*(Text(printable(cell)) for cell in cells), style="red" if cells[0] == "failed" else None)
 
 
 def _by_kind(texts: Iterable[tuple[str, str]]) -> list[list[tuple[str, str]]]:
@@ -119,7 +125,7 @@ def _update_problems(path: Path, run: Run) -> list[dict[str, str]]:
 
     def is_open(problem: dict[str, str]) -> bool:
         if problem["input"] != place:
-            return Path(problem["input"]).is_dir()
+            return is_folder(problem["input"])
         source, is_same_size = problem["source"], problem["size"] == run.size
         return source in passed_over if is_same_size else source in there
 

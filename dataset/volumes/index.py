@@ -11,7 +11,8 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn
 
 from common.errors import UserError
-from common.text import decode
+from common.places import home_expanded, is_folder, missing_folder
+from common.text import decode, is_plain, shown
 
 VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
@@ -125,8 +126,8 @@ def list_volumes(folder: str | Path) -> list[Path]:
 def look_into(folder: str | Path) -> FolderContent:
     """What `list_volumes` gives, passes over and refuses. UserError: no such folder, or no `*.nii.gz` in it."""
     folder = Path(folder)
-    if not _is_folder(folder):
-        raise UserError(f"{folder}: no such folder")
+    if not is_folder(folder):
+        raise UserError(f"{folder}: {missing_folder(folder)}")
     closed: list[OSError] = []
     files = walk_files(folder, closed.append)
     volumes = [path for path in files if path.name.endswith(VOLUME_SUFFIX)]
@@ -150,8 +151,11 @@ def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) 
     """All files below a folder, links followed, hidden files and folders left out, sorted.
 
     Hidden folders hold copies: `.git/annex` of DataLad, whose names are links into it, `.ipynb_checkpoints`, or waste.
-    on_error: called for a folder that can't be listed or entered; without, it is a UserError.
+    on_error: called for a folder that can't be listed or entered; without, it is a UserError. One is also the whole
+    file system.
     """
+    if os.path.realpath(folder) == os.path.sep:
+        raise UserError(f"{folder}: the whole file system: name the folder in it that holds the files")
     files, seen = [], set()
     for parent, children, names in os.walk(folder, onerror=on_error or _refuse_folder, followlinks=True):
         seen.add(os.path.realpath(parent))
@@ -192,14 +196,6 @@ def is_size_folder(name: str) -> bool:
 def class_folder(folder: PurePath) -> PurePath:
     """CLASS of a folder of volumes CLASS or CLASS/SIZE."""
     return folder.parent if is_size_folder(folder.name) and folder.parent.name else folder
-
-
-def _is_folder(path: Path) -> bool:
-    """UserError where a folder above can't be entered: what lies in it is not known."""
-    try:
-        return path.is_dir()
-    except OSError as error:
-        _refuse_folder(error)
 
 
 def latent_folder(folder: str | Path) -> Path:
@@ -273,15 +269,21 @@ def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, A
 
 def resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
     """The folders of an entry `name` of the dataset JSON `path`, looked for as by `read_dataset_json`."""
+    if not is_plain(name):
+        raise UserError(f"{path}: key {shown(name)} has characters that are no text: write another")
     value = value.get("images") if isinstance(value, dict) else value  # beside them hints
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not values or not all(isinstance(item, str) and item for item in values):
-        raise UserError(f'{path}: "{name}" must be a folder or a list of folders, found {value!r}')
+        raise UserError(f'{path}: "{name}" must be a folder or a list of folders, found {shown(value)}')
     folders = []
     for item in values:
-        places = list(dict.fromkeys([path.parent / Path(item).expanduser(), Path(item).expanduser()]))
-        found = next((place for place in places if _is_folder(place)), None)
+        try:
+            places = list(dict.fromkeys([path.parent / home_expanded(item), home_expanded(item)]))
+            found = next((place for place in places if is_folder(place)), None)
+            reasons = sorted({missing_folder(place) for place in places}) if found is None else []
+        except UserError as error:
+            raise UserError(f'{path}: "{name}": {error}') from error
         if found is None:
-            raise UserError(f'{path}: "{name}": no such folder: {" or ".join(map(str, places))}')
+            raise UserError(f'{path}: "{name}": {reasons[0]}: {" or ".join(map(str, places))}')
         folders.append(found)
     return folders

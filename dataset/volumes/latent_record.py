@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import remove_leftovers, write_atomically
+from common.places import is_file
 from dataset.volumes.index import VOLUME_SUFFIX
 
 RECORD_NAME = "latents.json"
@@ -20,7 +21,7 @@ AGAIN = "or move the folder away and encode again"
 def read_latent_record(folder: str | Path) -> dict[str, Any] | None:
     """The parsed `latents.json` of a folder, or None. UserError if it is no JSON object."""
     path = Path(folder) / RECORD_NAME
-    if not path.is_file():
+    if not is_file(path):
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

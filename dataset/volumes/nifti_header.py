@@ -15,6 +15,7 @@ FLAG_BYTES = 4  # after the header: whether extensions follow
 HEADER_BYTES = 540 + FLAG_BYTES  # the longer of the two NIfTI headers: 348 (NIfTI-1), 540 (NIfTI-2)
 NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
 NIFTI_STARTS = ((348).to_bytes(4, "little"), (348).to_bytes(4, "big"), *NIFTI2_STARTS)
+IMPLAUSIBLE = 1000  # times as large as it is no file should have been
 UNITS = {1: "meter", 2: "mm", 3: "micron"}  # codes of lengths; others are not defined
 
 
@@ -74,21 +75,37 @@ class Layout:
     is_vector: bool
     is_pair: bool
 
-    def check_size(self, path: Path, size: int) -> None:
-        """UserError: the file, of `size` bytes uncompressed, doesn't hold all voxels."""
-        num_bytes = math.prod(self.shape) * self.dtype.itemsize
-        if size >= self.offset + num_bytes:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of voxels."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """Where the voxels end."""
+        return self.offset + self.num_bytes
+
+    def check_size(self, path: Path, size: int, is_exact: bool = True) -> None:
+        """UserError: the file, of `size` bytes uncompressed, or at most so many, doesn't hold all voxels."""
+        if size >= self.end:
             return
         if self.is_pair:
             raise _pair_error(path)
-        if size >= self.first_byte + num_bytes:
+        at_most = "" if is_exact else "at most "
+        if size >= self.first_byte + self.num_bytes:
             raise UserError(
-                f"{path}: vox_offset is {self.offset}, but {num_bytes} bytes of voxels in a file of {size} begin at "
-                f"byte {size - num_bytes} at the latest: correct it, {self.first_byte} without header extensions"
+                f"{path}: vox_offset is {self.offset:.12g}, but {self.num_bytes} bytes of voxels in a file of "
+                f"{at_most}{size} begin at byte {size - self.num_bytes} at the latest: correct it, {self.first_byte} "
+                "without header extensions"
+            )
+        what = f"{size_text(self.shape)} voxels of type {self.dtype.name} from byte {self.offset:.12g} (vox_offset)"
+        if self.end > IMPLAUSIBLE * size:
+            raise UserError(
+                f"{path}: dim says {what}, {self.end:.12g} bytes, but the file has {at_most}{size}: the header is "
+                "damaged, or nearly all of the file is missing: copy or make it again"
             )
         raise UserError(
-            f"{path}: the file is truncated: {size} bytes, {self.offset + num_bytes} are needed for "
-            f"{size_text(self.shape)} voxels of type {self.dtype.name} from byte {self.offset} (vox_offset): copy or "
+            f"{path}: the file is truncated: {at_most}{size} bytes, {self.end:.12g} are needed for {what}: copy or "
             "make it again"
         )
 

@@ -6,6 +6,7 @@ tensor. What TorchIO itself writes, a vector image (d, h, w, 1, C), is read too.
 """
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from nibabel.arrayproxy import ArrayProxy
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.memory import free_main_memory
 from dataset.volumes.geometry import size_text
-from dataset.volumes.gzip_files import compress, read_bytes
+from dataset.volumes.gzip_files import compress, first_bytes, whole_bytes
 from dataset.volumes.intensity import RANGE_TOLERANCE, is_empty, to_model_range
 from dataset.volumes.nifti_header import HEADER_BYTES, Header, Layout, parse_header
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
+LARGE = 2**30  # bytes from which it is asked whether there is memory for them
 LARGEST_CODE = 32767  # codes of scaled int16 volumes lie between its negative and it
 
 
@@ -81,7 +84,7 @@ def read_header(path: str | Path) -> Header:
 
     UserError: missing file, no NIfTI, cut off within the header, 2D, 4D, several channels, an empty axis.
     """
-    header, layout, _ = _open(path, HEADER_BYTES)
+    header, layout = _open(path)
     _check_volume(header, layout)
     return header
 
@@ -91,9 +94,9 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, Header]:
 
     UserError: as `read_header`, and truncated files, NaN or infinity.
     """
-    header, layout, content = _open(path)
+    header, layout = _open(path)
     _check_volume(header, layout)
-    return _voxels(header.path, layout, content).reshape(header.shape), header
+    return _voxels(header.path, layout).reshape(header.shape), header
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -220,17 +223,17 @@ def _by_slice(array: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np
 
 def read_latent_header(path: str | Path) -> Header:
     """The header of a latent: NIfTI (d, h, w, C), TorchIO's (d, h, w, 1, C) or, with one channel, (d, h, w)."""
-    header, _, _ = _open(path, HEADER_BYTES)
+    header, _ = _open(path)
     _check_latent(header)
     return header
 
 
 def read_latent(path: str | Path) -> torch.Tensor:
     """A latent (C, d, h, w), float32. UserError: as `read_volume`."""
-    header, layout, content = _open(path)
+    header, layout = _open(path)
     _check_latent(header)
     channels, *grid = header.latent_shape
-    array = _voxels(header.path, layout, content).reshape(*grid, channels)
+    array = _voxels(header.path, layout).reshape(*grid, channels)
     return _to_tensor(np.moveaxis(array, -1, 0))  # (C, d, h, w)
 
 
@@ -281,15 +284,33 @@ def _check_latent(found: Header) -> None:
 # Bytes
 
 
-def _open(path: str | Path, num_bytes: int | None = None) -> tuple[Header, Layout, bytes]:
-    """What a file says of itself, how its voxels lie in it, and its bytes, uncompressed, at most `num_bytes`."""
+def _open(path: str | Path) -> tuple[Header, Layout]:
+    """What a file says of itself, and how its voxels lie in it. UserError: more than can be in a file of its size."""
     path = Path(path)
-    content = read_bytes(path, num_bytes)
-    return *parse_header(path, content), content
+    start, most_bytes = first_bytes(path, HEADER_BYTES)
+    header, layout = parse_header(path, start)
+    layout.check_size(path, most_bytes, is_exact=False)
+    return header, layout
 
 
-def _voxels(path: Path, layout: Layout, content: bytes) -> np.ndarray:
+def _voxels(path: Path, layout: Layout) -> np.ndarray:
     """The voxels as float32, scaled as the header says."""
+    needed = layout.end + math.prod(layout.shape) * np.dtype(np.float32).itemsize
+    if needed > LARGE and needed > (free := free_main_memory()):
+        raise UserError(
+            f"{path}: {size_text(layout.shape)} voxels of type {layout.dtype.name} take {needed / 1e9:.3g} GB of "
+            f"memory, {free / 1e9:.3g} GB are free: cut the image into smaller ones, or correct its header"
+        )
+    try:
+        return _read_voxels(path, layout)
+    except MemoryError as error:
+        raise UserError(
+            f"{path}: {needed / 1e9:.3g} GB of memory are needed and not free: take a smaller image"
+        ) from error
+
+
+def _read_voxels(path: Path, layout: Layout) -> np.ndarray:
+    content = whole_bytes(path, layout.end)
     layout.check_size(path, len(content))
     fields = (layout.shape, layout.dtype, layout.offset, layout.slope, layout.intercept)
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite and is reported below

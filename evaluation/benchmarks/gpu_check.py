@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from common.errors import UserError
 from common.files import write_atomically
 from common.log import stamped
+from common.places import is_folder
 from config.schema.benchmark import SCHEMAS
 from evaluation.benchmarks.bounded import Ended, run_bounded
 from evaluation.benchmarks.gpu_steps import STEPS, TIMES, Step, Target
@@ -61,7 +62,7 @@ def check(cfg: DictConfig, command: str) -> int:
 
     What was measured is shown and written also where Ctrl-C or SIGTERM ends the run. UserError without a GPU.
     """
-    if cfg.json is not None and not Path(cfg.json).absolute().parent.is_dir():
+    if cfg.json is not None and not is_folder(Path(cfg.json).absolute().parent):
         raise UserError(f"--json {cfg.json}: there is no folder {Path(cfg.json).parent}: make it, or name another")
     begin = time.monotonic()
     names = ["hardware", *(name for name in STEPS if name in cfg.only or not cfg.only)]

@@ -10,7 +10,6 @@
 Nothing is downloaded: a number must not depend on whether a server answered. docs/evaluation.md says where to get them.
 """
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from AutoEncoder.model.MedicalNetPerceptual import HUB_FOLDER
+from common.checkpoint_contents import check_archive, check_contents
+from common.checkpoint_files import load_plain
 from common.errors import UserError
 from common.files import file_sha256
+from common.places import home_expanded, is_file, is_folder, missing_folder
 from common.processes import device_name
 from dataset.volumes.pictures import PLANES
 
@@ -189,14 +191,14 @@ def describe_networks(networks: Sequence[FeatureNetwork], device: torch.device) 
 def find_weights(name: str, weights_dir: str | Path | None) -> Path | None:
     """The weight file of a pretrained network: in the folder, in torch hub's cache, or where MedicalNet's lie."""
     files = (folder / file for folder in _folders(weights_dir) for file in WEIGHT_FILES[name])
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if is_file(file)), None)
 
 
 def weight_folders(weights_dir: str | Path | None) -> tuple[list[Path], Path]:
     """The user's folder, if one is named, and torch hub's cache. UserError: a folder that doesn't exist."""
-    own = [] if weights_dir is None else [Path(weights_dir).expanduser()]
-    if own and not own[0].is_dir():
-        raise UserError(f"weights_dir: {own[0]}: no such folder: give the one that holds the weight files")
+    own = [] if weights_dir is None else [home_expanded(weights_dir)]
+    if own and not is_folder(own[0]):
+        raise UserError(f"weights_dir: {own[0]}: {missing_folder(own[0])}: give the one that holds the weight files")
     return own, Path(torch.hub.get_dir()) / "checkpoints"
 
 
@@ -221,6 +223,7 @@ def _build(name: str, weights_dir: str | Path | None, num_slices: int) -> Featur
         )
     settings = {"weights_sha256": file_sha256(path)}
     if name == "medicalnet_resnet50":
+        check_archive(path)
         try:
             net = torch.hub.load(str(HUB_FOLDER), name, source="local", weights_dir=path.parent)
         except ValueError as error:
@@ -238,13 +241,10 @@ def load_resnet50(path: Path) -> nn.Module:
 
     Nothing in the file is executed. UserError: unreadable, or another network's.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: no readable file of plain weights ({reason}): fetch it again") from error
+    state = load_plain(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: no dictionary of weights: it is not the file of a ResNet-50")
+    check_contents(path, state)
     state = {_torchvision_name(name): value for name, value in state.items()}
     from torchvision.models import resnet50  # here, since importing it takes as long as all the rest
 

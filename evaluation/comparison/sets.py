@@ -18,6 +18,7 @@ import torch
 
 from common.errors import UserError
 from common.files import file_sha256
+from common.places import exists, is_folder
 from common.progress import tracked
 from dataset.checking.examine import format_numbers, format_size
 from dataset.order.data_split import dataset_of, files_of_side, parse_side
@@ -124,11 +125,11 @@ def list_set(path: str | Path, option: str) -> dict[str, list[Path]]:
     """
     try:
         json_file, side = parse_side(str(path))
-        if side is not None and not Path(path).exists():
+        if side is not None and not exists(path):
             return files_of_side(json_file, side)
-        if not Path(path).exists():
+        if not exists(path):
             raise UserError(f"{path}: no such folder or dataset JSON")
-        return {"": list_volumes(path)} if Path(path).is_dir() else read_dataset_json(path)
+        return {"": list_volumes(path)} if is_folder(path) else read_dataset_json(path)
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
 
@@ -185,7 +186,7 @@ def class_titles(path: str | Path) -> dict[str, str]:
     """
     titles: dict[str, str] = {}
     path = dataset_of(str(path))
-    for name, folders in ({} if path.is_dir() else read_dataset_folders(path)).items():
+    for name, folders in ({} if is_folder(path) else read_dataset_folders(path)).items():
         found = {class_folder(place).name for place in map(Path.resolve, folders)}
         title = found.pop() if name.isdigit() and len(found) == 1 else name
         titles[name] = f"{title} ({name})" if title in (ALL, *titles.values()) else title
@@ -247,7 +248,7 @@ def group_volumes(
 def _generated_by_class(path: str, real_names: set[str]) -> dict[str, tuple[str, list[Path]]]:
     """Name as in the real set -> (name for people, files)."""
     files = list_set(path, "generated")
-    if not Path(path).is_dir():
+    if not is_folder(path):
         return {name: (name, of_name) for name, of_name in files.items()}
     records = {file: read_record(file) or {} for file in files[""]}
     if real_names == {""}:

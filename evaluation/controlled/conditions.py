@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.places import is_file
 from dataset.Control_dataset import check_same_place
 from dataset.order.data_split import find_split, parse_side
 from dataset.volumes.index import VOLUME_SUFFIX, list_volumes, read_json_object, resolve_folders
@@ -58,11 +59,11 @@ def _condition(class_id: int, file: Path, folder: Path, folders: dict[str, Path]
     below = file.relative_to(folder)
     hints = {name: place / below for name, place in folders.items()}
     for name, hint in hints.items():
-        if not hint.is_file():
+        if not is_file(hint):
             raise UserError(f"{hint}: hint {name} of {file} is missing: a hint has the name of the others")
         check_same_place(file, hint)
     truth = None if truths is None else truths / below
-    if truth is not None and not truth.is_file():
+    if truth is not None and not is_file(truth):
         raise UserError(f"{truth}: the true volume of {file} is missing: leave images out where they are not known")
     name = str(below).removesuffix(VOLUME_SUFFIX)
     return Condition(class_id, name, hints, truth, read_header(file))

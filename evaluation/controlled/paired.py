@@ -21,6 +21,7 @@ from AutoEncoder.checkpoint import load_autoencoder
 from common.errors import UserError
 from common.files import check_writable
 from common.log import get_logger
+from common.places import is_file
 from common.processes import device_name, joined
 from common.progress import tracked
 from config.loading import SAVED_CONFIG, require
@@ -108,9 +109,9 @@ def generated_of(cfg: DictConfig, condition: Condition) -> Path:
     """The volume of a condition: the only one, or the mean of several. UserError: there is none."""
     folder = Path(cfg.generated) / str(condition.class_id)
     single, mean = (folder / f"{condition.name}{ending}{VOLUME_SUFFIX}" for ending in ("", "_mean"))
-    if not single.is_file() and not mean.is_file():
+    if not is_file(single) and not is_file(mean):
         raise UserError(f"{single}: not generated: run evaluation/controlled_generation.py for all of {cfg.data}")
-    return single if single.is_file() else mean
+    return single if is_file(single) else mean
 
 
 def first_hint_of(cfg: DictConfig) -> Mapping[str, Any]:

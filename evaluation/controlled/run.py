@@ -19,9 +19,11 @@ from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.log import get_logger
+from common.places import is_file
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import tracked
-from config.loading import require, save_config
+from config.loading import load_config, require, save_config
+from config.schema.control import ControlledGenerationConfig
 from dataset.degradation.degrading import read_measurement
 from dataset.hints import HintReader, MaskHint, hints_of
 from dataset.order.batches import batches_of_one_shape
@@ -43,6 +45,7 @@ from ddpm.latent_process import LatentProcess
 from ddpm.process import build_process, take_process
 from evaluation.controlled.conditions import Condition, list_conditions
 
+MOST_CHANNELS = 4096  # of all hints
 Job = tuple[Condition, int]  # and the number of the sample
 
 
@@ -85,10 +88,16 @@ def generate(cfg: DictConfig) -> list[Path]:
 def hints_of_checkpoint(cfg: DictConfig, control: dict[str, Any]) -> list[HintReader]:
     """Those that a ControlNet was trained with; of files that don't say, those of the config, which gets them."""
     rows = getattr(control.get("args"), "hints", None) or OmegaConf.to_container(cfg.hints)
-    cfg.hints = rows
+    try:
+        cfg.hints = load_config(ControlledGenerationConfig, None, values={"hints": rows}).hints
+    except UserError as error:
+        raise UserError(f"{cfg.model_ckpt}: its args: {error}") from error
     if not rows:
         raise UserError(f"{cfg.model_ckpt} doesn't say which hints it was trained with: give them as hints=[...]")
-    return hints_of(rows, cfg.volume_channels)
+    hints = hints_of(cfg.hints, cfg.volume_channels)
+    if (channels := sum(hint.channels for hint in hints)) > MOST_CHANNELS:
+        raise UserError(f"{cfg.model_ckpt}: its hints have {channels} channels, at most {MOST_CHANNELS} are believed")
+    return hints
 
 
 def load_models(
@@ -138,7 +147,7 @@ def check_conditions(
 def measured_hint(condition: Condition) -> Path:
     """The hint with measurements. UserError: none has them."""
     for hint in condition.hints.values():
-        if hint.with_name(hint.name.removesuffix(VOLUME_SUFFIX) + ".npz").is_file():
+        if is_file(hint.with_name(hint.name.removesuffix(VOLUME_SUFFIX) + ".npz")):
             read_measurement(hint)
             return hint
     raise UserError(

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
+from common.places import is_folder
 from common.processes import Distributed, device_name
 from dataset.volumes.volume_io import is_whole_volume, read_header
 from ddpm.adapter_files import parse_adapters
@@ -76,7 +77,7 @@ def read_record(volume: Path) -> dict[str, Any] | None:
 
 def is_done(request: Request, settings: dict[str, Any]) -> bool:
     """Whether the volume is there, whole and made by the same settings. UserError: by others, or by unknown ones."""
-    if request.path.is_dir():
+    if is_folder(request.path):
         raise UserError(f"{request.path}: a folder is in the volume's place: remove it, or choose another output_dir")
     if not is_whole_volume(request.path):
         return False

@@ -27,6 +27,7 @@ from common.checkpoint_files import load_checkpoint
 from common.compilation import CompiledDenoiser
 from common.errors import UserError
 from common.log import get_logger
+from common.places import exists, is_folder
 from common.precision import autocast, check_precision, clock
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import Progress, tracked
@@ -104,9 +105,9 @@ def _missing(requests: Sequence[Request], settings: dict[str, Any], place: Distr
 def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
     """Refuses what cannot fit by far; a disk that gets full later ends the run in one line and loses nothing."""
     folder = Path(cfg.output_dir).absolute()
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"output_dir: {folder} is a file: choose another folder")
     voxel_bytes = 2 if cfg.output_dtype == "int16" else 4
     needed = SMALLEST_SHARE * voxel_bytes * sum(math.prod(request.voxels) for request in todo)

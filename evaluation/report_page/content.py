@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
+from common.places import exists
 from evaluation.results.results import KINDS, Picture, Results, read_results
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -47,7 +48,7 @@ class Part:
 
 def read_parts(folder: Path) -> list[Part]:
     """Those of the KIND.json that are in the folder. UserError: none is, or one of them is at fault."""
-    paths = [path for kind in KINDS if (path := folder / f"{kind}.json").exists()]
+    paths = [path for kind in KINDS if exists(path := folder / f"{kind}.json")]
     if not paths:
         names = ", ".join(f"{kind}.json" for kind in KINDS)
         raise UserError(f"{folder}: none of {names} is there: the evaluation scripts write them")

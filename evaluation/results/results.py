@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.places import is_folder
 
 KINDS = ("reconstruction", "generation", "paired", "validity")
 SCHEMA_VERSION = 1  # rises when a key changes its meaning or goes; new keys don't raise it
@@ -221,7 +222,7 @@ def make_folders(cfg: DictConfig, kind: str) -> None:
         except OSError as error:
             raise UserError(f"{option}: {folder} can't be written to ({error.strerror}): choose another") from error
     for file in (output / f"{kind}.json", output / f"{kind}.csv"):
-        if file.is_dir():
+        if is_folder(file):
             raise UserError(f"output_dir: {file} is a folder: remove it, or choose another output_dir")
 
 

@@ -18,6 +18,7 @@ from common.child import exit_at_sigterm
 from common.errors import UserError
 from common.files import file_sha256, lock_folder, write_atomically
 from common.log import get_logger
+from common.places import exists
 from common.processes import PATIENCE, joined
 from evaluation.study import running
 from evaluation.study.generated import GeneratedJudge
@@ -167,7 +168,7 @@ class Study:
 
 def read_study(path: Path) -> Record:
     """A study.json, an empty one where there is none. UserError: not a study's."""
-    if not path.exists():
+    if not exists(path):
         return {"runs": [], "speeds": {}, "references": {}}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

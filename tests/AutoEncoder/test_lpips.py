@@ -227,7 +227,7 @@ def test_bad_files_and_folders_are_refused(official_files, offline, tmp_path):
     heads = tmp_path / "vgg.pth"
     for size in (200, 0):
         heads.write_bytes((official_files / "vgg.pth").read_bytes()[:size])
-        with pytest.raises(ValueError, match=r"vgg\.pth is no readable file"):
+        with pytest.raises(ValueError, match=r"vgg\.pth: .*(truncated|readable|damaged)"):
             LPIPS(tmp_path)
     torch.save({"lin0.model.1.weight": torch.zeros(1, 63, 1, 1)}, heads)
     with pytest.raises(
@@ -238,7 +238,7 @@ def test_bad_files_and_folders_are_refused(official_files, offline, tmp_path):
     with pytest.raises(ValueError, match=r"has no lin0\.model\.1\.weight"):
         LPIPS(tmp_path)
     torch.save({"hook": print}, heads)
-    with pytest.raises(ValueError, match="Unsupported"):
+    with pytest.raises(ValueError, match="refused: it asks for"):
         LPIPS(tmp_path)
 
 

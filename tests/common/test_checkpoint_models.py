@@ -1,12 +1,11 @@
 """Models from checkpoint files, official and our own, and what is said about files that do not fit."""
 
-import argparse
 import logging
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from checkpoint_makers import autoencoder_config, biflownet_config, biflownet_file, generation_config, lightning_file
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -15,71 +14,8 @@ from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder, load_au
 from AutoEncoder.model.autoencoder import Autoencoder
 from common.checkpoint_files import load_checkpoint, newest_checkpoint
 from common.errors import UserError
-from config.loading import load_config
-from config.schema.autoencoder import AutoencoderConfig
-from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from ddpm.checkpoint import build_biflownet, load_biflownet, load_biflownet_weights
 from train.autoencoder.training import build_autoencoder
-
-TINY_AE = (
-    "model.n_hiddens=8 model.num_groups=4 model.downsample=[4,4,4] model.n_codes=32 model.embedding_dim=4 "
-    "model.disc_channels=4 model.disc_layers=1 model.perceptual_weight=0 model.discriminator_iter_start=0 "
-    "dataset.patch_size=16"
-).split()
-TINY_BIFLOWNET = (
-    "model_dim=24 dim_mults=[1,1,2] use_attn=[0,0,1] volume_channels=4 num_classes=3 resnet_groups=4 dit_num_heads=2 "
-    "attn_heads=2 patch_size=2"
-).split()
-
-
-def autoencoder_config(*overrides) -> DictConfig:
-    return load_config(AutoencoderConfig, None, [*TINY_AE, *overrides])
-
-
-def biflownet_config(*overrides) -> DictConfig:
-    return load_config(BiFlowNetConfig, None, [*TINY_BIFLOWNET, *overrides])
-
-
-def generation_config(*overrides) -> DictConfig:
-    return load_config(GenerationConfig, None, [*TINY_BIFLOWNET, *overrides])
-
-
-def lightning_file(path: Path, model, hyper_parameters, **more) -> Path:
-    """A file as Lightning writes it."""
-    state = {name: value.clone() for name, value in model.state_dict().items()} | more.pop("weights", {})
-    checkpoint = {
-        "epoch": 3,
-        "global_step": 12,
-        "pytorch-lightning_version": "1.7.7",
-        "state_dict": state,
-        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 4}}}},
-        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.1), "best_k_models": {}}},
-        "optimizer_states": [],
-        "lr_schedulers": [],
-        "hparams_name": "cfg",
-        "hyper_parameters": hyper_parameters,
-    }
-    torch.save(checkpoint | more, path)
-    return path
-
-
-def biflownet_file(path: Path, model, **more) -> Path:
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    ema = {name: value + 1 for name, value in weights.items()}
-    args = argparse.Namespace(
-        volume_channels=model.channels, dim_mults=[1, 1, 2], num_classes=3, ckpt=None, enable_amp=True
-    )
-    checkpoint = {
-        "model": weights,
-        "ema": ema,
-        "scaler": {"scale": 65536.0},
-        "opt": {},
-        "args": args,
-        "epoch": 2,
-        "step": 9,
-    }
-    torch.save(checkpoint | more, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +146,7 @@ AUTOENCODER_ERRORS = [
     (lambda p, m: lightning_file(p, m, {"model": 3, "dataset": {}}), r"stored autoencoder config is damaged"),
     (
         lambda p, m: lightning_file(p, m, {"model": {"downsample": [4]}, "dataset": {}}),
-        r"the stored autoencoder config is damaged: Missing key",
+        r"the stored autoencoder config is damaged: model.embedding_dim is missing",
     ),
     (lambda p, m: other_config(p, m, stage=7), r"autoencoder config: model.stage is 7"),
     (lambda p, m: other_config(p, m, n_hiddens="x"), r"the stored autoencoder config is damaged"),

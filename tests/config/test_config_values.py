@@ -6,6 +6,7 @@ from user_errors import error_of
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, require
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
+from config.schema.control import ControlNetConfig
 from config.schema.data import PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from config.schema.option import BEGINNING, CHANGES, EXTENDS, FREE, options_of
@@ -179,3 +180,8 @@ def test_run_name_stays_in_results_dir(name):
 @pytest.mark.parametrize("name", ["mine", "a/b", "v1..2", ".hidden", "./mine", ""])
 def test_run_names(name):
     assert load_config(BiFlowNetConfig, None, [], {"run_name": name}).run_name == name
+
+
+def test_a_mapping_is_described():
+    message = error_of(load_config, ControlNetConfig, None, [], {"hints": [{"name": "a", "labels": {"liver": "x"}}]})
+    assert message == "option hints: hints[0].labels must be names, each with a whole number, got {'liver': 'x'}"

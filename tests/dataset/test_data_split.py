@@ -1,6 +1,7 @@
 """One split for all stages: drawn by subject, kept when data come, and the same for volumes, sizes and latents."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,20 @@ def draw(path: Path, *options: object) -> None:
 
 def sides(path: Path) -> dict[str, str]:
     return json.loads(path.with_name(SPLIT_NAME).read_text())["subjects"]
+
+
+def test_names_of_any_bytes_are_drawn_and_read_back(tmp_path, capsys):
+    """In Latin-1, with a character that a terminal obeys, with a new line: the split knows the files by them."""
+    names = [os.fsdecode(name) for name in (b"M\xfcller.nii.gz", b"\x1b[31mred.nii.gz", b"a\nb.nii.gz", b"c.nii.gz")]
+    touch(tmp_path / os.fsdecode(b"Kn\xf6chel"), *names)
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps({"A": os.fsdecode(b"Kn\xf6chel")}))
+    draw(path, "--validation", 0.25, "--held-out", 0.25)
+    before = sides(path)
+    assert set(before) == {f"{os.fsdecode(b'Kn')}\udcf6chel/{name.removesuffix('.nii.gz')}" for name in names}
+    draw(path)
+    assert sides(path) == before
+    assert {file.name for of in find_split(path).by_side(path).values() for file in of["A"]} == set(names)
 
 
 def count(path: Path) -> dict[str, int]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from dataset.volumes.volume_io import read_header, read_nifti
+from dataset.volumes import volume_io
+from dataset.volumes.volume_io import read_header, read_latent, read_latent_header, read_nifti
 
 DATA = np.random.default_rng(0).integers(-1000, 1000, (6, 7, 8)).astype(np.int16)
 NUM_BYTES = DATA.nbytes
@@ -127,6 +128,46 @@ def test_the_field_that_is_wrong_is_named(tmp_path, case):
 def test_truncated_is_what_lacks_bytes(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read_nifti(write(tmp_path / "a.nii.gz", content))
+
+
+HUGE = {
+    "2000³": dict(dim=[3, 2000, 2000, 2000, 1, 1, 1, 1]),
+    "60000³": dict(kind="2", dim=[3, 60000, 60000, 60000, 1, 1, 1, 1]),
+    "7 axes": dict(dim=[7] + [32767] * 7),
+    "beyond 64 bits": dict(kind="2", dim=[3, 2**62, 2**62, 2**62, 1, 1, 1, 1]),
+    "offset 1e30": dict(vox_offset=1e30),
+    "offset beyond 64 bits": dict(kind="2", vox_offset=2**63 - 1),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_what_says_that_it_is_huge_is_compared_with_the_file(tmp_path, case, name):
+    path, content = tmp_path / name, stored(**HUGE[case])
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    what = "vox_offset is [0-9.e+]+, but 672 bytes" if "offset" in case else "dim says .*, but the file has"
+    for read in (read_header, read_nifti, read_latent, read_latent_header)[:: 1 if case == "2000³" else 2]:
+        with pytest.raises(UserError, match=rf"a\.nii.*: {what} ") as caught:
+            read(path)
+        assert "truncated" not in str(caught.value)
+
+
+def test_what_inflates_is_not_read_on(tmp_path, monkeypatch):
+    """A few kilobytes of gzip stand for megabytes, or for what the header says where memory does not suffice."""
+    path = write(tmp_path / "a.nii.gz", stored() + bytes(2**20))
+    np.testing.assert_array_equal(read_nifti(path)[0], DATA)
+    path.write_bytes(gzip.compress(stored()) + gzip.compress(bytes(2**26)) + b"never read: no gzip")
+    with pytest.raises(UserError, match=f"goes on after the {352 + NUM_BYTES} bytes that its header describes"):
+        read_nifti(path)
+    large = stored(dim=[3, 600, 1000, 1000, 1, 1, 1, 1], datatype=2, bitpix=8)
+    path.write_bytes(gzip.compress(large + bytes(2**22)) * 150)
+    monkeypatch.setattr(volume_io, "free_main_memory", lambda: 2**31)
+    with pytest.raises(UserError, match="600x1000x1000 voxels of type uint8 take 3 GB of memory, 2.15 GB are free"):
+        read_nifti(path)
+    monkeypatch.setattr(volume_io, "whole_bytes", lambda *args: bytearray(2**62))
+    monkeypatch.setattr(volume_io, "free_main_memory", lambda: 2**60)
+    with pytest.raises(UserError, match="3 GB of memory are needed and not free"):
+        read_nifti(path)
 
 
 def test_compressed_files_that_are_damaged_but_not_cut_off(tmp_path):

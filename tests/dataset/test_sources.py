@@ -12,6 +12,7 @@ from dicom_files import write_series
 from nifti_files import volume, write_nifti
 
 from common.errors import UserError
+from dataset.preparation import dicom_header
 from dataset.preparation.sources import check_source, find_sources, fingerprint, read_source, source_sha256
 
 
@@ -77,6 +78,13 @@ def test_images_that_cannot_be_read_are_named(tmp_path, name, content, reason):
     found = find_sources(tmp_path)
     assert [source.name for source in found.sources] == ["scan"]
     assert [(path, why.split(reason)[0]) for path, why in found.failed] == ([(str(tmp_path / name), "")] * bool(reason))
+
+
+def test_a_gzip_file_that_inflates_is_no_dicom_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom_header, "MOST_INFLATED", 2**20)
+    (tmp_path / "bomb.dcm.gz").write_bytes(gzip.compress(bytes(128) + b"DICM" + bytes(2**22)))
+    ((_, reason),) = find_sources(tmp_path).failed
+    assert "the gzip file holds more than 0 GiB: unpack it if that is right" in reason
 
 
 def test_archives_are_counted(tmp_path):

@@ -178,7 +178,7 @@ def test_resnet50_of_both_kinds_of_file(tmp_path, state):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a file of weights", "no readable file of plain weights"),
+        (b"not a file of weights", "not a readable checkpoint"),
         ([1, 2], "no dictionary of weights"),
         ({"conv1.weight": torch.zeros(2)}, "not the weights of a ResNet-50: conv1.weight"),
         ("other", "not the weights of a ResNet-50: layer9.0.weight"),

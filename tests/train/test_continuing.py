@@ -13,7 +13,7 @@ from biflownet_runs import assert_same_training, checkpoint
 from user_errors import error_of
 
 from common import checkpoint_files
-from common.checkpoint_files import load_checkpoint
+from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.cli import parse_command_line
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.diffusion import BiFlowNetConfig
@@ -212,6 +212,24 @@ def test_unreadable_checkpoints_are_no_reason_to_start_anew(latents, biflownet, 
     assert runs.logged_steps(run) == [1, 2]
 
 
+DAMAGED = {
+    "step": ("7", "step is '7', expected a whole number"),
+    "epoch": (float("nan"), "epoch is nan, expected a whole number"),
+    "samples_seen": ([1], "samples_seen is .1., expected a whole number"),
+    "opt": ({"state": {0: {"exp_avg": 1}}, "param_groups": []}, "its optimiser state .opt. is damaged"),
+    "rng": ({"cpu": [1]}, "its states of random numbers .rng. are damaged"),
+}
+
+
+def test_a_checkpoint_whose_parts_are_damaged(latents, biflownet, tmp_path):
+    results, run = copy_of(biflownet, tmp_path)
+    path = run_folder.checkpoint_path(run, 2)
+    whole = load_checkpoint(path)
+    for name, (value, message) in DAMAGED.items():
+        save_checkpoint({**whole, name: value}, path)
+        assert re.search(f"{path}: {message}", error_of(train, runs.config(latents, results, max_steps=4))), name
+
+
 def test_latents_of_another_autoencoder_are_other_data(tmp_path):
     data = runs.make_latents(tmp_path)
     runs.write_records(data, "first")
@@ -246,6 +264,22 @@ def test_the_autoencoder_goes_by_the_same_rule(volumes, stage_1, tmp_path, capsy
     ended = load_checkpoint(run / "checkpoints" / "last.ckpt")
     assert [state["param_groups"][0]["betas"] for state in ended["optimizer_states"]] == [(0.4, 0.9)] * 2
     train_autoencoder(options("model.adam_betas=[0.4,0.9]", "model.max_steps=4"), 1)  # it is remembered
+
+
+def test_an_autoencoders_checkpoint_whose_parts_are_damaged(volumes, stage_1, tmp_path):
+    run = shutil.copytree(stage_1, tmp_path / "run")
+    path = run / "checkpoints" / "last.ckpt"
+    whole = load_checkpoint(path)
+    for other in set(path.parent.iterdir()) - {path}:
+        other.unlink()
+    loops = {"fit_loop": {"epoch_progress": {"total": {"ready": "1"}}}}
+    damaged = {"global_step": ("2", "global_step is '2', expected a whole"), "loops": (loops, "its loops are damaged")}
+    damaged["optimizer_states"] = ([{"state": {0: 1}, "param_groups": []}], "its optimizer_states are damaged")
+    for name, (value, message) in damaged.items():
+        save_checkpoint({**whole, name: value}, path)
+        assert f"{path}: {message}" in error_of(
+            train_autoencoder, autoencoder_runs.config(volumes, run, "model.max_steps=3"), 1
+        )
 
 
 def test_another_autoencoder_beside_is_told_of(volumes, stage_1, tmp_path, capsys):

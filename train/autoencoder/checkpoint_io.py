@@ -79,7 +79,8 @@ class RandomState(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module) -> None:
         # as late as possible, since setting up the training draws numbers too
         if self._loaded is not None:
-            ranks = self._loaded.get("ranks", [])
-            own = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else self._loaded
+            ranks = self._loaded.get("ranks") if isinstance(self._loaded, dict) else None
+            is_of_all = isinstance(ranks, list) and len(ranks) == trainer.world_size
+            own = ranks[trainer.global_rank] if is_of_all else self._loaded
             restore_random_state(own)
             self._loaded = None

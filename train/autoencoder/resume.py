@@ -9,12 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from AutoEncoder.checkpoint import load_autoencoder_weights
 from AutoEncoder.model.PatchVolume import patchvolumeAE
+from common.checkpoint_contents import MOST_STEPS, count_in
 from common.checkpoint_files import checkpoints_in
 from common.errors import UserError
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.option import BEGINNING
 from train.autoencoder.validation import Validations
 from train.loop import continuing
+from train.loop.averages import is_average
 
 
 class Start(NamedTuple):
@@ -52,7 +54,9 @@ def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logg
         continuing.check_goes_on(root, found, cfg.model.set_anew, "name another model.default_root_dir")
         for line in continuing.news_of(found, config):
             logger.info("%s: %s", root, line)
-        return _start(own, load_autoencoder_weights(model, own), model)
+        checkpoint = load_autoencoder_weights(model, own)
+        _check_whole(own, checkpoint)
+        return _start(own, checkpoint, model)
     source = cfg.model.continue_from or cfg.model.resume_from_checkpoint
     if cfg.model.continue_from is None and (source is None or cfg.model.stage == 2):
         for line in continuing.news_of_others(AutoencoderConfig, root, config):
@@ -76,6 +80,7 @@ def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any],
     if not {"pytorch-lightning_version", "global_step", "loops", "optimizer_states"} <= checkpoint.keys():
         problem = "it holds weights only"
     else:
+        _check_whole(path, checkpoint)
         saved = [state["state"] for state in checkpoint["optimizer_states"]]
         own = [optimizer.param_groups[0]["params"] for optimizer in model.configure_optimizers()]
         if len(saved) != len(own) or not all(map(_moments_fit, saved, own)):
@@ -84,6 +89,38 @@ def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any],
         return True
     logger.warning("%s: %s: training starts from its weights at step 0, with new optimisers", path, problem)
     return False
+
+
+def _check_whole(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """UserError: what Lightning goes on with, and would fail at in its depths, is damaged."""
+    for entry, is_sound in (("optimizer_states", _are_states), ("loops", _are_loops)):
+        if not is_sound(checkpoint.get(entry)):
+            raise UserError(f"{path}: its {entry} are damaged: go on from another checkpoint")
+
+
+def _are_loops(loops: Any) -> bool:
+    """Whether Lightning's loops say how far they are in whole numbers."""
+    if not isinstance(loops, dict) or not isinstance(loops.get("fit_loop"), dict):
+        return False
+    todo = [value for name, value in loops["fit_loop"].items() if str(name).endswith("progress")]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += value.values()
+        elif not isinstance(value, int) or not 0 <= value <= MOST_STEPS:
+            return False
+    return True
+
+
+def _are_states(states: Any) -> bool:
+    """Whether they have the form that optimisers give theirs, with Adam's averages."""
+    return isinstance(states, list) and all(
+        isinstance(state, dict)
+        and isinstance(state.get("state"), dict)
+        and isinstance(state.get("param_groups"), list)
+        and all(is_average(average) for average in state["state"].values())
+        for state in states
+    )
 
 
 def _moments_fit(saved: dict, parameters: list) -> bool:
@@ -98,10 +135,12 @@ def _tell_of_other_values(
     path: Path, checkpoint: Mapping[str, Any], config: dict[str, Any], logger: logging.Logger
 ) -> None:
     """Of a checkpoint of another run."""
-    stored = checkpoint.get("hyper_parameters", {}).get("cfg", {})
-    saved = OmegaConf.to_container(OmegaConf.create(stored))
+    stored = checkpoint.get("hyper_parameters")
+    stored = stored.get("cfg") if isinstance(stored, Mapping | DictConfig) else None
+    saved = OmegaConf.to_container(OmegaConf.create(stored)) if isinstance(stored, Mapping | DictConfig) else {}
     before = {
-        table: {**options, **saved.get(table, {})} for table, options in config.items()
+        table: {**options, **(saved[table] if isinstance(saved.get(table), dict) else {})}
+        for table, options in config.items()
     }  # official ones lack many
     found = continuing.changes(AutoencoderConfig, before, config)
     for line in continuing.news_of([change for change in found if change.resume is not BEGINNING], config):
@@ -109,8 +148,8 @@ def _tell_of_other_values(
 
 
 def _start(path: Path, checkpoint: dict[str, Any], model: patchvolumeAE) -> Start:
-    step = checkpoint.get("global_step")
-    if not isinstance(step, int):
+    step = count_in(path, checkpoint, "global_step", None)
+    if step is None:
         raise UserError(f"{path}: no Lightning checkpoint of a training run (it has no global_step)")
     checkpoint["state_dict"] = model.state_dict()  # which has these weights now: no copy of them while a cache is built
     return Start(path, step, Validations.last_of(checkpoint), {path: checkpoint})

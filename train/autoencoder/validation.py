@@ -30,8 +30,10 @@ class Validations(Callback):
     @staticmethod
     def last_of(checkpoint: dict) -> int:
         """The step of the last validation before a checkpoint. Older ones don't say: none is made up for."""
-        own = checkpoint.get("callbacks", {}).get(Validations.__qualname__, {})
-        return own.get("done_at", checkpoint.get("global_step", 0))
+        callbacks = checkpoint.get("callbacks")
+        own = callbacks.get(Validations.__qualname__) if isinstance(callbacks, dict) else None
+        done_at = own.get("done_at") if isinstance(own, dict) else None
+        return done_at if isinstance(done_at, int) else checkpoint.get("global_step", 0)
 
     def state_dict(self) -> dict:
         return {"done_at": self.done_at}

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from common.errors import UserError
+from common.places import is_file
 from common.progress import tracked
 from common.text import decode
 from dataset.Multires_dataset import Multires_dataset
@@ -89,7 +90,7 @@ def _of_volumes(row: DictConfig, dataset: Multires_dataset) -> Lookup:
     def look_up(path: Path) -> float | None:
         folder = dataset.class_folders[path]
         volume = Path(str(folder.absolute()).removesuffix(LATENT_SUFFIX)) / path.relative_to(folder)
-        if not volume.is_file():
+        if not is_file(volume):
             return None
         header = read_header(volume)
         return of_volume(column, header.spacing_mm, header.shape)

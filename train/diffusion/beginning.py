@@ -25,7 +25,8 @@ from ddpm.controlled import beside_controlnet
 from ddpm.ControlNet import ControlledBiFlowNet
 from ddpm.latent_process import LatentProcess
 from ddpm.lora import AdaptedBiFlowNet, Adapter
-from ddpm.process import OFFICIAL, SCALING
+from ddpm.process import OFFICIAL, SCALING, take_scaling
+from ddpm.trained import trained_attributes
 from ddpm.transfer import ClassMap, parse_class_map, starts_of, transfer
 from train.diffusion.batches import Origin
 from train.loop.session import Session
@@ -53,8 +54,7 @@ def begin_biflownet(cfg: DictConfig, process: LatentProcess) -> tuple[nn.Module,
     _check_process(cfg, cfg.init_from, checkpoint)
     model = build_biflownet(cfg, beginning.null_label(cfg))
     notes = transfer(model, cfg.init_from, checkpoint, beginning.class_map)
-    if process.scaling is not None:
-        process.scaling.load_state_dict(checkpoint[SCALING])
+    take_scaling(process.scaling, cfg.init_from, checkpoint)
     if cfg.trainable == "lora":
         model = _adapted(cfg, model, checkpoint)
     elif cfg.trainable == "conditions":
@@ -77,11 +77,10 @@ def begin_controlnet(cfg: DictConfig, process: LatentProcess) -> tuple[Controlle
     checkpoint = load_checkpoint(cfg.base_ckpt)
     beginning = Beginning(cfg.base_ckpt, checkpoint, cfg.num_classes)
     _check_process(cfg, cfg.base_ckpt, checkpoint)
-    known = specs_of(getattr(checkpoint.get("args"), "attributes", []))
+    known = trained_attributes(cfg.base_ckpt, checkpoint)
     if cfg.attributes and specs_of(cfg.attributes) != known:
         raise UserError(f"attributes: base_ckpt has {[spec.name for spec in known]}: give these as trained, or none")
-    if process.scaling is not None:
-        process.scaling.load_state_dict(checkpoint[SCALING])
+    take_scaling(process.scaling, cfg.base_ckpt, checkpoint)
     base = load_biflownet(cfg, cfg.base_ckpt, checkpoint=checkpoint)
     hints = hints_of(cfg.hints, cfg.volume_channels)
     model = beside_controlnet(cfg, base, hints, process, cfg.control_scale)
@@ -152,7 +151,7 @@ def _check_process(cfg: DictConfig, path: str, checkpoint: Mapping[str, Any]) ->
 
 
 def _adapted(cfg: DictConfig, model: BiFlowNet, checkpoint: Mapping[str, Any]) -> AdaptedBiFlowNet:
-    known = specs_of(getattr(checkpoint.get("args"), "attributes", []))
+    known = trained_attributes(cfg.init_from, checkpoint)
     if specs_of(cfg.attributes) != known:
         raise UserError(
             f"attributes: an adapter has those of init_from, {[spec.name for spec in known]} as trained: give "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from common.errors import UserError
+from common.places import is_file
 from common.precision import check_precision
 from common.progress import tracked
 from config.loading import require
@@ -36,7 +37,7 @@ def check_options(cfg: DictConfig, here: Session) -> None:
     expected = "ControlNet" if "base_ckpt" in cfg else "BiFlowNet"
     if cfg.model != expected:
         raise UserError(f"model={cfg.model}: there is no such model, expected {expected}; give --model")
-    if cfg.ckpt and not Path(cfg.ckpt).is_file():
+    if cfg.ckpt and not is_file(cfg.ckpt):
         raise UserError(f"ckpt: {cfg.ckpt}: no such checkpoint file; give an existing one with --ckpt, or leave it out")
     if cfg.enable_amp:
         check_precision(here.device, "amp_dtype", cfg.amp_dtype)

@@ -9,10 +9,14 @@ from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.files import check_writable
 from common.log import get_logger
-from config.loading import require
+from common.places import exists
+from config.loading import load_config, require
 from config.schema.diffusion import BiFlowNetConfig
 from ddpm.adapter_files import parse_adapters, read_adapter
 from ddpm.adapting import load_adapted
+from ddpm.checkpoint import SHAPE_FLAGS, WITHOUT_SHAPE
+
+ARCHITECTURE = (*SHAPE_FLAGS, *WITHOUT_SHAPE, "attn_heads", "label_dropout")  # what the network is built by
 
 
 def merge_adapters(cfg: DictConfig) -> Path:
@@ -23,7 +27,7 @@ def merge_adapters(cfg: DictConfig) -> Path:
     """
     require(cfg, "model_ckpt", "adapters", "output")
     output = Path(cfg.output)
-    if output.exists():
+    if exists(output):
         raise UserError(f"{output}: is there already: remove it, or name another output")
     check_writable(output)
     adapters = parse_adapters(cfg.adapters)
@@ -31,7 +35,12 @@ def merge_adapters(cfg: DictConfig) -> Path:
     args = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), Namespace) else {}
     about = {**OmegaConf.to_container(OmegaConf.structured(BiFlowNetConfig)), **args}  # official files lack some
     about["num_classes"] = read_adapter(adapters[0][0]).num_classes
-    model = load_adapted(OmegaConf.create(about), cfg.model_ckpt, checkpoint=checkpoint, adapters=adapters)
+    architecture = {name: about[name] for name in ARCHITECTURE if name in about}
+    try:
+        described = load_config(BiFlowNetConfig, None, values=architecture)
+    except UserError as error:
+        raise UserError(f"{cfg.model_ckpt}: its args: {error}") from error
+    model = load_adapted(described, cfg.model_ckpt, checkpoint=checkpoint, adapters=adapters)
     weights = model.merged().state_dict()
     kept = {name: checkpoint[name] for name in ("autoencoder", "latent_scaling", "step") if name in checkpoint}
     save_checkpoint({"model": weights, "ema": weights, "args": Namespace(**about), **kept}, output)

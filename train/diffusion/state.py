@@ -5,11 +5,13 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from common.checkpoint_contents import count_in
 from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.optimiser import build_adam
@@ -17,10 +19,11 @@ from config.schema.option import BEGINNING
 from ddpm.checkpoint import load_biflownet_weights, load_part_weights
 from ddpm.frozen_base import part_of, with_part
 from ddpm.latent_scaling import LatentScaling
-from ddpm.process import OFFICIAL, SCALING
+from ddpm.process import OFFICIAL, SCALING, take_scaling
 from train.diffusion.batches import LatentBatches
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import step_of
+from train.loop.averages import is_average
 from train.loop.continuing import changes, news_of
 from train.loop.rng import random_state, restore_random_state
 
@@ -134,31 +137,38 @@ class TrainingState:
         self._load_weights(path, checkpoint)
         self._load_optimizer(checkpoint, path, logger)
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            self._load_scaler(checkpoint["scaler"], path)
         elif self.scaler.is_enabled():
             logger.warning("%s has no gradient scaler state: the scale starts anew", path)
         self._load_position(checkpoint, path, batches, logger)
-        self.best_loss = checkpoint.get("best_loss") if is_own else None
+        best_loss = checkpoint.get("best_loss") if is_own else None
+        self.best_loss = float(best_loss) if isinstance(best_loss, int | float) else None
         self._check_latents(checkpoint, path, logger, is_own)
         if self.scaling is not None and checkpoint.get(SCALING):
-            self.scaling.load_state_dict(checkpoint[SCALING])  # what the weights know, though data may have come since
+            take_scaling(self.scaling, path, checkpoint)  # what the weights know, though data may have come since
         if not is_own:
             _warn_of_other_values(schema, checkpoint.get("args"), config, path, logger)
         if "rng" in checkpoint:
-            restore_random_state(checkpoint["rng"])
+            restore_random_state(checkpoint["rng"], path)
 
     def _load_weights(self, path: str | Path, checkpoint: dict) -> None:
         load = load_biflownet_weights if self.base is None else partial(load_part_weights, base=self.base)
         load(self.model, path, use_ema=False, checkpoint=checkpoint)
         load(self.ema.model, path, use_ema=True, checkpoint=checkpoint)
 
+    def _load_scaler(self, saved: Any, path: Path) -> None:
+        numbers = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+        if not isinstance(saved, dict) or not all(isinstance(saved.get(name), int | float) for name in numbers):
+            raise UserError(f"{path}: its state of the loss scale (scaler) is damaged: go on from another one")
+        self.scaler.load_state_dict(saved)
+
     def _load_position(self, checkpoint: dict, path: Path, batches: LatentBatches, logger: logging.Logger) -> None:
-        self.epoch = int(checkpoint.get("epoch", 0))
-        self.samples_seen = int(checkpoint.get("samples_seen", 0))
-        step = checkpoint.get("step", step_of(path))
+        self.epoch = count_in(path, checkpoint, "epoch")
+        self.samples_seen = count_in(path, checkpoint, "samples_seen")
+        step = count_in(path, checkpoint, "step", step_of(path))
         if step is None:
             logger.warning("%s: no step in the file or its name: counting starts at step 0", path)
-        self.step = int(step or 0)
+        self.step = step or 0
         before = checkpoint.get("global_batch", batches.global_batch)
         if before != batches.global_batch:
             message = "%s was trained with %s latents a step over all processes, now there are %s: not an exact resume"
@@ -187,6 +197,8 @@ class TrainingState:
         """Adam's averages, matched by name: files number parameters in the order of their model's weights."""
         own = dict(self.model.named_parameters())
         saved = checkpoint.get("opt") or {"state": {}, "param_groups": []}
+        if not _is_optimizer_state(saved):
+            raise UserError(f"{path}: its optimiser state (opt) is damaged: go on from another one, or give init_from")
         order = [name for name in checkpoint["model"] if name in own]
         indices = [i for group in saved["param_groups"] for i in group["params"]]
         if len(indices) != len(order):  # some trainers hand only the trainable parameters to the optimiser
@@ -202,6 +214,17 @@ class TrainingState:
         state = self.optimizer.state_dict()
         state["state"] = {i: averages[name] for i, name in enumerate(own) if name in averages}
         self.optimizer.load_state_dict(state)
+
+
+def _is_optimizer_state(saved: Any) -> bool:
+    """Whether it has the form that optimisers give theirs, with Adam's averages."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        return False
+    groups = saved.get("param_groups")
+    are_groups = isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+    return are_groups and all(map(is_average, saved["state"].values()))
 
 
 def _warn_of_other_values(

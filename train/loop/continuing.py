@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from common.checkpoint_files import checkpoints_in, newest_checkpoint
 from common.errors import UserError
+from common.places import is_file, is_folder
 from config.loading import SAVED_CONFIG
 from config.schema.option import BEGINNING, CHANGES, FREE, IDENTITY, Resume, options_of
 
@@ -115,9 +116,9 @@ def news_of_others(schema: type, folder: Path, now: Mapping[str, Any]) -> list[s
 def is_run_folder(source: str | Path) -> bool:
     """Whether `continue_from` is a run's folder; False: a checkpoint file. UserError where it is neither."""
     source = Path(source)
-    if source.is_file():
+    if is_file(source):
         return False
-    if not source.is_dir():
+    if not is_folder(source):
         raise UserError(f"continue_from: {source}: no such run folder or checkpoint file")
     if not checkpoints_in(source / "checkpoints"):
         raise UserError(f"continue_from: {source}: not the folder of a run: it has no checkpoints/*.pt or *.ckpt")

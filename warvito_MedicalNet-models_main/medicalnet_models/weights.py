@@ -24,6 +24,7 @@ SUMS_FILE = "SHA256SUMS"
 PREFIX = "module."  # the published networks were saved inside DataParallel
 HEADS = ("conv_seg.", "fc.")  # of the tasks they were trained on; not part of the feature extractor
 TIMEOUT_S = 20.0
+LONGEST_REASON = 120  # characters; torch explains at length
 
 logger = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -62,8 +63,12 @@ def search_folders(weights_dir: str | Path | None) -> list[Path]:
     folders = [DEFAULT_FOLDER, Path(torch.hub.get_dir()) / "checkpoints"]
     if weights_dir is None or str(weights_dir) == "":
         return folders
-    folder = Path(weights_dir).expanduser()
-    if not folder.is_dir():
+    try:
+        folder = Path(weights_dir).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # one that may not be entered; no such user
+        raise ValueError(f"the weights folder {weights_dir} cannot be looked at ({error})") from error
+    if not is_folder:
         raise ValueError(f"the weights folder {folder} does not exist")
     return [folder, *folders]
 
@@ -153,4 +158,5 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def refusal_reason(error: Exception) -> str:
     """The one telling line of torch's long message about a file that holds more than tensors."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return next((line.strip() for line in lines if "Unsupported" in line), lines[0].strip())
+    telling = next((line.strip() for line in lines if "Unsupported" in line), lines[0].strip())
+    return telling if len(telling) <= LONGEST_REASON else f"{telling[: LONGEST_REASON - 3]}..."
