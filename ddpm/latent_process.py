@@ -57,7 +57,7 @@ class LatentProcess(nn.Module):
     def corrected(self, limit: Limit, correct: Limit | None, last_steps: int, steps: int) -> Limit:
         """`limit`, and after it `correct` in the last of `steps` steps. A sampler calls it once a step.
 
-        correct: predicted x_0 -> x_0, normalised latents (B, C, d, h, w) and in their range; None: nothing.
+        correct: predicted x_0 -> x_0, normalised latents (B, C, d, h, w), limited before and after; None: nothing.
 
         Raises:
             ValueError: more last steps than steps.
@@ -70,7 +70,7 @@ class LatentProcess(nn.Module):
 
         def limit_and_correct(x_start: Tensor) -> Tensor:
             x_start = limit(x_start)
-            return self.scaled(correct(self.restored(x_start))) if next(left) <= last_steps else x_start
+            return limit(self.scaled(correct(self.restored(x_start)))) if next(left) <= last_steps else x_start
 
         return limit_and_correct
 

@@ -65,6 +65,9 @@ class ControlledGenerationConfig(DiffusionModelConfig):
         1.0, "guidance by the hint; 1 = off, others need a ControlNet trained with hint_dropout", not_negative
     )
     data_consistency: bool = flag(False, "bring each volume to agree with what was measured (dataset/degrade.py)")
+    consistency_steps: int = flag(
+        0, "with data_consistency: last sampling steps in which the estimate is brought to agree too", not_negative
+    )
     sampling_strategy: str = flag(
         "ddim", "ddpm | ddim | dpm++ | unipc; of a flow euler", one_of(*SAMPLING_STRATEGIES, *FLOW_STRATEGIES)
     )
