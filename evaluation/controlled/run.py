@@ -39,6 +39,7 @@ from ddpm.latent_process import LatentProcess
 from ddpm.process import build_process, take_process
 from evaluation.controlled.conditions import Condition, list_conditions
 from evaluation.controlled.consistency import agreeing, agreeing_latents, decoded, measurement_of
+from evaluation.controlled.nnunet import plan_nnunet, write_nnunet
 
 Job = tuple[Condition, int]  # and the number of the sample
 
@@ -60,6 +61,8 @@ def generate(cfg: DictConfig) -> list[Path]:
         check_conditions(cfg, conditions, model, autoencoder, place)
         settings = place.on_main(lambda: settings_of(cfg))
         jobs = [(condition, sample) for condition in conditions for sample in range(cfg.num_samples)]
+        planned = [(path_of(cfg, *job), job[0]) for job in jobs]
+        cases = place.on_main(lambda: plan_nnunet(cfg.nnunet, hints, planned, cfg.output_dir) if cfg.nnunet else None)
         todo = place.on_main(lambda: [job for job in jobs if not is_done(cfg, job, settings)])
         place.on_main(lambda: check_hints([job[0] for job in todo], hints, autoencoder), share=False)
         logger.info("%d volumes of %d conditions -> %s", len(jobs), len(conditions), cfg.output_dir)
@@ -74,7 +77,9 @@ def generate(cfg: DictConfig) -> list[Path]:
                 write_volume(path, volume, job[0].header.affine)
         place.barrier()
         place.on_main(lambda: summarise(cfg, conditions), share=False)
-        return [path_of(cfg, *job) for job in jobs]
+        if cases is not None:
+            place.on_main(lambda: write_nnunet(cfg.nnunet, hints, cases), share=False)
+        return [path for path, _ in planned]
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

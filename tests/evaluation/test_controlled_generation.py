@@ -163,6 +163,45 @@ def test_masks(folder, tmp_path):
         assert not list((tmp_path / "b").rglob("*.nii.gz"))
 
 
+def test_masks_and_volumes_as_an_nnunet_data_set(folder, tmp_path):
+    """By the rules of nnU-Net's documentation/dataset_format.md."""
+    organs = {"organ": 3, "tumour": 7}
+    hint = {**MASK, "labels": organs}
+    save_controlnet(folder, "organs.pt", hint)
+    labels = torch.zeros(32, 32, 32)
+    labels[8:20, 8:20, 8:20] = 3
+    labels[10:12, 8:20, 8:20] = 7
+    data, target = masks(folder, tmp_path, labels), tmp_path / "raw" / "Dataset501_Organs"
+    options = {"model_ckpt": str(folder / "organs.pt"), "data": data, "num_samples": 2, "nnunet": str(target)}
+    paths = generate(config(folder, tmp_path / "out", **options))
+    content = json.loads((target / "dataset.json").read_text())
+    assert content["labels"] == {"background": 0, "organ": 1, "tumour": 2}
+    assert content["labels_of_the_masks"] == organs
+    assert list(content["channel_names"]) == ["0"]
+    assert content["file_ending"] == ".nii.gz"
+    cases = ["_".join(path.relative_to(tmp_path / "out").parts).removesuffix(".nii.gz") for path in paths]
+    assert content["numTraining"] == len(set(cases)) == 4
+    assert sorted(path.name for path in (target / "imagesTr").iterdir()) == [f"{n}_0000.nii.gz" for n in sorted(cases)]
+    assert sorted(path.name for path in (target / "labelsTr").iterdir()) == [f"{n}.nii.gz" for n in sorted(cases)]
+    for case, path in zip(cases, paths, strict=True):
+        image, mask = target / "imagesTr" / f"{case}_0000.nii.gz", target / "labelsTr" / f"{case}.nii.gz"
+        assert image.read_bytes() == path.read_bytes()
+        assert read_header(image).shape == read_header(mask).shape
+        assert np.array_equal(read_header(image).affine, read_header(mask).affine)
+        found = read_volume(mask).data[0]
+        assert found.unique().tolist() == [0, 1, 2]
+        assert torch.equal(found == 2, labels == 7)
+        assert torch.equal(found == 1, labels == 3)
+    generate(config(folder, tmp_path / "out", **options))  # again: nothing is strange
+    for change, message in (
+        ({"num_samples": 1, "output_dir": str(tmp_path / "other")}, "0000.nii.gz: not of this run: name another"),
+        ({"nnunet": str(tmp_path / "organs")}, "nnU-Net takes folders called DatasetNNN_NAME, as Dataset501_Lungs"),
+        ({"model_ckpt": str(folder / "image.pt"), "data": str(folder / "thick" / "conditions.json")}, "one mask is"),
+    ):
+        found = error_of(generate, config(folder, tmp_path / "out", **{**options, **change}))
+        assert message in found
+
+
 def without_measurements(root: Path, folder: Path) -> dict:
     for file in (root / "thick" / "CTChest").glob("*.nii.gz"):
         (folder / "bare").mkdir(exist_ok=True)
