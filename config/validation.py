@@ -135,6 +135,15 @@ def _sampling(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def _controlled_generation(cfg: DictConfig) -> Iterator[str]:
+    yield from _sampling(cfg)
+    steps = cfg.timesteps if cfg.sampling_strategy == "ddpm" else cfg.ddim_steps
+    if cfg.consistency_steps and not cfg.data_consistency:
+        yield f"consistency_steps {cfg.consistency_steps} needs data_consistency: give it too, or leave both out"
+    if cfg.consistency_steps > steps:
+        yield f"consistency_steps must be at most the {steps} sampling steps, got {cfg.consistency_steps}"
+
+
 def _preprocess(cfg: DictConfig) -> Iterator[str]:
     if cfg.window is not None and cfg.percentiles is not None:
         yield "window and percentiles exclude each other: give one of them"
@@ -207,7 +216,7 @@ _BETWEEN_KEYS: dict[type, Callable[[DictConfig], Iterator[str]]] = {
     BiFlowNetMultiresConfig: _multires,
     ControlNetConfig: _controlnet,
     GenerationConfig: _generation,
-    ControlledGenerationConfig: _sampling,
+    ControlledGenerationConfig: _controlled_generation,
     PreprocessConfig: _preprocess,
     GenerationMetricsConfig: _generation_metrics,
     RecipeStudyConfig: _recipe_study,

@@ -16,6 +16,7 @@ from dataset.hints import Grid, HintReader
 from dataset.Multires_dataset import Multires_dataset
 from dataset.order.data_split import TRAINING, DataSplit
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX, read_hint_folders
+from dataset.volumes.latent_record import read_latent_record
 from dataset.volumes.volume_io import read_header
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Control_dataset(Multires_dataset):
                 raise UserError(f"{root_dir}: {missing[0]} has no hints {hint.name}: name their folder")
             folders = [places[self.class_folders[path]][hint.name] for path in self.files]
             files = [folder / self._name_below(path) for path, folder in zip(self.files, folders, strict=True)]
+            if hint.is_image:
+                self._check_autoencoder(hint, {latents: named[hint.name] for latents, named in places.items()})
             self._hint_files[hint.name] = files
             self._hint_folders[hint.name] = dict(zip(files, folders, strict=True))
             self._check(hint, files)
@@ -92,6 +95,17 @@ class Control_dataset(Multires_dataset):
         read = partial(_read, hint=hint, grids=grids)
         shape_of = {file: (hint.channels, *grid) for file, grid in grids.items()}.__getitem__
         return LatentCache(self.cache.cache_dir, self.cache.limit_gb, hint.settings, read, shape_of)
+
+    def _check_autoencoder(self, hint: HintReader, folders: Mapping[Path, Path]) -> None:
+        """By the records of both folders, where they have them. folders: of hints, by those of latents."""
+        for latents, folder in folders.items():
+            first, second = self.latent_records.get(latents) or {}, read_latent_record(folder) or {}
+            made_by = first.get("autoencoder"), second.get("autoencoder")
+            if None not in made_by and made_by[0] != made_by[1]:
+                raise UserError(
+                    f"{folder}: hint {hint.name} is of another autoencoder ({second.get('checkpoint')}) than the "
+                    f"latents in {latents} ({first.get('checkpoint')}): encode both with one"
+                )
 
     def _check(self, hint: HintReader, files: Sequence[Path]) -> None:
         missing = [file for file in files if not file.is_file()]

@@ -190,6 +190,8 @@ class GaussianDiffusion(LatentProcess):
         progress: Progress | None = None,
         clip_denoised: bool = True,
         conditions: Conditions | None = None,
+        correct: Limit | None = None,
+        correct_last: int = 0,
     ) -> Tensor:
         """Normalised latents like z (B, C, d, h, w) from standard normal noise z.
 
@@ -205,10 +207,12 @@ class GaussianDiffusion(LatentProcess):
             progress: called as progress(steps done, steps in all) after each step.
             clip_denoised: keep predicted x_0 in range (``limit_start``); False is for data without a range.
             conditions: what the denoiser is given, y and res among it or apart.
+            correct: what the predicted x_0, normalised latents like z, is replaced with in the last `correct_last`
+                steps, e.g. those that agree with a measurement.
 
         Raises:
-            ValueError: unknown strategy, ddim_steps or eta out of range, wrong shape of z, class ids that the denoiser
-                does not know, guidance without a null label, diffusers missing.
+            ValueError: unknown strategy, ddim_steps, eta or correct_last out of range, wrong shape of z, class ids that
+                the denoiser does not know, guidance without a null label, diffusers missing.
         """
         check_latent(z, "z", self.channels)
         sampler = samplers.get_sampler(strategy)
@@ -216,7 +220,8 @@ class GaussianDiffusion(LatentProcess):
             warnings.warn(f"eta has no effect with the sampling strategy {strategy!r}.", stacklevel=2)
         given = {"ddim_steps": ddim_steps, "eta": eta}
         options = {argument: given[option] for option, argument in sampler.options.items()}
-        options["limit"] = self._limit(clip_denoised)
+        steps = ddim_steps if "ddim_steps" in sampler.options else self.num_timesteps
+        options["limit"] = self.corrected(self._limit(clip_denoised), correct, correct_last, steps)
         denoise = self._denoise(denoise_fn, z, all_conditions(conditions, y, res), cond_scale)
         return self.restored(sampler.run(denoise, z, self.schedule, generator=generator, progress=progress, **options))
 

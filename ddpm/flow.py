@@ -14,7 +14,7 @@ from ddpm.denoiser import Conditions, all_conditions, check_latent, conditioned,
 from ddpm.latent_process import LatentProcess
 from ddpm.latent_scaling import LatentScaling
 from ddpm.samplers import Sampler
-from ddpm.schedule import Generator, Progress, per_sample
+from ddpm.schedule import Generator, Limit, Progress, per_sample
 from ddpm.timesteps import draw_fractions
 
 REFERENCE_VOXELS = 32**3  # of a latent, where times are not shifted
@@ -79,6 +79,8 @@ class RectifiedFlow(LatentProcess):
         generator: Generator = None,
         progress: Progress | None = None,
         conditions: Conditions | None = None,
+        correct: Limit | None = None,
+        correct_last: int = 0,
     ) -> Tensor:
         """Normalised latents like z (B, C, d, h, w) from standard normal noise z. They are not limited to [-1, 1].
 
@@ -90,10 +92,11 @@ class RectifiedFlow(LatentProcess):
             generator: not used, as nothing is drawn.
             progress: called as progress(steps done, steps in all) after each step.
             conditions: what the denoiser is given, y and res among it or apart.
+            correct, correct_last: as of ``GaussianDiffusion.sample``.
 
         Raises:
-            ValueError: another strategy, eta, ddim_steps below 1, wrong shape of z, class ids that the denoiser does
-                not know, guidance without a null label.
+            ValueError: another strategy, eta, ddim_steps below 1, correct_last out of range, wrong shape of z, class
+                ids that the denoiser does not know, guidance without a null label.
         """
         check_latent(z, "z", self.channels)
         if strategy not in FLOW_SAMPLERS:
@@ -101,9 +104,14 @@ class RectifiedFlow(LatentProcess):
         if eta != 0:
             raise ValueError(f"eta is {eta}: a flow draws no noise on the way, leave it at 0.")
         velocity = conditioned(denoise_fn, z, all_conditions(conditions, y, res), cond_scale)
+        correct_start = self.corrected(lambda x_start: x_start, correct, correct_last, ddim_steps)
 
         def at_time(x: Tensor, t: Tensor) -> Tensor:
-            return velocity(x, self._embedded(t))
+            found = velocity(x, self._embedded(t))
+            if correct_last == 0:
+                return found
+            time = per_sample(t, x)
+            return (x - correct_start(x - time * found)) / time  # the line through x from the corrected x_0
 
         return self.restored(FLOW_SAMPLERS[strategy].run(at_time, z, steps=ddim_steps, progress=progress))
 

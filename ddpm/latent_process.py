@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ddpm.denoiser import Conditions, all_conditions, check_conditions, check_latent
 from ddpm.latent_scaling import LatentScaling
+from ddpm.schedule import Limit
 from ddpm.timesteps import check_timestep_draw
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -52,6 +53,26 @@ class LatentProcess(nn.Module):
     def restored(self, x: Tensor) -> Tensor:
         """The inverse of ``scaled``."""
         return x if self.scaling is None else self.scaling.restore(x)
+
+    def corrected(self, limit: Limit, correct: Limit | None, last_steps: int, steps: int) -> Limit:
+        """`limit`, and after it `correct` in the last of `steps` steps. A sampler calls it once a step.
+
+        correct: predicted x_0 -> x_0, normalised latents (B, C, d, h, w), limited before and after; None: nothing.
+
+        Raises:
+            ValueError: more last steps than steps.
+        """
+        if correct is None or last_steps == 0:
+            return limit
+        if not 0 < last_steps <= steps:
+            raise ValueError(f"correct_last is {last_steps}: it has to lie between 0 and the {steps} steps.")
+        left = iter(range(steps, 0, -1))
+
+        def limit_and_correct(x_start: Tensor) -> Tensor:
+            x_start = limit(x_start)
+            return limit(self.scaled(correct(self.restored(x_start)))) if next(left) <= last_steps else x_start
+
+        return limit_and_correct
 
     def p_losses(
         self,

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import torch
 from generation_models import save_models
 
+from AutoEncoder.model.lpips import TriplanarLPIPS
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from config.loading import load_config
 from config.schema.evaluation import ReconstructionConfig
@@ -35,6 +37,16 @@ def made_up(size: tuple[int, ...], seed: int) -> torch.Tensor:
 def write(path: Path, volume: torch.Tensor) -> Path:
     write_volume(path, volume, affine_from_spacing((1.0, 1.0, 2.0)))
     return path
+
+
+def save_lpips(folder: Path) -> Path:
+    """Random weights of LPIPS in the published formats."""
+    torch.manual_seed(0)
+    state = TriplanarLPIPS(pretrained=False).lpips.state_dict()
+    backbone = {re.sub(r"^net\.slice\d+", "features", name): v for name, v in state.items() if name.startswith("net.")}
+    torch.save(backbone, folder / "vgg16-397923af.pth")
+    torch.save({name: v.abs() for name, v in state.items() if name.startswith("lin")}, folder / "vgg.pth")
+    return folder
 
 
 def save_data(folder: Path) -> Path:

@@ -59,12 +59,18 @@ class ControlledGenerationConfig(DiffusionModelConfig):
     base_ckpt: str | None = flag(None, "BiFlowNet checkpoint that the ControlNet was trained beside; required")
     model_ckpt: str | None = flag(None, "ControlNet checkpoint; required")
     output_dir: str | None = flag(None, "folder that gets CLASS_ID/NAME.nii.gz; required")
+    nnunet: str | None = flag(
+        None, "of masks: folder DatasetNNN_NAME that gets volumes and masks as a raw data set of nnU-Net v2"
+    )
     hints: list[Hint] = key([], "of a ControlNet whose file doesn't say its hints: as of its training")
     control_scale: float = flag(1.0, "how much what the ControlNet adds counts", not_negative, section="Sampling")
     guidance_scale: float = flag(
         1.0, "guidance by the hint; 1 = off, others need a ControlNet trained with hint_dropout", not_negative
     )
     data_consistency: bool = flag(False, "bring each volume to agree with what was measured (dataset/degrade.py)")
+    consistency_steps: int = flag(
+        0, "with data_consistency: last sampling steps in which the estimate is brought to agree too", not_negative
+    )
     sampling_strategy: str = flag(
         "ddim", "ddpm | ddim | dpm++ | unipc; of a flow euler", one_of(*SAMPLING_STRATEGIES, *FLOW_STRATEGIES)
     )

@@ -18,6 +18,7 @@ some_samplers = Rule(
     f"some of {' '.join([*SAMPLING_STRATEGIES, *FLOW_STRATEGIES])}",
 )
 some_seeds = Rule(lambda value: value and min(value) >= 0, "one or more, each at least 0")
+LPIPS_CHOICE = "auto (where VGG-16's weight file is there) | on | off"
 different = Rule(lambda value: len(set(value)) == len(value), "all different")
 
 
@@ -48,7 +49,7 @@ class ReconstructionConfig(EvaluationConfig):
 
     data: str | None = flag(None, "folder or dataset JSON of held-out volumes; required")
     AE_ckpt: list[str] = flag([], "autoencoder checkpoints, e.g. of stage 1 and of stage 2, compared in this order")
-    lpips: str = flag("auto", "auto (where VGG-16's weight file is there) | on | off", one_of("auto", "on", "off"))
+    lpips: str = flag("auto", LPIPS_CHOICE, one_of("auto", "on", "off"))
     max_memory: float | None = flag(None, "GB that decoding may take; null = most of what is free", positive)
     num_pictures: int = flag(4, "volumes of each class in the pictures", not_negative)
 
@@ -102,6 +103,8 @@ class PairedMetricsConfig:
     generated: str | None = flag(None, "output folder of evaluation/controlled_generation.py; required")
     AE_ckpt: str | None = flag(None, "autoencoder checkpoint, for the ceiling; required")
     output_dir: str | None = flag(None, "folder that gets the results; required")
+    lpips: str = flag("auto", LPIPS_CHOICE, one_of("auto", "on", "off"))
+    weights_dir: str | None = flag(None, "folder with LPIPS' weight files; null = torch hub's cache")
     num_resamples: int = flag(200, "resamples of the bootstrap, for 95 % intervals; at least 20", at_least(20))
     seed: int = flag(0, "seed of resamples", not_negative)
     device: str = device_flag()

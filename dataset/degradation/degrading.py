@@ -39,7 +39,7 @@ from dataset.volumes.volume_io import (
 )
 
 CONTRAST = "contrast"  # in place of an operator: the condition is another scan of the same study
-CONTRAST = "contrast"  # in place of an operator: the condition is another scan of the same study
+LEAST_POISSON = 1.3  # acceleration: 4 / pi, the whole disc of the highest frequencies
 VOLUMES_JSON, LATENTS_JSON, CONDITIONS_JSON = "volumes.json", "latents.json", "conditions.json"
 
 
@@ -108,7 +108,12 @@ def _name_all(output: Path, hint: str, classes: Mapping[int, Sequence[tuple[Path
 
 
 def operator_of(cfg: DictConfig) -> Operator:
-    """That of the options."""
+    """That of the options. UserError: options that do not fit together."""
+    if cfg.operator == "mri" and cfg.mask == "poisson" and cfg.acceleration < LEAST_POISSON:
+        raise UserError(
+            f"acceleration {cfg.acceleration:g} is out of reach of mask poisson, whose points lie in a disc: give at "
+            f"least {LEAST_POISSON}"
+        )
     options = {
         "ct": {"views": cfg.views, "arc": cfg.arc, "photons": cfg.photons, "window": tuple(cfg.window)},
         "mri": {"acceleration": cfg.acceleration, "mask": cfg.mask, "noise": cfg.noise},

@@ -157,8 +157,10 @@ class FastMRI:
         distance = np.abs(np.arange(lines) - centre)
         kept = distance <= max(0.5, CENTRE_SHARE * lines / 2)
         if self.mask == "equispaced":
-            left = max(1, wanted - int(kept.sum()))
-            kept[np.linspace(rng.integers(0, max(1, lines // left)), lines - 1, left).astype(int)] = True
+            others = np.flatnonzero(~kept)
+            if (left := wanted - int(kept.sum())) > 0:
+                apart = len(others) / left
+                kept[others[(rng.uniform(0, apart) + apart * np.arange(left)).astype(int)]] = True
         elif (left := wanted - int(kept.sum())) > 0:
             chances = np.where(kept, 0, np.exp(-0.5 * (distance / (GAUSSIAN_WIDTH * lines)) ** 2))
             kept[rng.choice(lines, left, replace=False, p=chances / chances.sum())] = True
@@ -277,14 +279,19 @@ def _poisson_disc(shape: tuple[int, int], wanted: int, rng: np.random.Generator)
 
 
 def _thrown(radius: np.ndarray, order: np.ndarray, nearest: float, edge: int) -> np.ndarray:
-    """Points in this order, each taken unless one nearer than `nearest` of the edge times (1 + 5 radius) is."""
-    free, kept = np.ones(radius.shape, dtype=bool), np.zeros(radius.shape, dtype=bool)
+    """Points in this order, each taken unless it lies in the disc of one that was; none beyond radius 1.
+
+    A disc has `nearest` of a tenth of the edge in the middle, six times as much at radius 1.
+    """
+    free, kept = radius <= 1, np.zeros(radius.shape, dtype=bool)
+    rows, columns = (np.arange(extent) for extent in radius.shape)
+    reach = nearest * edge * (1 + 5 * radius) / 10
     for place in order:
-        i, j = divmod(int(place), radius.shape[1])
-        if not free[i, j] or radius[i, j] > 1:
+        i, j = divmod(int(place), len(columns))
+        if not free[i, j]:
             continue
         kept[i, j] = True
-        reach = nearest * edge * (1 + 5 * radius[i, j]) / 10
-        size = int(reach)
-        free[max(0, i - size) : i + size + 1, max(0, j - size) : j + size + 1] = False
+        size = int(reach[i, j])
+        x, y = slice(max(0, i - size), i + size + 1), slice(max(0, j - size), j + size + 1)
+        free[x, y] &= np.hypot(rows[x, None] - i, columns[y] - j) >= reach[i, j]
     return kept

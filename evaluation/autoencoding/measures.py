@@ -109,10 +109,15 @@ def measure(
         "l1_foreground": l1(x[mask], y[mask]),
         "ssim": NAN if num_scales is None else ssim(x, y, DATA_RANGE),
         "ms_ssim": NAN if num_scales is None else ms_ssim(x, y, DATA_RANGE, num_scales),
-        "lpips": NAN if lpips is None else lpips(x[None], y[None], torch.Generator()).item() / 3,  # a sum over planes
+        "lpips": NAN if lpips is None else lpips_of(x, y, lpips),
         "seam_ratio": _seam_ratio(x, y, patch_size),
         "volume_perplexity": perplexity(code_counts),
     }
+
+
+def lpips_of(x: Tensor, y: Tensor, lpips: TriplanarLPIPS) -> float:
+    """Of volumes (1, D, H, W) in [-1, 1], the mean over planes."""
+    return lpips(x[None], y[None], torch.Generator()).item() / 3  # it gives their sum
 
 
 def _seam_ratio(x: Tensor, y: Tensor, patch_size: int) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from AutoEncoder.checkpoint import load_autoencoder
+from AutoEncoder.model.lpips import MIN_EXTENT, TriplanarLPIPS
 from common.errors import UserError
 from common.files import check_writable
 from common.log import get_logger
@@ -30,7 +31,8 @@ from dataset.order.data_split import parse_side
 from dataset.volumes.index import VOLUME_SUFFIX, read_json_object
 from dataset.volumes.intensity import MODEL_RANGE
 from dataset.volumes.volume_io import nifti_to_tensor, read_model_volume, tensor_to_nifti
-from evaluation.autoencoding.measures import METRICS, volume_figures
+from evaluation.autoencoding.measures import METRICS, lpips_of, volume_figures
+from evaluation.autoencoding.plan import find_lpips, load_lpips
 from evaluation.controlled.conditions import Condition, list_conditions
 from evaluation.metrics.reconstruction import WINDOW_EDGE, l1, ms_ssim, num_scales_of, psnr, ssim
 from evaluation.metrics.units import Units
@@ -38,7 +40,7 @@ from evaluation.results.results import Results, Warned, write_csv
 from evaluation.results.scales import make_figure
 
 KIND = "paired"
-NAMES = ("psnr", "l1", "ssim", "ms_ssim")
+NAMES = ("psnr", "l1", "ssim", "ms_ssim", "lpips")
 BASELINE, AGREEING, GENERATED, CEILING = "condition", "condition, agreeing", "generated", "autoencoder"
 RESIDUAL, IDENTIFIED = "residual of the measurements", "own truth is the nearest"
 DEFINITIONS = {
@@ -65,8 +67,10 @@ def measure(cfg: DictConfig) -> Results:
         is_image = first_hint_of(cfg)["kind"] == "image"
         check_writable(Path(cfg.output_dir) / f"{KIND}.json")
         autoencoder = load_autoencoder(cfg.AE_ckpt, place.device)
+        weights, notes = find_lpips(cfg)
+        lpips = None if weights is None else load_lpips(cfg).to(place.device)
         settings = {**OmegaConf.to_container(cfg, resolve=True), "device": device_name(place.device)}
-        results = Results(KIND, settings, {})
+        results = Results(KIND, settings | {"lpips_weights": weights}, {}, warnings=list(notes))
         rows = []
         for class_id in sorted({c.class_id for c in conditions}):
             of_class = [c for c in conditions if c.class_id == class_id]
@@ -79,7 +83,7 @@ def measure(cfg: DictConfig) -> Results:
                 if is_image:
                     kinds |= baselines_of(condition)
                 for kind, volume in kinds.items():
-                    values = compared(truth, volume.clamp(*MODEL_RANGE))
+                    values = compared(truth, volume.clamp(*MODEL_RANGE), lpips, place.device)
                     found[kind].append(values)
                     rows.append([group, condition.name, kind, *values.values()])
                 for kind, value in residuals_of(condition, {"truth": truth, **kinds}).items():
@@ -134,16 +138,21 @@ def baselines_of(condition: Condition) -> dict[str, Tensor]:
     return {BASELINE: volume, AGREEING: nifti_to_tensor(torch.from_numpy(agreeing))[None].contiguous()}
 
 
-def compared(truth: Tensor, volume: Tensor) -> dict[str, float]:
-    """The metrics of a volume (1, D, H, W) against its truth, by name; NaN for what it is too small for."""
+def compared(truth: Tensor, volume: Tensor, lpips: TriplanarLPIPS | None, device: torch.device) -> dict[str, float]:
+    """The metrics of a volume (1, D, H, W) against its truth, by name; NaN for what it is too small for.
+
+    lpips: on that device; None: left out.
+    """
     if volume.shape != truth.shape:
         raise UserError(f"a generated volume has {tuple(volume.shape)} voxels, its truth {tuple(truth.shape)}")
     is_small = min(truth.shape[1:]) < WINDOW_EDGE
+    has_no_lpips = lpips is None or min(truth.shape[1:]) < MIN_EXTENT
     return {
         "psnr": psnr(truth, volume),
         "l1": l1(truth, volume),
         "ssim": torch.nan if is_small else ssim(truth, volume),
         "ms_ssim": torch.nan if is_small else ms_ssim(truth, volume, num_scales=num_scales_of(truth.shape)),
+        "lpips": torch.nan if has_no_lpips else lpips_of(truth.to(device), volume.to(device), lpips),
     }
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
-from AutoEncoder.decoding import check_memory, decode
+from AutoEncoder.decoding import check_memory
 from AutoEncoder.encoding import encode
 from AutoEncoder.model.autoencoder import Autoencoder
 from AutoEncoder.patches import padded_size
@@ -19,24 +19,19 @@ from common.checkpoint_files import load_checkpoint
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.log import get_logger
-from common.places import is_file
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import tracked
 from config.loading import load_config, require, save_config
 from config.schema.control import ControlledGenerationConfig
-from dataset.degradation.degrading import read_measurement
-from dataset.hints import HintReader, MaskHint, hints_of
+from dataset.hints import HintReader, hints_of
 from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.index import VOLUME_SUFFIX
 from dataset.volumes.intensity import MODEL_RANGE
 from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid
 from dataset.volumes.volume_io import (
     is_whole_volume,
-    nifti_to_tensor,
-    read_latent,
     read_model_volume,
     read_volume,
-    tensor_to_nifti,
     write_volume,
 )
 from ddpm.checkpoint import check_options
@@ -44,6 +39,8 @@ from ddpm.controlled import load_controlled
 from ddpm.latent_process import LatentProcess
 from ddpm.process import build_process, take_process
 from evaluation.controlled.conditions import Condition, list_conditions
+from evaluation.controlled.consistency import agreeing, agreeing_latents, decoded, measurement_of
+from evaluation.controlled.nnunet import plan_nnunet, write_nnunet
 
 MOST_CHANNELS = 4096  # of all hints
 Job = tuple[Condition, int]  # and the number of the sample
@@ -66,7 +63,10 @@ def generate(cfg: DictConfig) -> list[Path]:
         check_conditions(cfg, conditions, model, autoencoder, place)
         settings = place.on_main(lambda: settings_of(cfg))
         jobs = [(condition, sample) for condition in conditions for sample in range(cfg.num_samples)]
+        planned = [(path_of(cfg, *job), job[0]) for job in jobs]
+        cases = place.on_main(lambda: plan_nnunet(cfg.nnunet, hints, planned, cfg.output_dir) if cfg.nnunet else None)
         todo = place.on_main(lambda: [job for job in jobs if not is_done(cfg, job, settings)])
+        place.on_main(lambda: check_hints([job[0] for job in todo], hints, autoencoder), share=False)
         logger.info("%d volumes of %d conditions -> %s", len(jobs), len(conditions), cfg.output_dir)
         place.on_main(lambda: save_config(cfg, cfg.output_dir), share=False)
         batches = batches_of_one_shape(todo, [grid_of(job[0], autoencoder) for job in todo], cfg.batch_size)
@@ -79,7 +79,9 @@ def generate(cfg: DictConfig) -> list[Path]:
                 write_volume(path, volume, job[0].header.affine)
         place.barrier()
         place.on_main(lambda: summarise(cfg, conditions), share=False)
-        return [path_of(cfg, *job) for job in jobs]
+        if cases is not None:
+            place.on_main(lambda: write_nnunet(cfg.nnunet, hints, cases), share=False)
+        return [path for path, _ in planned]
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -139,21 +141,16 @@ def check_conditions(
                 "or pad the volumes (dataset/preprocess.py --size)"
             )
         if cfg.data_consistency:
-            measured_hint(condition)
+            measurement_of(condition)
     for condition in {grid_of(c, autoencoder): c for c in conditions}.values():
         check_memory(autoencoder, grid_of(condition, autoencoder), None, place.device, where=f"{condition.first}: ")
 
 
-def measured_hint(condition: Condition) -> Path:
-    """The hint with measurements. UserError: none has them."""
-    for hint in condition.hints.values():
-        if is_file(hint.with_name(hint.name.removesuffix(VOLUME_SUFFIX) + ".npz")):
-            read_measurement(hint)
-            return hint
-    raise UserError(
-        f"{condition.first}: data_consistency needs what was measured, NAME.npz and NAME.json as dataset/degrade.py "
-        "writes them: make the conditions with it, or leave --data-consistency out"
-    )
+def check_hints(conditions: list[Condition], hints: list[HintReader], autoencoder: Autoencoder) -> None:
+    """Read the files before the first volume is sampled. UserError for one that can't be what its hint is."""
+    for condition in tracked(list({c.first: c for c in conditions}.values()), "checking conditions", "condition"):
+        for hint in hints:
+            read_hint(condition, hint, grid_of(condition, autoencoder))
 
 
 def grid_of(condition: Condition, autoencoder: Autoencoder) -> tuple[int, int, int]:
@@ -182,6 +179,8 @@ def volumes_of(
     hint = torch.stack([hint_of(condition, hints, grid, autoencoder) for condition, _ in batch])  # (B, H, d, h, w)
     conditions = {"y": torch.tensor([condition.class_id for condition, _ in batch]), "hint": hint}
     conditions["res"] = torch.tensor(grid) / model.vq_size
+    of_jobs = [condition for condition, _ in batch]
+    measurements = [measurement_of(condition) for condition in of_jobs] if cfg.data_consistency else []
     latents = process.sample(
         model,
         z.to(place.device),
@@ -191,41 +190,28 @@ def volumes_of(
         eta=cfg.eta,
         ddim_steps=cfg.ddim_steps,
         generator=generators,
+        correct=agreeing_latents(autoencoder, of_jobs, measurements) if cfg.consistency_steps else None,
+        correct_last=cfg.consistency_steps,
     )
-    return [
-        finished(cfg, condition, decode(autoencoder, latent))
-        for (condition, _), latent in zip(batch, latents, strict=True)
-    ]
+    volumes = [decoded(autoencoder, latent, condition) for latent, condition in zip(latents, of_jobs, strict=True)]
+    return list(map(agreeing, volumes, measurements)) if cfg.data_consistency else volumes
 
 
 def hint_of(
     condition: Condition, hints: list[HintReader], grid: tuple[int, int, int], autoencoder: Autoencoder
 ) -> Tensor:
     """(H, d, h, w) of the condition's files: images are encoded, masks shared out, latents read."""
-    parts = []
-    for hint in hints:
-        path = condition.hints[hint.name]
-        if isinstance(hint, MaskHint):
-            parts.append(hint.of_labels(read_volume(path).data[0], grid, path))
-        elif hint.is_image:
-            parts.append(encode(autoencoder, read_model_volume(path, MODEL_RANGE).data).cpu())
-        else:
-            hint.check(path, grid)
-            parts.append(read_latent(path))
-    return torch.cat(parts)
+    parts = [(hint.is_image, read_hint(condition, hint, grid)) for hint in hints]
+    return torch.cat([encode(autoencoder, part).cpu() if is_image else part for is_image, part in parts])
 
 
-def finished(cfg: DictConfig, condition: Condition, volume: Tensor) -> Tensor:
-    """A decoded volume in the condition's size, and with `data_consistency` in agreement with what was measured."""
-    depth, height, width = condition.header.tensor_shape
-    volume = volume[:, :depth, :height, :width]
-    if not volume.isfinite().all():
-        raise UserError(f"{cfg.model_ckpt} gives NaN for {condition.first}: its training diverged")
-    if not cfg.data_consistency:
-        return volume
-    operator, measured = read_measurement(measured_hint(condition))
-    agreeing = operator.agreeing(tensor_to_nifti(volume[0]).numpy(), measured)
-    return nifti_to_tensor(torch.from_numpy(np.ascontiguousarray(agreeing)))[None].contiguous()
+def read_hint(condition: Condition, hint: HintReader, grid: tuple[int, int, int]) -> Tensor:
+    """An image as a volume (1, D, H, W), other hints as they are told, (channels, d, h, w)."""
+    path = condition.hints[hint.name]
+    if hint.is_image:
+        return read_model_volume(path, MODEL_RANGE).data
+    hint.check(path, grid)
+    return hint.read(path, grid)
 
 
 def noise_of(cfg: DictConfig, condition: Condition, sample: int, grid: tuple[int, int, int]) -> torch.Generator:
@@ -245,7 +231,8 @@ def path_of(cfg: DictConfig, condition: Condition, sample: int | str) -> Path:
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
     """What all volumes of a run depend on."""
-    names = ("control_scale", "guidance_scale", "sampling_strategy", "ddim_steps", "eta", "seed", "data_consistency")
+    names = ("control_scale", "guidance_scale", "sampling_strategy", "ddim_steps", "eta", "seed")
+    names += ("data_consistency", "consistency_steps")
     files = {name: file_sha256(cfg[name]) for name in ("AE_ckpt", "base_ckpt", "model_ckpt")}
     return {**{name: cfg[name] for name in names}, **files}
 

@@ -15,11 +15,14 @@ from config.cli import parse_command_line
 from config.loading import load_config, save_config
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.benchmark import SCHEMAS, GpuCheckConfig
-from config.schema.data import CheckConfig, PhantomConfig, PreprocessConfig, SplitConfig
+from config.schema.control import ControlledGenerationConfig, ControlNetConfig
+from config.schema.data import CheckConfig, DegradeConfig, PhantomConfig, PreprocessConfig, SplitConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig, MergeConfig
 from config.schema.evaluation import (
     DemoConfig,
+    DemoControlConfig,
     GenerationMetricsConfig,
+    PairedMetricsConfig,
     RecipeStudyConfig,
     ReconstructionConfig,
     ReportConfig,
@@ -134,6 +137,8 @@ def test_bad_command_lines(line, message, capsys):
         LatentConfig,
         BiFlowNetConfig,
         GenerationConfig,
+        ControlNetConfig,
+        ControlledGenerationConfig,
         ReconstructionConfig,
         GenerationMetricsConfig,
         ValidityConfig,
@@ -173,6 +178,16 @@ PUBLISHED_FLAGS = {
     "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
     "arithmetic channels-last compile class-table attributes extrapolate adapter",
     MergeConfig: "model-ckpt adapter output",
+    ControlNetConfig: "data-path split base-ckpt AE-ckpt ckpt results-dir run-name model control-scale hint-dropout "
+    "loss-type timesteps volume-channels model-dim dim-mults use-attn patch-size num-dit vq-size num-classes "
+    "enable_amp epochs max-steps global-seed num-workers batch-size log-every ckpt-every device arithmetic "
+    "channels-last compile gradient-checkpointing continue-from set-anew",
+    DegradeConfig: "data-path output-dir operator classes seed num-workers views arc photons window acceleration mask "
+    "noise factor axis others pattern box",
+    ControlledGenerationConfig: "data AE-ckpt base-ckpt model-ckpt output-dir nnunet control-scale guidance-scale "
+    "data-consistency consistency-steps sampling-strategy ddim_steps eta seed num-samples batch-size num-pictures "
+    "arithmetic device timesteps model-dim patch-size num-dit dim-mults use-attn num-classes volume-channels vq-size",
+    PairedMetricsConfig: "data generated AE-ckpt output-dir lpips weights-dir num-resamples seed device",
     ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
     GenerationMetricsConfig: EVALUATION_FLAGS
     + FEATURE_FLAGS
@@ -183,6 +198,7 @@ PUBLISHED_FLAGS = {
     PhantomConfig: "output-dir num-per-class num-validation num-held-out slabs size seed num-workers",
     ReportConfig: "input-dir output title",
     DemoConfig: "output-dir short",
+    DemoControlConfig: "demo output-dir short",
     SamplingStudyConfig: "demo output-dir strategies steps seeds num-samples device",
     RecipeStudyConfig: "output-dir device",
     GpuCheckConfig: "only minutes json size device",

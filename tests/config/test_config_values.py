@@ -6,7 +6,7 @@ from user_errors import error_of
 from common.errors import UserError
 from config.loading import CONFIG_FOLDER, load_config, require
 from config.schema.autoencoder import AutoencoderConfig, LatentConfig
-from config.schema.control import ControlNetConfig
+from config.schema.control import ControlledGenerationConfig, ControlNetConfig
 from config.schema.data import PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
 from config.schema.option import BEGINNING, CHANGES, EXTENDS, FREE, options_of
@@ -84,6 +84,16 @@ def test_ddim_steps_are_bounded_where_they_count(strategy):
     with pytest.raises(UserError, match="ddim_steps must be at most timesteps 50, got 100"):
         load_config(GenerationConfig, path, ["timesteps=50", f"sampling_strategy={strategy}"])
     assert load_config(GenerationConfig, path, ["timesteps=50", "sampling_strategy=ddpm"]).timesteps == 50
+
+
+def test_last_steps_of_data_consistency():
+    for options, message in (
+        (["consistency_steps=2"], "consistency_steps 2 needs data_consistency"),
+        (["consistency_steps=9", "data_consistency=true", "ddim_steps=8"], "at most the 8 sampling steps, got 9"),
+    ):
+        assert message in error_of(load_config, ControlledGenerationConfig, None, options)
+    options = ["consistency_steps=9", "data_consistency=true", "ddim_steps=8", "sampling_strategy=ddpm"]
+    assert load_config(ControlledGenerationConfig, None, options).consistency_steps == 9
 
 
 def test_all_problems_are_reported_together():

@@ -9,7 +9,7 @@ from user_errors import error_of
 
 from common.errors import UserError
 from dataset.degradation.degrading import read_measurement
-from dataset.degradation.operators import FastMRI, Inpainting, SparseViewCT, ThickSlices
+from dataset.degradation.operators import FastMRI, Inpainting, SparseViewCT, ThickSlices, _thrown
 from dataset.degrade import main
 from dataset.order.data_split import HELD_OUT, TRAINING, VALIDATION, files_of_side
 from dataset.preparation.phantoms import make_phantom, write_phantoms
@@ -75,11 +75,78 @@ def test_water_stays_water(chest):
     assert abs(found[12:20, 12:20].mean()) < 0.02
 
 
-@pytest.mark.parametrize("mask", ["gaussian", "equispaced", "poisson"])
-def test_masks_keep_one_in_so_many_and_the_centre(mask):
-    kept = FastMRI(4.0, mask)._mask((64, 64), np.random.default_rng(1))
-    assert 0.2 < kept.mean() < 0.32
-    assert kept[0, 0]  # zero frequency
+def test_a_limited_arc_misses_the_edges_that_no_ray_runs_along(chest):
+    def errors(arc: float, plate: np.ndarray) -> float:
+        operator = SparseViewCT(views=60, arc=arc)
+        found = operator.reconstruct(operator.measure(plate, SPACING, np.random.default_rng(0)))
+        return float(np.abs(found - plate).mean())
+
+    assert SparseViewCT(views=4, arc=90.0)._angles.tolist() == [0, 22.5, 45, 67.5]
+    plate = np.full((32, 32, 1), -1, dtype=np.float32)
+    plate[4:28, 14:18] = 0  # rays of 90 degrees +- 45 do not run along it, those of 0 +- 45 do
+    turned = plate.transpose(1, 0, 2).copy()
+    assert errors(180, plate) == pytest.approx(errors(180, turned), rel=0.1)
+    first, second = errors(60, plate), errors(60, turned)
+    assert max(first, second) > 1.3 * min(first, second)
+    assert min(first, second) > 1.3 * errors(180, plate)
+
+
+def test_noise_is_as_strong_as_asked():
+    """Of 400 photons in air the logarithm varies by 1 / sqrt(400); both parts of k-space by the same."""
+    air = np.full((32, 32, 4), -1, dtype=np.float32)
+    rng = np.random.default_rng(0)
+    sinogram = SparseViewCT(views=32, photons=400).measure(air, (2.0, 2.0, 2.0), rng)["sinogram"] * 2  # without unit
+    assert sinogram.std() == pytest.approx(1 / 20, rel=0.05)
+    assert abs(sinogram.mean()) < 0.005
+    values = FastMRI(2.0, noise=0.05).measure(air, SPACING, rng)["values"]
+    assert (values.real.std(), values.imag.std()) == (pytest.approx(0.05, rel=0.05), pytest.approx(0.05, rel=0.05))
+
+
+@pytest.mark.parametrize("operator", [SparseViewCT(photons=1e3), FastMRI(mask="poisson", noise=0.1), Inpainting()])
+def test_a_seed_gives_one_measurement(chest, operator):
+    first, again, other = (operator.measure(chest, SPACING, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not all(np.array_equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("mask", "accelerations", "tolerance"),
+    [("gaussian", (2, 4, 7), 0.01), ("equispaced", (2, 4, 7), 0.01), ("poisson", (1.5, 4, 7, 20), 0.05)],
+)
+@pytest.mark.parametrize("shape", [(64, 64), (48, 84)])
+def test_masks_keep_one_in_so_many_and_the_centre(mask, accelerations, tolerance, shape):
+    for acceleration in accelerations:
+        kept = FastMRI(acceleration, mask)._mask(shape, np.random.default_rng(1))
+        wanted = acceleration if mask == "poisson" else shape[1] / round(shape[1] / acceleration)
+        assert 1 / kept.mean() == pytest.approx(wanted, rel=tolerance)
+        assert kept[0, 0]  # zero frequency
+        assert kept[-1, 0] or mask == "poisson"  # lines are whole
+
+
+def test_equispaced_lines_are_so_far_apart():
+    kept = FastMRI(4.0, "equispaced")._mask((4, 64), np.random.default_rng(1))[0]
+    lines = np.flatnonzero(np.fft.fftshift(kept))
+    assert set(np.diff(lines)) <= {1, 2, 3, 4, 5, 6}
+    assert np.median(np.diff(lines)) in (4, 5)
+
+
+def test_poisson_points_keep_their_distance_and_thin_out():
+    shape = (72, 60)
+    axes = [np.fft.fftshift(np.fft.fftfreq(extent)) * 2 for extent in shape]
+    radius = np.hypot(*np.meshgrid(*axes, indexing="ij"))
+    nearest, rng = 0.1, np.random.default_rng(2)
+    places = np.argwhere(_thrown(radius, rng.permutation(radius.size), nearest, max(shape)))
+    local = nearest * max(shape) / 10 * (1 + 5 * radius[tuple(places.T)])
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    np.fill_diagonal(apart, np.inf)
+    assert len(places) > 100
+    assert (apart >= np.minimum(local[:, None], local[None])).all()
+    # and the mask is made of such points and of the centre
+    kept = np.fft.fftshift(FastMRI(5.0, "poisson")._mask(shape, np.random.default_rng(3)))
+    assert kept[radius < 0.04].all()
+    assert not kept[radius > 1].any()
+    rings = [kept[(radius >= low) & (radius < low + 0.3)].mean() for low in (0.1, 0.4, 0.7)]
+    assert rings[0] > 2 * rings[1] > 3 * rings[2]
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets
@@ -125,6 +192,7 @@ def test_a_data_set_of_conditions(phantoms, tmp_path):
     [
         (["--operator", "ct", "--views", "0"], "views must be at least 1, got 0"),
         (["--operator", "mri", "--acceleration", "0.5"], "acceleration must be at least 1, got 0.5"),
+        (["--operator", "mri", "--acceleration", "1.2", "--mask", "poisson"], "acceleration 1.2 is out of reach"),
         (["--operator", "blur"], "operator must be one of ct"),
         (["--operator", "ct", "--classes", "7"], "has no class 7, only 0, 1"),
         ([], "required but not set: operator"),

@@ -155,6 +155,12 @@ def other_grid(data: Path) -> None:
     write_latent(data.parent / "fbp_latents/sub/2.nii.gz", torch.rand(4, 4, 2, 4))
 
 
+def other_autoencoder(data: Path) -> None:
+    for folder, checkpoint in (("x_latents", "a"), ("fbp_latents", "b")):
+        record = {"autoencoder": f"sha of {checkpoint}", "checkpoint": f"{checkpoint}.ckpt"}
+        (data.parent / folder / "latents.json").write_text(json.dumps(record))
+
+
 def plain_json(data: Path) -> None:
     data.write_text('{"0": "x_latents"}')
 
@@ -169,6 +175,7 @@ def other_names(data: Path) -> None:
         (lambda data: (data.parent / "masks/sub/0.nii.gz").unlink(), "1 of 3 hints organs are missing, this one of"),
         (moved, "masks/sub/2.nii.gz: not on the grid of .* mm away"),
         (other_grid, "hint fbp has 4 channels on the grid 4x2x4, 4 on 2x2x4 are needed"),
+        (other_autoencoder, r"hint fbp is of another autoencoder .b.ckpt. than the latents in .*x_latents .a.ckpt."),
         (plain_json, '"0" must be {"images": folder, "hints"'),
         (other_names, "has no hints fbp: name their folder"),
     ],

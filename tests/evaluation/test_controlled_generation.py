@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import generation_models as models
 import numpy as np
 import pytest
 import torch
+from reconstruction_runs import save_lpips
 from user_errors import error_of
 
 from common.checkpoint_files import fingerprint, load_checkpoint, save_checkpoint
@@ -25,7 +27,8 @@ from dataset.volumes.volume_io import read_header, read_volume, write_volume
 from ddpm.checkpoint import load_biflownet
 from ddpm.controlled import beside_controlnet
 from ddpm.process import build_process
-from evaluation.controlled.paired import measure
+from evaluation.autoencoding.plan import load_lpips
+from evaluation.controlled.paired import compared, measure
 from evaluation.controlled.run import generate
 
 IMAGE = {"name": "thick", "kind": "image", "labels": {}, "bits": False, "channels": None}
@@ -93,10 +96,13 @@ def test_volumes_lie_where_their_conditions_lie(folder, tmp_path):
     assert other != paths[0].read_bytes()
 
 
-def test_several_samples_and_what_was_measured(folder, tmp_path):
+def test_several_samples_and_what_was_measured(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
     side = str(folder / "thick" / "conditions.json") + ":held_out"
-    cfg = config(folder, tmp_path, num_samples=2, data_consistency=True, data=side, guidance_scale=2.0)
-    paths = generate(cfg)
+    options = {"num_samples": 2, "data_consistency": True, "data": side, "guidance_scale": 2.0, "batch_size": 2}
+    paths = generate(config(folder, tmp_path, consistency_steps=1, **options))
+    last = generate(config(folder, tmp_path / "last", **{**options, "num_samples": 1}))
+    assert read_volume(last[0]).data.sub(read_volume(paths[0]).data).abs().max() > 1e-3
     assert len(paths) == 4
     samples = [read_volume(path).data for path in paths[:2]]
     name = paths[0].name.removesuffix("_0.nii.gz")
@@ -114,6 +120,7 @@ def test_several_samples_and_what_was_measured(folder, tmp_path):
     assert of["residual of the measurements", "truth"] < 1e-3
     assert of["residual of the measurements", "generated"] < 0.1  # but for the clip to [-1, 1]
     assert of["PSNR", "generated minus condition"] == pytest.approx(of["PSNR", "generated"] - of["PSNR", "condition"])
+    assert len([text for text in results.warnings if "LPIPS is left out: vgg16" in text]) == 1
     rows = list(csv.DictReader((tmp_path / "paired_volumes.csv").open()))
     assert {row["model"] for row in rows} == {"condition", "condition, agreeing", "generated", "autoencoder"}
     from config.schema.evaluation import ReportConfig
@@ -121,6 +128,17 @@ def test_several_samples_and_what_was_measured(folder, tmp_path):
 
     write_report(load_config(ReportConfig, None, values={"input_dir": str(tmp_path)}))
     assert "own truth is the nearest" in (tmp_path / "report.html").read_text()
+
+
+def test_lpips_of_a_pair(tmp_path):
+    lpips = load_lpips(load_config(PairedMetricsConfig, None, values={"weights_dir": str(save_lpips(tmp_path))}))
+    truth = torch.rand(1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    near, far = (
+        compared(truth, volume.clamp(-1, 1), lpips, torch.device("cpu"))["lpips"] for volume in (truth + 0.1, -truth)
+    )
+    assert 0 < near < far
+    for volume, network in ((truth, None), (truth[:, :15], lpips)):
+        assert math.isnan(compared(volume, volume, network, torch.device("cpu"))["lpips"])
 
 
 def masks(root: Path, output: Path, values: torch.Tensor) -> str:
@@ -136,10 +154,52 @@ def test_masks(folder, tmp_path):
     data = masks(folder, tmp_path, labels)
     paths = generate(config(folder, tmp_path / "out", model_ckpt=str(folder / "mask.pt"), data=data))
     assert len(paths) == 2
-    labels[8:20, 8:20, 8:20] = 2
-    data = masks(folder, tmp_path, labels)
-    found = error_of(generate, config(folder, tmp_path / "b", model_ckpt=str(folder / "mask.pt"), data=data))
-    assert "label 2 is not among those of hint organ" in found
+    # A mistake in the last one ends the run before the first is sampled
+    last = sorted((tmp_path / "masks").glob("*.nii.gz"))[-1]
+    for wrong, message in ((2 * labels, "label 2 is not among those of hint organ"), (0 * labels, "an empty mask")):
+        write_volume(last, wrong[None], centred_affine((1, 1, 1), labels.shape))
+        found = error_of(generate, config(folder, tmp_path / "b", model_ckpt=str(folder / "mask.pt"), data=data))
+        assert message in found
+        assert not list((tmp_path / "b").rglob("*.nii.gz"))
+
+
+def test_masks_and_volumes_as_an_nnunet_data_set(folder, tmp_path):
+    """By the rules of nnU-Net's documentation/dataset_format.md."""
+    organs = {"organ": 3, "tumour": 7}
+    hint = {**MASK, "labels": organs}
+    save_controlnet(folder, "organs.pt", hint)
+    labels = torch.zeros(32, 32, 32)
+    labels[8:20, 8:20, 8:20] = 3
+    labels[10:12, 8:20, 8:20] = 7
+    data, target = masks(folder, tmp_path, labels), tmp_path / "raw" / "Dataset501_Organs"
+    options = {"model_ckpt": str(folder / "organs.pt"), "data": data, "num_samples": 2, "nnunet": str(target)}
+    paths = generate(config(folder, tmp_path / "out", **options))
+    content = json.loads((target / "dataset.json").read_text())
+    assert content["labels"] == {"background": 0, "organ": 1, "tumour": 2}
+    assert content["labels_of_the_masks"] == organs
+    assert list(content["channel_names"]) == ["0"]
+    assert content["file_ending"] == ".nii.gz"
+    cases = ["_".join(path.relative_to(tmp_path / "out").parts).removesuffix(".nii.gz") for path in paths]
+    assert content["numTraining"] == len(set(cases)) == 4
+    assert sorted(path.name for path in (target / "imagesTr").iterdir()) == [f"{n}_0000.nii.gz" for n in sorted(cases)]
+    assert sorted(path.name for path in (target / "labelsTr").iterdir()) == [f"{n}.nii.gz" for n in sorted(cases)]
+    for case, path in zip(cases, paths, strict=True):
+        image, mask = target / "imagesTr" / f"{case}_0000.nii.gz", target / "labelsTr" / f"{case}.nii.gz"
+        assert image.read_bytes() == path.read_bytes()
+        assert read_header(image).shape == read_header(mask).shape
+        assert np.array_equal(read_header(image).affine, read_header(mask).affine)
+        found = read_volume(mask).data[0]
+        assert found.unique().tolist() == [0, 1, 2]
+        assert torch.equal(found == 2, labels == 7)
+        assert torch.equal(found == 1, labels == 3)
+    generate(config(folder, tmp_path / "out", **options))  # again: nothing is strange
+    for change, message in (
+        ({"num_samples": 1, "output_dir": str(tmp_path / "other")}, "0000.nii.gz: not of this run: name another"),
+        ({"nnunet": str(tmp_path / "organs")}, "nnU-Net takes folders called DatasetNNN_NAME, as Dataset501_Lungs"),
+        ({"model_ckpt": str(folder / "image.pt"), "data": str(folder / "thick" / "conditions.json")}, "one mask is"),
+    ):
+        found = error_of(generate, config(folder, tmp_path / "out", **{**options, **change}))
+        assert message in found
 
 
 def without_measurements(root: Path, folder: Path) -> dict:

@@ -20,6 +20,7 @@ from reconstruction_runs import (
     figures,
     made_up,
     save_data,
+    save_lpips,
     save_stages,
     table,
     write,
@@ -192,14 +193,7 @@ def test_names_of_checkpoints_are_short_and_differ(paths, names):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights of LPIPS in the published formats."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    state = TriplanarLPIPS(pretrained=False).lpips.state_dict()
-    backbone = {re.sub(r"^net\.slice\d+", "features", name): v for name, v in state.items() if name.startswith("net.")}
-    torch.save(backbone, folder / "vgg16-397923af.pth")
-    torch.save({name: v.abs() for name, v in state.items() if name.startswith("lin")}, folder / "vgg.pth")
-    return folder
+    return save_lpips(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
