@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from common.checkpoint_files import load_weights
+from common.documents import parse_json
 from common.errors import UserError
 from common.files import write_atomically
 from ddpm.BiFlowNet import BiFlowNet
@@ -62,7 +63,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     if found.get("kind") != KIND:
         raise UserError(f"{path}: not an adapter of this project: give the {ADAPTER_NAME} of a run")
     try:
-        about: dict[str, Any] = json.loads(found["about"])
+        about: dict[str, Any] = parse_json(found["about"])
         return AdapterFile(
             str(about["base"]),
             int(about["rank"]),
@@ -72,7 +73,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
             tuple(map(str, about["class_map"])),
             weights,
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its description is damaged: copy it again") from error
 
 

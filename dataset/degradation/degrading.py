@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import zlib
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from common.documents import read_json
 from common.errors import UserError
 from common.files import write_atomically
 from common.log import get_logger
 from common.parallel import map_in_processes
+from common.text import shown
 from dataset.degradation.operators import OPERATORS, Measured, Operator
 from dataset.order.data_split import class_name_of, find_split
 from dataset.volumes.index import (
@@ -91,7 +94,7 @@ def read_measurement(condition: Path) -> tuple[Operator, Measured]:
     stem = condition.name.removesuffix(VOLUME_SUFFIX)
     record_file, file = condition.with_name(f"{stem}.json"), condition.with_name(f"{stem}.npz")
     try:
-        record = json.loads(record_file.read_text(encoding="utf-8"))
+        record = read_json(record_file)
         names = {field.name for field in dataclasses.fields(OPERATORS[record["operator"]])}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items() if name in names}
         with np.load(file, allow_pickle=False) as content:
@@ -114,11 +117,11 @@ def _is_done(target: Path, record: dict[str, Any]) -> bool:
     if not is_whole_volume(target):
         return False
     try:
-        found = json.loads(target.with_name(target.name.removesuffix(VOLUME_SUFFIX) + ".json").read_text("utf-8"))
+        found = read_json(target.with_name(target.name.removesuffix(VOLUME_SUFFIX) + ".json"))
     except (OSError, ValueError):
         return False
     if found != json.loads(json.dumps(record)):
-        raise UserError(f"{target}: was made with {found}, not {record}: name another output_dir")
+        raise UserError(f"{target}: was made with {shown(found)}, not {record}: name another output_dir")
     return True
 
 
@@ -126,7 +129,7 @@ def _degrade_one(job: tuple[Path, Path], operator: Operator, record: dict[str, A
     source, target = job
     volume = read_model_volume(source, (-1, 1))
     array = tensor_to_nifti(volume.data[0]).numpy()
-    rng = np.random.default_rng([record["seed"], zlib.crc32(source.name.encode())])
+    rng = np.random.default_rng([record["seed"], zlib.crc32(os.fsencode(source.name))])
     measured = operator.measure(array, volume.header.spacing_mm, rng)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **measured)
