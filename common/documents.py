@@ -109,7 +109,7 @@ def check_yaml(text: str, loader: type, most_values: int = MOST_YAML_VALUES, mos
             if values > most_values:
                 raise ValueError(f"more than {most_values:,} values, its aliases written out")
     except yaml.YAMLError as error:
-        raise ValueError(yaml_reason(error)) from error
+        raise ValueError(reason(error)) from error
 
 
 def parse_yaml(text: str, loader: type) -> Any:
@@ -118,11 +118,11 @@ def parse_yaml(text: str, loader: type) -> Any:
     try:
         return yaml.load(text, loader)
     except yaml.YAMLError as error:
-        raise ValueError(yaml_reason(error)) from error
+        raise ValueError(reason(error)) from error
 
 
-def yaml_reason(error: Exception) -> str:
-    """What a library says of a YAML text, in one line of a readable length."""
+def reason(error: Exception | str) -> str:
+    """What a library says of a text, in one line of a readable length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from common.documents import check_yaml, read_text, yaml_reason
+from common.documents import check_yaml, read_text, reason
 from common.errors import UserError
 from common.files import replacing
 from common.text import shown
@@ -61,7 +61,7 @@ def load_config(
     cfg = OmegaConf.structured(schema)
     if path is not None:
         _merge(cfg, _compose(Path(path)), str(path))
-    given = [(*_parse_override(schema, override), f"override {override!r}") for override in overrides]
+    given = [(*_parse_override(schema, override), f"override {shown(override)}") for override in overrides]
     given += [(name, value, f"option {name}") for name, value in (values or {}).items()]
     for name, value, source in given:
         _merge(cfg, _nested(name, value), source)
@@ -118,7 +118,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (OmegaConfBaseException, YAMLError, OSError, TypeError, AttributeError) as error:
-        raise ValueError(yaml_reason(error)) from error
+        raise ValueError(reason(error)) from error
     if not isinstance(content, dict):
         raise ValueError(f"expected keys with values, found {shown(content)}")
     return content
@@ -182,7 +182,7 @@ def _parse_override(schema: type, text: str) -> tuple[str, Any]:
     A value that the schema knows as text is taken as it stands, unless it is null or in quotes: a regular expression
     such as `[0-9]+` or a checkpoint `epoch=3-step=500.ckpt` needs none. All others are read by Hydra's grammar.
     """
-    problem = f"override {text!r}: expected key=value, e.g. model.lr=1e-4"
+    problem = f"override {shown(text)}: expected key=value, e.g. model.lr=1e-4"
     match = re.fullmatch(r"(?:\+{0,2})([\w.]+)=(.*)", text, flags=re.DOTALL)
     if match is None:
         raise UserError(problem)
@@ -200,10 +200,12 @@ def _parse_override(schema: type, text: str) -> tuple[str, Any]:
                 return dotted, raw
             raise UserError(f"{problem}; several values at once are not supported, and a list is written [1,2]")
         return dotted, override.value()
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:  # ValueError: of thousands of digits
+        if isinstance(error, UserError):
+            raise
         if is_text:
             return dotted, raw
-        raise UserError(f"{problem}; {_first_line(error)}") from error
+        raise UserError(f"{problem}; {reason(_first_line(error))}") from error
 
 
 # --------------------------------------------------------------------------------------------------- merging

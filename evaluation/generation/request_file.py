@@ -25,6 +25,7 @@ import yaml
 from common.documents import TextLoader, parse_yaml, read_text
 from common.errors import UserError
 from common.text import shown
+from config.schema.option import LARGEST_NUMBER
 from evaluation.generation.attributes import Attributes, parse_attributes
 
 FIELDS = ("class", "seed", "num_samples", "resolution", "spacing", "attributes")
@@ -79,6 +80,8 @@ def parse_seeds(text: str, where: str = "") -> tuple[int, ...]:
             form = "whole numbers or ranges such as 7, 0-9 or 0-3,7"
             raise UserError(f"{where}seeds have to be {form}, got {shown(text)}")
         first, last = int(match[1]), int(match[2] or match[1])
+        if last > LARGEST_NUMBER:
+            raise UserError(f"{where}seeds are whole numbers up to {LARGEST_NUMBER:,}, got {shown(text)}")
         if last < first:
             raise UserError(f"{where}the range of seeds {part.strip()} runs backwards: write {last}-{first}")
         if last - first + len(seeds) >= MOST_VOLUMES:
