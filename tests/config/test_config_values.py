@@ -178,9 +178,9 @@ CONTINUABLE = [
         AutoencoderConfig,
         FREE,
         "model.num_workers model.oversubscribe model.accelerator model.checkpoint_every model.keep_checkpoints "
-        "model.val_every model.val_volumes model.log_every model.log_volume_every model.arithmetic model.channels_last model.compile "
-        "model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.set_anew dataset.imgtype "
-        "dataset.cache dataset.cache_dir dataset.cache_limit_gb",
+        "model.val_every model.val_volumes model.log_every model.log_volume_every model.arithmetic model.channels_last "
+        "model.compile model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.set_anew "
+        "dataset.imgtype dataset.cache dataset.cache_dir dataset.cache_limit_gb",
     ),
     (AutoencoderConfig, EXTENDS, "model.max_steps model.max_epochs model.gpus"),
     (AutoencoderConfig, BEGINNING, "model.resume_from_checkpoint model.continue_from"),
