@@ -167,5 +167,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {shown(name)} occurs twice")
+        raise ValueError(f'key "{name:.80}" occurs twice')
     return found

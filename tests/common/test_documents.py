@@ -14,7 +14,7 @@ JSON = {
     "values": ("[" + "1," * 1_000_000 + "1]", "more than 1,000,000 values"),
     "digits": ("[" + "9" * 5000 + "]", "a number of more than 100 digits"),
     "half": (r'{"\ud800": 1}', r"half a character in '\\ud800'"),
-    "twice": ('{"a": 1, "b": 2, "a": 3}', "key 'a' occurs twice"),
+    "twice": ('{"a": 1, "b": 2, "a": 3}', 'key "a" occurs twice'),
     "none": ("{", "Expecting property name"),
 }
 YAML = {
