@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow gpu-check lint format demo demo-short demo-control clean
+.PHONY: help setup test test-slow fuzz gpu-check lint format demo demo-short demo-control clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test: lint ## lint and all tests but the slow ones (CPU, offline), one process a
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+fuzz: $(READY) ## odd files to all readers for 20 minutes, with another seed each time (FUZZ_SECONDS=300 for each door)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-300} FUZZ_SEED=$${FUZZ_SEED:-random} $(BIN)/python -m pytest -q -s tests/fuzz
 
 # The Python whose torch sees a GPU: users of conda have one, which may lack the imaging libraries. Else .venv.
 gpu-check: ## what this machine's GPU reaches, in 8 minutes, by PYTHON (python3) if its torch sees the GPU, else by .venv

@@ -66,5 +66,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_processes(count: int, option: str, way_out: str) -> None:
+    """UserError for more processes than cores: they would only wait for each other, and the machine with them."""
+    if count > num_cores():
+        raise UserError(f"{option} is {count}, but {num_cores()} core(s) may be used: take as many, or {way_out}")
+
+
 def _same(result: Any) -> Any:
     return result

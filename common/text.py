@@ -7,7 +7,10 @@ import reprlib
 from typing import Any
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that a terminal obeys, or that end a name or line
-LONGEST_SHOWN = 80
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 12
+LONGEST = 160  # of what is quoted in a message
 
 
 def decode(content: bytes) -> str:
@@ -37,9 +40,9 @@ def printable(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value out of a file, for a message: one short line, whatever it is."""
+    """A value as messages quote it: one short line of its repr, of large ones the beginning, whatever it is."""
     try:
-        text = printable(" ".join(reprlib.repr(value).split()))
+        text = printable(" ".join(_REPR.repr(value).split()))
     except Exception:  # e.g. a number of 5000 digits; an object's own repr may fail in any way
         text = f"a {type(value).__name__}"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

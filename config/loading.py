@@ -1,31 +1,41 @@
-"""Loads a YAML configuration with Hydra's compose API, checks it against a schema and saves it.
+"""Loads a YAML configuration, checks it against a schema and saves it.
 
-A file may start from others through Hydra's defaults list; names in that list are looked up beside the file and then
-in this folder, so `defaults: [base_cfg, _self_]` works for a file anywhere. Every mistake is a one-line `UserError`.
+A file may start from others: `defaults: [base_cfg, _self_]` takes base_cfg.yaml, then what the file says itself
+(`_self_`, without which it comes last). Names are looked up beside the file, beside the first one and in this folder,
+with / in front not beside the file. Every mistake is a one-line `UserError`.
 """
 
 import difflib
+import io
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from common.documents import check_yaml, read_text, reason
 from common.errors import UserError
 from common.files import replacing
 from common.places import is_file
-from common.text import is_plain
+from common.text import is_plain, shown
 from config.schema.option import options_of
 from config.validation import validate
 
 CONFIG_FOLDER = Path(__file__).resolve().parent
 SAVED_CONFIG = "config.yaml"  # in a folder of results
+SELF = "_self_"  # in a defaults list, the file's own keys
+MOST_BYTES, MOST_VALUES, MOST_CHARACTERS = 2**20, 20_000, 10_000  # of a file, in it, of one of them
+MOST_INTERPOLATIONS = 20  # each may stand for several others, so that texts grow as a power of their number
+MOST_PROBLEMS = 8  # named in a message
 # Published configs carry these keys; they never had an effect.
 IGNORED_KEYS = ("i3d_feat",)
 
@@ -52,7 +62,7 @@ def load_config(
     cfg = OmegaConf.structured(schema)
     if path is not None:
         _merge(cfg, _compose(Path(path)), str(path))
-    given = [(*_parse_override(schema, override), f"override {override!r}") for override in overrides]
+    given = [(*_parse_override(schema, override), f"override {shown(override)}") for override in overrides]
     given += [(name, value, f"option {name}") for name, value in (values or {}).items()]
     for name, value, source in given:
         _merge(cfg, _nested(name, value), source)
@@ -113,35 +123,69 @@ def require(cfg: DictConfig, *keys: str) -> None:
 # ------------------------------------------------------------------------------------------------- composing
 
 
+def read_config_file(path: Path) -> dict[str, Any]:
+    """What one YAML file says as plain containers, interpolations unresolved. OSError; ValueError for no config."""
+    text = read_text(path, MOST_BYTES)
+    check_yaml(text, yaml.SafeLoader, MOST_VALUES, MOST_CHARACTERS)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError, AttributeError) as error:
+        raise ValueError(reason(error)) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected keys with values, found {shown(content)}")
+    return content
+
+
 def _compose(path: Path) -> dict[str, Any]:
-    """The file with its defaults list worked in, as plain containers with interpolations still unresolved."""
+    """The file with those of its defaults list worked in, as `read_config_file`."""
     if not is_file(path):
         shipped = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
         raise UserError(f"{path}: no such config file; config/ has {shipped}")
     if path.suffix != ".yaml":
         raise UserError(f"{path}: a config file must be named *.yaml")
-    from hydra import compose, initialize_config_dir  # `--help` goes without
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+    composed = _with_defaults(path, path.parent, set())
+    if (number := repr(composed).count("${")) > MOST_INTERPOLATIONS:
+        raise UserError(f"{path}: has {number} interpolations ${{…}}, at most {MOST_INTERPOLATIONS}: write values out")
+    return composed
 
-    GlobalHydra.instance().clear()  # an earlier compose of this process must not leak into this one
-    folder = path.parent.resolve()  # of the link, if the file is one
-    searchpath = f"hydra.searchpath=[{_quoted(f'file://{CONFIG_FOLDER}')}]"
+
+def _with_defaults(path: Path, root: Path, known: set[str]) -> dict[str, Any]:
+    """root: folder of the first file. known: the files so far; one that is named twice is refused, or has no end."""
+    known.add(os.path.realpath(path))
     try:
-        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            composed = compose(config_name=path.stem, overrides=[searchpath])
-        return OmegaConf.to_container(composed, resolve=False)
+        content = read_config_file(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as a config: not text in UTF-8: save it as UTF-8") from error
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as a config: {' '.join(str(error).split())}") from error
-    finally:
-        GlobalHydra.instance().clear()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a config: {getattr(error, 'strerror', None) or error}") from error
+    names = content.pop("defaults", [SELF])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{path}: defaults must be a list of names of config files and {SELF}, found {shown(names)}")
+    composed: dict[str, Any] = {}
+    for name in names if SELF in names else [*names, SELF]:
+        below = content if name == SELF else _with_defaults(_find(name, path, root, known), root, known)
+        composed = _merged(composed, below)
+    return composed
 
 
-def _quoted(text: str) -> str:
-    """Text as a quoted string of Hydra's override grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _find(name: str, path: Path, root: Path, known: set[str]) -> Path:
+    """The file that `name` in the defaults list of `path` means."""
+    folders = (root, CONFIG_FOLDER) if name.startswith("/") else (path.parent, root, CONFIG_FOLDER)
+    places = [folder / f"{name.removeprefix('/').removesuffix('.yaml')}.yaml" for folder in folders]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        looked = " or ".join(dict.fromkeys(str(place.parent) for place in places))
+        raise UserError(f"{path}: defaults: there is no {name}.yaml in {looked}")
+    if os.path.realpath(found) in known:
+        raise UserError(f"{path}: defaults: {name} is named a second time, or names this file: name each file once")
+    return found
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Two configs as one: sections key by key, of all else what `above` says."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def _parse_override(schema: type, text: str) -> tuple[str, Any]:
@@ -150,7 +194,7 @@ def _parse_override(schema: type, text: str) -> tuple[str, Any]:
     A value that the schema knows as text is taken as it stands, unless it is null or in quotes: a regular expression
     such as `[0-9]+` or a checkpoint `epoch=3-step=500.ckpt` needs none. All others are read by Hydra's grammar.
     """
-    problem = f"override {text!r}: expected key=value, e.g. model.lr=1e-4"
+    problem = f"override {shown(text)}: expected key=value, e.g. model.lr=1e-4"
     match = re.fullmatch(r"(?:\+{0,2})([\w.]+)=(.*)", text, flags=re.DOTALL)
     if match is None:
         raise UserError(problem)
@@ -168,10 +212,12 @@ def _parse_override(schema: type, text: str) -> tuple[str, Any]:
                 return dotted, raw
             raise UserError(f"{problem}; several values at once are not supported, and a list is written [1,2]")
         return dotted, override.value()
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:  # ValueError: of thousands of digits
+        if isinstance(error, UserError):
+            raise
         if is_text:
             return dotted, raw
-        raise UserError(f"{problem}; {_first_line(error)}") from error
+        raise UserError(f"{problem}; {reason(_first_line(error))}") from error
 
 
 # --------------------------------------------------------------------------------------------------- merging
@@ -179,9 +225,9 @@ def _parse_override(schema: type, text: str) -> tuple[str, Any]:
 
 def _merge(cfg: DictConfig, given: Mapping[str, Any], source: str) -> None:
     """Writes `given` into the typed config and raises one UserError with all keys that do not fit."""
-    problems = list(_merge_section(cfg, OmegaConf.get_type(cfg), given, "", OmegaConf.get_type(cfg)))
-    if problems:
-        raise UserError(f"{source}: {'; '.join(problems)}")
+    found = _merge_section(cfg, OmegaConf.get_type(cfg), given, "", OmegaConf.get_type(cfg))
+    if problems := [*islice(found, MOST_PROBLEMS)]:
+        raise UserError(f"{source}: {'; '.join(problems)}{'; …' if len(problems) == MOST_PROBLEMS else ''}")
 
 
 def _merge_section(cfg: DictConfig, section: type, given: Mapping, prefix: str, schema: type) -> Iterator[str]:
@@ -196,7 +242,7 @@ def _merge_section(cfg: DictConfig, section: type, given: Mapping, prefix: str, 
             if isinstance(value, Mapping):
                 yield from _merge_section(cfg[name], hints[name], value, f"{dotted}.", schema)
             else:
-                yield f"{dotted} must be a section with keys, got {_shown(value)}"
+                yield f"{dotted} must be a section with keys, got {shown(value)}"
         elif (rows := _rows(hints[name], value)) is not None:
             cfg[name] = rows
             for index, (row, given_row) in enumerate(zip(rows, value, strict=True)):
@@ -206,7 +252,7 @@ def _merge_section(cfg: DictConfig, section: type, given: Mapping, prefix: str, 
             try:
                 cfg[name] = _whole_numbers(value, hints[name])
             except (OmegaConfBaseException, TypeError, ValueError):
-                yield f"{dotted} must be {_describe(hints[name])}, got {_shown(value)}"
+                yield f"{dotted} must be {_describe(hints[name])}, got {shown(value)}"
 
 
 def _rows(hint: Any, value: Any) -> list[Any] | None:
@@ -256,11 +302,6 @@ def _describe(hint: Any) -> str:
         else:
             parts.append(names.get(kind, f"a section with the keys {', '.join(get_type_hints(kind))}"))
     return " or ".join(parts)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.checkpoint_contents import check_contents
 from common.checkpoint_files import load_weights
+from common.documents import parse_json
 from common.errors import UserError
 from common.files import write_atomically
 from common.places import exists, is_file
@@ -70,7 +71,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     if found.get("kind") != KIND:
         raise UserError(f"{path}: not an adapter of this project: give the {ADAPTER_NAME} of a run")
     try:
-        about: dict[str, Any] = json.loads(found["about"])
+        about: dict[str, Any] = parse_json(found["about"])
         if not (0 < about["rank"] <= MOST and 0 < about["num_classes"] <= MOST and math.isfinite(about["alpha"])):
             raise ValueError
         return AdapterFile(
@@ -82,7 +83,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
             tuple(map(str, about["class_map"])),
             weights,
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its description is damaged: copy it again") from error
 
 

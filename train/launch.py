@@ -5,7 +5,8 @@
 starts any script of this project in several processes. Its exit status is theirs: 2 after a user's mistake, 128 + the
 signal after one (130: Ctrl-C); torchrun says 1. A fault of ours is still reported in full. At a signal the processes
 have ten minutes to save a checkpoint before they are killed (torchrun: 30 s), or what
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, from torch 2.12 on also --shutdown-timeout.
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, from torch 2.12 on also --shutdown-timeout. On a node it starts at most as many
+processes as there are cores, with --oversubscribe, before all other options, as many as one says.
 """
 
 import logging
@@ -34,11 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from common.errors import UserError
+    from common.parallel import check_processes
+
+    oversubscribe = words[0] == "--oversubscribe"
+    options = parse_args(words[oversubscribe:])
+    try:
+        if options.nproc_per_node.isdecimal() and not oversubscribe:
+            check_processes(int(options.nproc_per_node), "--nproc-per-node", "say --oversubscribe first")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return MISTAKE
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_S)
     for name in REPEATING_LOGS:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
-        run(parse_args(words))
+        run(options)
     except ChildFailedError as error:
         statuses = {failure.exitcode for failure in error.failures.values()} - ENDED_BY_US
         if not statuses or not statuses <= EXPLAINED:

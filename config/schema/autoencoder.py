@@ -18,11 +18,25 @@ from config.schema.option import (
     set_anew,
     tuned,
 )
-from config.schema.rules import Rule, at_least, below_one, betas, interval, not_negative, one_of, positive, regex, share
+from config.schema.rules import (
+    Rule,
+    at_least,
+    batch,
+    below_one,
+    betas,
+    between,
+    interval,
+    not_negative,
+    one_of,
+    positive,
+    regex,
+    share,
+    workers,
+)
 
 downsampling = Rule(
-    lambda value: len(value) == 3 and len(set(value)) == 1 and value[0] > 1 and value[0] & (value[0] - 1) == 0,
-    "three equal powers of two above 1, e.g. [8,8,8]",
+    lambda value: len(value) == 3 and len(set(value)) == 1 and 1 < value[0] <= 64 and value[0] & (value[0] - 1) == 0,
+    "three equal powers of two from 2 to 64, e.g. [8,8,8]",
 )
 
 
@@ -30,9 +44,11 @@ downsampling = Rule(
 class AutoencoderModelConfig:
     """Patch-Volume autoencoder: architecture, losses, optimisation and run."""
 
-    embedding_dim: int = key(8, "channels of a latent (E)", at_least(1), section="Architecture")
-    n_codes: int = key(8192, "vectors in the codebook", at_least(1))
-    n_hiddens: int = key(48, "width of the first encoder level; each downsampling but the last doubles it", at_least(1))
+    embedding_dim: int = key(8, "channels of a latent (E)", between(1, 512), section="Architecture")
+    n_codes: int = key(8192, "vectors in the codebook", between(1, 2**20))
+    n_hiddens: int = key(
+        48, "width of the first encoder level; each downsampling but the last doubles it", between(1, 1024)
+    )
     downsample: list[int] = key([8, 8, 8], "compression per axis (z, x, y): three equal powers of two", downsampling)
     norm_type: str = key("group", "norm layers: group | batch (synchronised over processes)", one_of("group", "batch"))
     num_groups: int = key(24, "groups of each GroupNorm; must divide n_hiddens", at_least(1))
@@ -46,8 +62,8 @@ class AutoencoderModelConfig:
         0, "optimiser step at which the codebook starts from data; before it latents pass unquantised", not_negative
     )
 
-    disc_channels: int = key(32, "width of the discriminator's first stage", at_least(1), section="Losses")
-    disc_layers: int = key(3, "strided stages of the discriminator", at_least(1))
+    disc_channels: int = key(32, "width of the discriminator's first stage", between(1, 512), section="Losses")
+    disc_layers: int = key(3, "strided stages of the discriminator", between(1, 8, "each halves a patch"))
     disc_loss_type: str = tuned("hinge", "discriminator loss: hinge | vanilla", one_of("hinge", "vanilla"))
     discriminator_iter_start: int = tuned(20000, "optimiser step at which the adversarial terms start", not_negative)
     volume_gan_weight: float = tuned(2.0, "weight of the adversarial term; 0 = no discriminator", not_negative)
@@ -62,7 +78,7 @@ class AutoencoderModelConfig:
     stage: int = key(
         1, "1: patches, whole model; 2: volumes, decoder and post_vq_conv only", one_of(1, 2), section="Optimisation"
     )
-    batch_size: int = tuned(24, "patches (stage 1) or volumes (stage 2) per process and step", at_least(1))
+    batch_size: int = tuned(24, "patches (stage 1) or volumes (stage 2) per process and step", batch)
     lr: float = tuned(3e-4, "learning rate of both Adam optimisers", positive)
     adam_betas: list[float] = tuned([0.5, 0.9], "Adam betas of both optimisers", betas)
     lr_schedule: str = tuned("constant", "constant | cosine (falls to 0 over max_steps)", one_of("constant", "cosine"))
@@ -72,8 +88,11 @@ class AutoencoderModelConfig:
     max_epochs: int = key(10_000, "epochs to train for; -1 = no limit", at_least(-1), resume=EXTENDS)
 
     seed: int = tuned(1234, "seed of weights, data order, crops and augmentation", not_negative, section="Run")
-    num_workers: int = key(8, "data loading processes; 0 = load in the main process", not_negative, resume=FREE)
+    num_workers: int = key(
+        8, "data loading processes, at most one per core; 0 = in the main process", workers, resume=FREE
+    )
     gpus: int = key(1, "devices of one node; on CPU the number of processes", at_least(1), resume=EXTENDS)
+    oversubscribe: bool = key(False, "on CPU: gpus may be more than the cores", resume=FREE)
     accelerator: str = key("auto", "auto (GPU if there is one) | cpu | gpu", one_of("auto", "cpu", "gpu"), resume=FREE)
     precision: str = tuned("32", "32 | bf16 | 16 (both mixed precision)", one_of("32", "bf16", "16"))
     arithmetic: str = arithmetic(has_flag=False)
@@ -107,9 +126,13 @@ class AutoencoderDataConfig:
     """Training data of the autoencoder."""
 
     root_dir: str | None = key(None, "JSON file: name -> folder or list of folders with *.nii.gz; required")
-    image_channels: int = key(1, "channels of a volume", at_least(1))
+    image_channels: int = key(1, "channels of a volume", between(1, 16))
     imgtype: str = key("CT", "modality, for the record only", resume=FREE)
-    patch_size: int = key(64, "edge of a patch in voxels; a multiple of model.downsample", at_least(1))
+    patch_size: int = key(
+        64,
+        "edge of a patch in voxels; a multiple of model.downsample",
+        between(1, 512, "the largest volumes"),
+    )
     intensity_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity; files outside are refused", interval)
     split: str | None = key(
         None, "split.json (dataset/split.py); null = that beside the JSON, if there is one; none = the three keys below"
@@ -154,8 +177,8 @@ class LatentConfig:
 
     data_path: str | None = flag(None, "JSON: class id -> folder; latents go to FOLDER_latents beside it; required")
     AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required")
-    batch_size: int = flag(4, "volumes of equal size encoded together", at_least(1))
-    num_workers: int = flag(8, "data loading processes; 0 = load in the main process", not_negative)
+    batch_size: int = flag(4, "volumes of equal size encoded together", batch)
+    num_workers: int = flag(8, "data loading processes, at most one per core; 0 = in the main process", workers)
     sliding_window: int | None = flag(
         None, "patches per volume encoded at a time; null = by the memory that is free", at_least(1)
     )

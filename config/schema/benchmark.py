@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from config.schema.option import device_flag, flag, key
-from config.schema.rules import Rule, at_least, one_of, positive
+from config.schema.rules import Rule, at_least, batch, between, one_of, positive, positive_triple, workers
 
 PARTS = tuple("hardware data codebook convolution autoencoder biflownet sample decode generate write scaling".split())
-three = Rule(lambda value: len(value) == 3, "three whole numbers z x y")
+three = positive_triple("three whole numbers from 1 to 4,096, z x y", 4096)
 
 
 def grid_key(default: str) -> list[int] | None:
@@ -27,7 +27,7 @@ class BenchmarkConfig:
 
     part: str | None = key(None, "what is measured", one_of(*PARTS), flag="PART")
     size: str = flag("paper", "paper | tiny: in seconds, shows that it runs", one_of("paper", "tiny"))
-    repetitions: int = flag(5, "of which the median counts", at_least(1))
+    repetitions: int = flag(5, "of which the median counts", between(1, 10_000))
     json: str | None = flag(None, "file for the figures")
 
 
@@ -39,7 +39,7 @@ class HardwareBenchmark(BenchmarkConfig):
 @dataclass
 class DataBenchmark(BenchmarkConfig):
     items: str = flag("patches", "what is loaded: patches | latents", one_of("patches", "latents"))
-    num_workers: int = flag(2, "processes, or threads, that load", at_least(1))
+    num_workers: int = flag(2, "processes, or threads, that load", at_least(1), workers)
     folder: str | None = flag(None, "where the files lie or are made; null = a temporary folder")
 
 
@@ -56,7 +56,7 @@ class ConvolutionBenchmark(BenchmarkConfig):
 
 @dataclass
 class AutoencoderBenchmark(BenchmarkConfig):
-    batch_size: int = flag(1, "patches of a step", at_least(1))
+    batch_size: int = flag(1, "patches of a step", batch)
     no_perceptual: bool = flag(False, "leaves the perceptual network out of all ways")
     ways: str | None = ways_key()
     compile: bool = compile_key()
@@ -66,7 +66,7 @@ class AutoencoderBenchmark(BenchmarkConfig):
 @dataclass
 class BiFlowNetBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("16 16 16")
-    batch_size: int = flag(1, "latents of a step", at_least(1))
+    batch_size: int = flag(1, "latents of a step", batch)
     ways: str | None = ways_key()
     compile: bool = compile_key()
     device: str = device_flag()
@@ -75,8 +75,8 @@ class BiFlowNetBenchmark(BenchmarkConfig):
 @dataclass
 class SampleBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("32 32 32")
-    batch_size: int = flag(4, "latents of the batched way", at_least(1))
-    steps: int = flag(2, "denoising steps of a sampling", at_least(1))
+    batch_size: int = flag(4, "latents of the batched way", batch)
+    steps: int = flag(2, "denoising steps of a sampling", between(1, 100_000))
     ways: str | None = ways_key()
     compile: bool = compile_key()
     device: str = device_flag()
@@ -96,7 +96,7 @@ class DecodeBenchmark(BenchmarkConfig):
 @dataclass
 class GenerateBenchmark(BenchmarkConfig):
     grid: list[int] | None = grid_key("64 64 64")
-    steps: int = flag(20, "denoising steps", at_least(1))
+    steps: int = flag(20, "denoising steps", between(1, 100_000))
     max_memory: float | None = flag(None, "GB for decoding; null = 16 at paper size")
     ways: str | None = ways_key()
     compile: bool = compile_key()
@@ -113,7 +113,7 @@ class WriteBenchmark(BenchmarkConfig):
 class ScalingBenchmark(BenchmarkConfig):
     loop: str = flag("biflownet", "biflownet | autoencoder", one_of("biflownet", "autoencoder"))
     config: str | None = flag(None, "of the training script; null = the demo's, small networks")
-    processes: int = flag(2, "processes beside one", at_least(2))
+    processes: int = flag(2, "processes beside one", between(2, 1024))
     device: str = device_flag()
 
 

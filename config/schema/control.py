@@ -12,7 +12,7 @@ from config.schema.diffusion import (
     attribute_name,
 )
 from config.schema.option import arithmetic, device_flag, flag, key, tuned
-from config.schema.rules import at_least, below_one, not_negative, one_of, positive, share
+from config.schema.rules import batch, below_one, between, not_negative, one_of, positive, share
 
 HINTS = ("image", "mask", "latent")  # those of dataset/hints.py
 
@@ -29,7 +29,7 @@ class Hint:
     )
     labels: dict[str, int] = key({}, "of a mask: the labels that count, e.g. {liver: 1, tumour: 2}")
     bits: bool = key(False, "of a mask of many labels: their bits in place of a channel for each")
-    channels: int | None = key(None, "of a latent: how many it has; null = volume_channels", at_least(1))
+    channels: int | None = key(None, "of a latent: how many it has; null = volume_channels", between(1, 512))
 
 
 @dataclass
@@ -75,13 +75,20 @@ class ControlledGenerationConfig(DiffusionModelConfig):
         "ddim", "ddpm | ddim | dpm++ | unipc; of a flow euler", one_of(*SAMPLING_STRATEGIES, *FLOW_STRATEGIES)
     )
     ddim_steps: int = key(
-        50, "steps of ddim, dpm++ and unipc, at most timesteps; of euler", at_least(1), flag="--ddim_steps"
+        50,
+        "steps of ddim, dpm++ and unipc, at most timesteps; of euler",
+        between(1, 100_000),
+        flag="--ddim_steps",
     )
     eta: float = flag(0.0, "noise of ddim alone: 0 = deterministic, 1 = as much as ddpm", share)
     seed: int = flag(0, "seed of the noise", not_negative)
-    num_samples: int = flag(1, "volumes of each condition; of several mean and standard deviation too", at_least(1))
-    batch_size: int = flag(1, "latents sampled together", at_least(1))
-    num_pictures: int = flag(8, "conditions in contact_sheet.png", not_negative)
+    num_samples: int = flag(
+        1,
+        "volumes of each condition; of several mean and standard deviation too",
+        between(1, 100_000, "volumes of one run"),
+    )
+    batch_size: int = flag(1, "latents sampled together", batch)
+    num_pictures: int = flag(8, "conditions in contact_sheet.png", between(0, 1000))
     arithmetic: str = arithmetic()
     device: str = device_flag()
     downsample: int = key(8, "compression of the autoencoder: 8 | 4", one_of(8, 4), section="Decoding")

@@ -9,6 +9,8 @@ from config.schema.rules import (
     Rule,
     at_least,
     below_one,
+    between,
+    fits_into_memory,
     inner_share,
     interval,
     name_of_a,
@@ -18,17 +20,21 @@ from config.schema.rules import (
     positive_triple,
     regex,
     share,
+    workers,
 )
 
 # BiFlowNet cuts latents into sub-volumes of this edge.
 SUB_VOLUME = 8
+LARGEST_SIDE = 32_767  # voxels along an axis of a NIfTI-1 file
+SMALLEST_SPACING_MM, LARGEST_SPACING_MM = 0.05, 20.0  # those of dataset/volumes/geometry.py
+WORK_BYTES = 16  # a voxel while it is resampled: in float64, and as float32 before and after
 MASKS = ("gaussian", "equispaced", "poisson")  # those of dataset/degradation/operators.py
 _SIDES = str.maketrans("LPI", "RAS")
 
 
 def is_grid(value: list[int]) -> bool:
     """Whether BiFlowNet can take a latent of this size."""
-    return len(value) == 3 and all(size > 0 and size % SUB_VOLUME == 0 for size in value)
+    return len(value) == 3 and all(0 < size <= LARGEST_SIDE // 8 and size % SUB_VOLUME == 0 for size in value)
 
 
 latent_grids = Rule(
@@ -38,6 +44,10 @@ voxel_sizes = Rule(
     lambda rows: all(len(row) == 3 and min(row) > 0 for row in rows), "a list of spacings, each three numbers above 0"
 )
 latent_grid = Rule(is_grid, f"three positive multiples of {SUB_VOLUME}")
+of_scans = Rule(
+    lambda value: len(value) == 3 and all(SMALLEST_SPACING_MM <= length <= LARGEST_SPACING_MM for length in value),
+    f"three numbers from {SMALLEST_SPACING_MM:g} to {LARGEST_SPACING_MM:g}, x y z in mm",
+)
 voxel_size = positive_triple("three numbers above 0, x y z in mm")
 orientation = Rule(
     lambda value: sorted(value.translate(_SIDES)) == [*"ARS"], "three letters, one each of L/R, P/A and I/S"
@@ -85,14 +95,17 @@ class PreprocessConfig:
     )
 
     spacing: list[float] | None = flag(
-        None, "voxel size x y z in mm; null = the preset's, without preset as it is", voxel_size, section="Geometry"
+        None, "voxel size x y z in mm; null = the preset's, without preset as it is", of_scans, section="Geometry"
     )
     size: list[int] | None = flag(
         None,
         "voxels x y z, cropped around the foreground or padded; null = the preset's, without preset see multiple",
-        positive_triple("three numbers above 0, x y z in voxels"),
+        positive_triple(f"three numbers above 0 and up to {LARGEST_SIDE:,}, x y z in voxels", LARGEST_SIDE),
+        fits_into_memory(WORK_BYTES),
     )
-    multiple: int = flag(64, "without size: axes are padded to the next multiple; the autoencoder's patch", at_least(1))
+    multiple: int = flag(
+        64, "without size: axes are padded to the next multiple; the autoencoder's patch", between(1, 512)
+    )
     interpolation: str = flag("linear", "linear | bspline", one_of("linear", "bspline"))
 
     modality: str | None = flag(
@@ -118,7 +131,7 @@ class PreprocessConfig:
     validation: float | None = flag(None, "share of the volumes for validation; null = 0.1 if drawn", below_one)
     held_out: float | None = flag(None, "share held out from all training; null = 0.1 if drawn", below_one)
 
-    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative, section="Run")
+    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", workers, section="Run")
     dry_run: bool = flag(False, "list what is found, write nothing")
 
     class_table: str | None = class_table_flag()
@@ -132,11 +145,15 @@ class CheckConfig:
 
     json: str | None = key(None, "dataset JSON: name or class id -> folder(s)", flag="JSON")
     intensity_range: list[float] = flag([-1.0, 1.0], "lowest and highest intensity of the files", interval)
-    patch_size: int = flag(64, "edge of a patch, for notes; 64 = that of the latents, where there are any", at_least(1))
+    patch_size: int = flag(
+        64,
+        "edge of a patch, for notes; 64 = that of the latents, where there are any",
+        between(1, 512, "the largest volumes"),
+    )
     subject_pattern: str | None = flag(None, "regular expression, as dataset.subject_pattern", regex)
-    num_workers: int = flag(min(8, os.cpu_count() or 1), "processes that read; 0 = this one", not_negative)
+    num_workers: int = flag(min(8, os.cpu_count() or 1), "processes that read; 0 = this one", workers)
     seed: int = flag(0, "seed of the choice of pictures", not_negative)
-    num_pictures: int = flag(6, "volumes drawn; 0 = no picture", not_negative)
+    num_pictures: int = flag(6, "volumes drawn; 0 = no picture", between(0, 1000))
     picture: str | None = flag(None, "PNG file; null = NAME_check.png beside NAME.json")
     report: str | None = flag(None, "JSON file that gets all of it, every file named")
 
@@ -163,13 +180,13 @@ class PhantomConfig:
     """Digital phantoms (dataset/phantoms.py)."""
 
     output_dir: str | None = flag(None, "folder of the data set; required")
-    num_per_class: int = flag(40, "phantoms of each class to train on", at_least(1))
-    num_validation: int = flag(4, "more of each class, for validation", not_negative)
-    num_held_out: int = flag(16, "more of each class, held out from all training", not_negative)
+    num_per_class: int = flag(40, "phantoms of each class to train on", between(1, 100_000))
+    num_validation: int = flag(4, "more of each class, for validation", between(0, 100_000))
+    num_held_out: int = flag(16, "more of each class, held out from all training", between(0, 100_000))
     slabs: float = flag(0.0, "chests of half the height beside them, as a share of each number above", share)
-    size: int = flag(64, "voxels along each axis", at_least(16))
+    size: int = flag(64, "voxels along each axis", between(16, 1024))
     seed: int = flag(0, "seed of anatomy, intensities, texture and spacing", not_negative)
-    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative)
+    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", workers)
 
 
 @dataclass
@@ -183,8 +200,8 @@ class DegradeConfig:
     )
     classes: list[int] = flag([], "class ids; empty = all")
     seed: int = flag(0, "seed of noise, masks and boxes", not_negative)
-    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", not_negative)
-    views: int = flag(16, "ct: views", at_least(1))
+    num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", workers)
+    views: int = flag(16, "ct: views", between(1, 100_000))
     arc: float = flag(180.0, "ct: degrees that they cover", positive)
     photons: float = flag(0.0, "ct: expected on a detector without a patient; 0 = no noise", not_negative)
     window: list[float] = flag([-1000.0, 1000.0], "ct: HU of the volumes' -1 and 1", interval)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from config.schema.data import SUB_VOLUME, VolumeClass, class_table_flag, latent_grid, voxel_size
+from config.schema.data import LARGEST_SIDE, SUB_VOLUME, VolumeClass, class_table_flag, latent_grid, voxel_size
 from config.schema.option import (
     BEGINNING,
     CHANGES,
@@ -20,8 +20,10 @@ from config.schema.option import (
 from config.schema.rules import (
     Rule,
     at_least,
+    batch,
     below_one,
     betas,
+    between,
     inner_path,
     inner_share,
     interval,
@@ -30,6 +32,7 @@ from config.schema.rules import (
     positive,
     positive_triple,
     share,
+    workers,
 )
 
 PREDICTIONS = ("noise", "v", "x0")  # those of ddpm/predictions.py
@@ -45,7 +48,10 @@ attribute_name = Rule(
     "a name of letters, digits and _, no digit first",
 )
 all_positive = Rule(lambda value: all(0 < item < float("inf") for item in value), "numbers above 0")
-widths = Rule(lambda value: len(value) > 0 and all(item > 0 for item in value), "one positive whole number per level")
+widths = Rule(
+    lambda value: len(value) > 0 and all(0 < item <= 64 for item in value) and len(value) <= 8,
+    "one whole number from 1 to 64 per level, of at most 8 levels",
+)
 switches = Rule(lambda value: set(value) <= {0, 1}, "0 or 1 per level")
 token = Rule(lambda value: value > 0 and SUB_VOLUME % value == 0, f"a divisor of the sub-volume edge {SUB_VOLUME}")
 
@@ -69,7 +75,7 @@ class Bucket:
     """One row of `buckets`: how latents of one size are trained on."""
 
     grid: list[int] = key([], "latent grid (z, x, y)", latent_grid)
-    batch_size: int = key(1, "latents per process and step", at_least(1))
+    batch_size: int = key(1, "latents per process and step", batch)
 
 
 @dataclass
@@ -78,7 +84,9 @@ class Replay:
 
     data_path: str | None = tuned(None, "JSON: class id (of this run) -> folder of latents; null = none")
     samples: int = tuned(
-        0, "in place of data: latents of each known class and size that init_from makes of itself, once", not_negative
+        0,
+        "in place of data: latents of each known class and size that init_from makes of itself, once",
+        between(0, 100_000),
     )
     share: float = tuned(0.5, "share of every batch that is replayed", inner_share)
 
@@ -87,19 +95,21 @@ class Replay:
 class DiffusionModelConfig:
     """What makes the diffusion model; training and generation have to agree on it."""
 
-    volume_channels: int = flag(8, "latent channels; the autoencoder's embedding_dim", at_least(1), section="Model")
-    model_dim: int = flag(72, "width of the first level; a multiple of 6 and of resnet_groups", at_least(1))
+    volume_channels: int = flag(8, "latent channels; the autoencoder's embedding_dim", between(1, 512), section="Model")
+    model_dim: int = flag(72, "width of the first level; a multiple of 6 and of resnet_groups", between(1, 4096))
     dim_mults: list[int] = flag([1, 1, 2, 4, 8], "width of each level as a multiple of model_dim", widths)
     use_attn: list[int] = flag([0, 0, 0, 1, 1], "1 for each level with attention", switches)
     patch_size: int = flag(1, "edge of a token in latent voxels (8x: 1, 4x: 2)", token)
-    num_dit: int = flag(1, "DiT blocks in the middle of the intra-patch flow", at_least(1))
-    vq_size: int = flag(64, "latent grid size that the resolution condition counts as 1", at_least(1))
-    num_classes: int = flag(7, "number of classes; ids are 0 ... num_classes - 1", at_least(1))
-    resnet_groups: int = key(24, "groups of each GroupNorm", at_least(1))
-    dit_num_heads: int = key(8, "attention heads of a DiT block", at_least(1))
-    attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each", at_least(1))
+    num_dit: int = flag(1, "DiT blocks in the middle of the intra-patch flow", between(1, 64))
+    vq_size: int = flag(64, "latent grid size that the resolution condition counts as 1", between(1, 4096))
+    num_classes: int = flag(7, "number of classes; ids are 0 ... num_classes - 1", between(1, 100_000))
+    resnet_groups: int = key(24, "groups of each GroupNorm", between(1, 4096))
+    dit_num_heads: int = key(8, "attention heads of a DiT block", between(1, 256))
+    attn_heads: int = key(8, "attention heads of the U-Net, 32 channels each", between(1, 256))
     timesteps: int = flag(
-        1000, "diffusion steps of the training; of a flow what the network gets for t = 1", at_least(1)
+        1000,
+        "diffusion steps of the training; of a flow what the network gets for t = 1",
+        between(1, 100_000),
     )
     process: str = key("diffusion", "diffusion | flow (rectified flow, of velocities)", one_of(*PROCESSES))
     prediction: str = key("noise", "what the network predicts in a diffusion: noise | v | x0", one_of(*PREDICTIONS))
@@ -150,9 +160,9 @@ class LatentTrainingConfig(DiffusionModelConfig):
 
     epochs: int = flag(1000, "epochs to train for", at_least(1), resume=EXTENDS, section="Optimisation")
     max_steps: int | None = flag(None, "optimiser steps to train; null = epochs decide", at_least(1), resume=EXTENDS)
-    batch_size: int = flag(16, "latents per process and step", at_least(1), resume=CHANGES)
+    batch_size: int = flag(16, "latents per process and step", batch, resume=CHANGES)
     accumulate: int = key(
-        1, "passes that a batch is split into, whose gradients are added: less memory, the same step", at_least(1),
+        1, "passes that a batch is split into, whose gradients are added: less memory, the same step", batch,
         resume=FREE,
     )  # fmt: skip
     class_weights: list[float] = tuned(
@@ -188,7 +198,10 @@ class LatentTrainingConfig(DiffusionModelConfig):
     )
     global_seed: int = flag(0, "seed of weights, data order, noise and timesteps", not_negative, resume=CHANGES)
     num_workers: int = flag(
-        8, "threads that load from the cache; processes without it; 0 = load when needed", not_negative, resume=FREE
+        8,
+        "threads that load from the cache; without it processes, at most one per core",
+        workers,
+        resume=FREE,
     )
     device: str = device_flag(EXTENDS)
     log_every: int = flag(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
@@ -198,9 +211,11 @@ class LatentTrainingConfig(DiffusionModelConfig):
         1000, "optimiser steps between held-out losses, of the split's validation side; 0 = none", not_negative,
         resume=FREE,
     )  # fmt: skip
-    val_latents: int = key(32, "latents of each class and size that they are measured on", at_least(1), resume=FREE)
+    val_latents: int = key(
+        32, "latents of each class and size that they are measured on", between(1, 100_000), resume=FREE
+    )
     preview: bool = key(True, "sample one volume per checkpoint into samples/", resume=FREE)
-    preview_steps: int = key(10, "DDIM or Euler steps of a preview", at_least(1), resume=FREE)
+    preview_steps: int = key(10, "DDIM or Euler steps of a preview", between(1, 100_000), resume=FREE)
 
 
 @dataclass
@@ -225,7 +240,7 @@ class BiFlowNetTrainingConfig(LatentTrainingConfig):
         one_of(*TRAINABLE),
         section="Fine-tuning",
     )
-    lora_rank: int = key(16, "rank of an adapter's layers", at_least(1))
+    lora_rank: int = key(16, "rank of an adapter's layers", between(1, 4096))
     lora_alpha: float = key(16.0, "its strength: differences count alpha / rank times", positive)
     lora_blocks: list[str] = key([], "parts of the network that it adapts, e.g. [downs, ups]; empty = all")
     replay: Replay = field(default_factory=Replay)
@@ -250,7 +265,7 @@ class SeveralSizesConfig(LatentTrainingConfig):
         None,
         "latents of 32x32x32 per process and step; of other sizes as many as have the same voxels, but at least one; "
         "null = by buckets",
-        at_least(1),
+        batch,
         resume=CHANGES,
     )
     buckets: list[Bucket] = tuned([], "grid and batch_size of each size of latents, in place of batch_size")
@@ -300,7 +315,7 @@ class GenerationConfig(DiffusionModelConfig):
     resolution: list[int] | None = flag(
         None,
         "voxels z y x of every volume; null = the class table's",
-        positive_triple("three whole numbers above 0, z y x in voxels"),
+        positive_triple(f"three whole numbers above 0 and up to {LARGEST_SIDE:,}, z y x in voxels", LARGEST_SIDE),
     )
     spacing: list[float] | None = flag(None, "voxel size x y z in mm; null = that of the class table", voxel_size)
     seeds: str | None = flag(None, "seeds in place of seed, e.g. 0-9 (both included) or 0-3,7; null = seed alone")
@@ -315,15 +330,18 @@ class GenerationConfig(DiffusionModelConfig):
         section="Sampling",
     )
     ddim_steps: int = key(
-        100, "steps of ddim, dpm++ and unipc, at most timesteps; of euler", at_least(1), flag="--ddim_steps"
+        100,
+        "steps of ddim, dpm++ and unipc, at most timesteps; of euler",
+        between(1, 100_000),
+        flag="--ddim_steps",
     )
     eta: float = flag(0.0, "noise of ddim alone: 0 = deterministic, 1 = as much as ddpm", share)
     guidance_scale: float = flag(
         1.0, "classifier-free guidance; 1 = off, others need a model trained with label_dropout", not_negative
     )
     seed: int = flag(0, "seed of the noise", not_negative)
-    num_samples: int = flag(1, "volumes per class, grid and seed", at_least(1))
-    batch_size: int = flag(1, "latents sampled together", at_least(1))
+    num_samples: int = flag(1, "volumes per class, grid and seed", between(1, 100_000, "volumes of one run"))
+    batch_size: int = flag(1, "latents sampled together", batch)
 
     precision: str = flag(
         "32",
@@ -347,8 +365,10 @@ class GenerationConfig(DiffusionModelConfig):
         "GB that decoding may take; changes no image, only time; null = 80 % of what a GPU has free, 50 % on CPU",
         positive,
     )
-    max_single_pass: int = key(32, "blended, tiles: latents up to so many voxels cubed are decoded whole", at_least(1))
-    tile: int = key(256, "blended, tiles: edge of a tile in image voxels", at_least(1))
+    max_single_pass: int = key(
+        32, "blended, tiles: latents up to so many voxels cubed are decoded whole", between(1, 32_767)
+    )
+    tile: int = key(256, "blended, tiles: edge of a tile in image voxels", between(1, 32_767))
     class_table: str | None = class_table_flag()
     classes: list[VolumeClass] = key([], "class table: id, name, grids (z, x, y) and spacings_mm (x, y, z) of each")
 

@@ -5,7 +5,19 @@ from math import ceil
 
 from config.schema.diffusion import FLOW_STRATEGIES, SAMPLING_STRATEGIES
 from config.schema.option import device_flag, flag, key
-from config.schema.rules import Rule, at_least, interval, name_of_a, not_negative, one_of, positive, regex
+from config.schema.rules import (
+    Rule,
+    at_least,
+    batch,
+    between,
+    interval,
+    name_of_a,
+    not_negative,
+    one_of,
+    positive,
+    regex,
+    workers,
+)
 
 # Those of evaluation/comparison/networks.py
 FEATURE_NETWORKS = ("medicalnet_resnet50", "imagenet_resnet50", "radimagenet_resnet50", "random_3d", "random_2d")
@@ -37,8 +49,12 @@ class EvaluationConfig:
         regex,
     )
     exclude_unreadable: bool = flag(False, "true: files that can't be read are left out and listed; false: an error")
-    num_resamples: int = flag(200, "resamples of the bootstrap, for 95 % intervals; at least 20", at_least(20))
-    num_workers: int = flag(4, "loading processes, at most one per core; 0 = load in the main process", not_negative)
+    num_resamples: int = flag(
+        200,
+        "resamples of the bootstrap, for 95 % intervals; at least 20",
+        between(20, 10_000, "more change no interval"),
+    )
+    num_workers: int = flag(4, "loading processes, at most one per core; 0 = load in the main process", workers)
     seed: int = flag(0, "seed of resamples, halvings and pairs", not_negative)
     device: str = device_flag()
 
@@ -51,7 +67,7 @@ class ReconstructionConfig(EvaluationConfig):
     AE_ckpt: list[str] = flag([], "autoencoder checkpoints, e.g. of stage 1 and of stage 2, compared in this order")
     lpips: str = flag("auto", LPIPS_CHOICE, one_of("auto", "on", "off"))
     max_memory: float | None = flag(None, "GB that decoding may take; null = most of what is free", positive)
-    num_pictures: int = flag(4, "volumes of each class in the pictures", not_negative)
+    num_pictures: int = flag(4, "volumes of each class in the pictures", between(0, 1000))
 
 
 @dataclass
@@ -64,10 +80,14 @@ class FeatureConfig(EvaluationConfig):
         "file is there, random ones in place of what has none",
         known_networks,
     )
-    slices: int = flag(16, "slices of each plane for networks on slices; all where a volume has fewer", at_least(1))
-    batch_size: int = flag(4, "volumes that go through a network together", at_least(1))
-    num_halvings: int = flag(10, "random halvings of the real set for the floor", at_least(1))
-    num_pairs: int = flag(100, "pairs of volumes of each set for the diversity; all where there are fewer", at_least(1))
+    slices: int = flag(
+        16, "slices of each plane for networks on slices; all where a volume has fewer", between(1, 32_767)
+    )
+    batch_size: int = flag(4, "volumes that go through a network together", batch)
+    num_halvings: int = flag(10, "random halvings of the real set for the floor", between(1, 1000))
+    num_pairs: int = flag(
+        100, "pairs of volumes of each set for the diversity; all where there are fewer", between(1, 100_000)
+    )
 
 
 @dataclass
@@ -82,8 +102,8 @@ class GenerationMetricsConfig(FeatureConfig):
     )
     resample: bool = flag(False, "brings all volumes to the spacing and size that most real ones of their class have")
     ignore_spacing: bool = flag(False, "compares voxels whatever their size in mm and the direction of the axes")
-    neighbours: int = flag(5, "nearest neighbours of precision, recall, density and coverage", at_least(1))
-    num_pictures: int = flag(4, "volumes of each set and class in the pictures", not_negative)
+    neighbours: int = flag(5, "nearest neighbours of precision, recall, density and coverage", between(1, 1000))
+    num_pictures: int = flag(4, "volumes of each set and class in the pictures", between(0, 1000))
 
 
 @dataclass
@@ -105,7 +125,11 @@ class PairedMetricsConfig:
     output_dir: str | None = flag(None, "folder that gets the results; required")
     lpips: str = flag("auto", LPIPS_CHOICE, one_of("auto", "on", "off"))
     weights_dir: str | None = flag(None, "folder with LPIPS' weight files; null = torch hub's cache")
-    num_resamples: int = flag(200, "resamples of the bootstrap, for 95 % intervals; at least 20", at_least(20))
+    num_resamples: int = flag(
+        200,
+        "resamples of the bootstrap, for 95 % intervals; at least 20",
+        between(20, 10_000, "more change no interval"),
+    )
     seed: int = flag(0, "seed of resamples", not_negative)
     device: str = device_flag()
 
@@ -145,7 +169,7 @@ class SamplingStudyConfig:
     strategies: list[str] | None = flag(None, "samplers; null = all of the model's process", some_samplers)
     steps: list[int] = flag([5, 10, 15, 25, 50, 100], "of all but ddpm, which takes every timestep")
     seeds: list[int] = flag([0, 1, 2], "of the noise", some_seeds)
-    num_samples: int = flag(8, "volumes per class, run and seed; a distance needs two", at_least(2))
+    num_samples: int = flag(8, "volumes per class, run and seed; a distance needs two", between(2, 100_000))
     device: str = device_flag()
 
 
@@ -194,14 +218,18 @@ class RecipeStudyConfig:
         [0, 1, 2], "of training and noise; each variant is trained once with each", some_seeds, different
     )
     variants: list[Variant] = key([], "name, training, generation of each; the others are compared with the first")
-    processes: int = key(1, "that a run trains in", at_least(1))
+    processes: int = key(1, "that a run trains in", between(1, 1024))
 
-    num_samples: int = key(8, "diffusion: volumes generated per class and run", at_least(1))
+    num_samples: int = key(8, "diffusion: volumes generated per class and run", between(1, 100_000))
     real_range: list[float] = key([-1.0, 1.0], "lowest and highest intensity of the volumes' files", interval)
-    neighbours: int = key(5, "nearest neighbours of precision, recall, density and coverage", at_least(1))
-    slices: int = key(8, "slices of each plane for FID-2.5D", at_least(1))
-    num_pairs: int = key(100, "pairs of volumes of each set for MS-SSIM; all where there are fewer", at_least(1))
-    num_resamples: int = key(100, "resamples of the volumes, for the intervals", at_least(20))
+    neighbours: int = key(5, "nearest neighbours of precision, recall, density and coverage", between(1, 1000))
+    slices: int = key(8, "slices of each plane for FID-2.5D", between(1, 32_767))
+    num_pairs: int = key(
+        100, "pairs of volumes of each set for MS-SSIM; all where there are fewer", between(1, 100_000)
+    )
+    num_resamples: int = key(
+        100, "resamples of the volumes, for the intervals", between(20, 10_000, "more change no interval")
+    )
     lpips: str = key(
         "auto", "autoencoder: auto (where VGG-16's weights are there) | on | off", one_of("auto", "on", "off")
     )

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from common.text import shown
 from config.schema.rules import Rule, not_negative, one_of
 
 
@@ -27,6 +28,18 @@ class Resume(Enum):
 
 
 IDENTITY, BEGINNING, CHANGES, EXTENDS, FREE = Resume
+
+
+LARGEST_NUMBER = 2**32 - 1  # that NumPy takes as a seed; nothing else is counted as far
+
+
+def _is_countable(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return all(map(_is_countable, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or abs(value) <= LARGEST_NUMBER
+
+
+LARGEST = Rule(_is_countable, f"of whole numbers up to {LARGEST_NUMBER:,}")
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,8 @@ class Option:
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value by the first rule that it breaks; null breaks none."""
-        broken = (rule for rule in self.rules if value is not None and not rule.holds(value))
-        return next((f"{self.name} must be {rule.expected}, got {value!r}" for rule in broken), None)
+        broken = (rule for rule in (LARGEST, *self.rules) if value is not None and not rule.holds(value))
+        return next((f"{self.name} must be {rule.expected}, got {shown(value)}" for rule in broken), None)
 
 
 def key(

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 from typing import Any
 
 from common.text import is_plain
@@ -22,13 +22,28 @@ def at_least(least: int) -> Rule:
     return Rule(lambda value: value >= least, f"at least {least}")
 
 
+def between(least: int, most: int, why: str = "") -> Rule:
+    """why: for the message, where the upper bound doesn't speak for itself."""
+    reason = f" ({why})" if why else ""
+    return Rule(lambda value: least <= value <= most, f"at least {least} and at most {most:,}{reason}")
+
+
 def one_of(*allowed: Any) -> Rule:
     return Rule(lambda value: value in allowed, f"one of {' | '.join(map(str, allowed))}")
 
 
-def positive_triple(expected: str) -> Rule:
-    """expected: what the three are."""
-    return Rule(lambda value: len(value) == 3 and all(0 < item < inf for item in value), expected)
+def positive_triple(expected: str, most: float = inf) -> Rule:
+    """expected: what the three are. most: what each is at most."""
+    return Rule(lambda value: len(value) == 3 and all(0 < item <= most and item < inf for item in value), expected)
+
+
+def fits_into_memory(voxel_bytes: int) -> Rule:
+    """Of a volume's size: that the machine has so many bytes for each voxel."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Rule(
+        lambda value: prod(value) * voxel_bytes <= memory,
+        f"a size whose voxels, of {voxel_bytes} bytes each at work, fit into this machine's {memory / 1e9:.0f} GB",
+    )
 
 
 def name_of_a(what: str) -> Rule:
@@ -47,7 +62,7 @@ def name_of_a(what: str) -> Rule:
 def _is_regex(value: str) -> bool:
     try:
         re.compile(value)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
@@ -66,3 +81,6 @@ betas = Rule(lambda value: len(value) == 2 and all(0 <= b < 1 for b in value), "
 interval = Rule(lambda value: len(value) == 2 and -inf < value[0] < value[1] < inf, "two numbers, the lower one first")
 inner_path = Rule(_stays_inside, "a path inside its folder")
 regex = Rule(_is_regex, "a regular expression that Python can read")
+# More than any machine has uses for, and less than what makes it stand still.
+workers = between(0, 256)
+batch = between(1, 65_536)

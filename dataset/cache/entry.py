@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from common.documents import read_json
 from common.errors import UserError
 from common.files import write_atomically
 from dataset.cache.crops import STORED, CroppedVolume, Foreground, decode, encode, find_foreground
@@ -96,7 +97,7 @@ def read_entry(entry: CacheEntry, of_record: Callable[[CacheEntry, dict[str, Any
     """What `of_record` makes of a sound entry of the present source, or None."""
     try:
         state = entry.source.stat()
-        record = json.loads(entry.record.read_bytes())
+        record = read_json(entry.record)
         size = array_bytes(record["shape"], entry.dtype)
         found = (record["version"], record["source_size"], record["source_mtime_ns"], entry.array.stat().st_size)
         if found != (VERSION, state.st_size, state.st_mtime_ns, size):

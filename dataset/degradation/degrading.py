@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from common.documents import read_json
 from common.errors import UserError
 from common.files import write_atomically
 from common.log import get_logger
 from common.parallel import map_in_processes
+from common.text import shown
 from dataset.degradation.contrast import onto_grid_of, pair_up
 from dataset.degradation.operators import OPERATORS, Measured, Operator
 from dataset.order.data_split import class_name_of, find_split
@@ -132,7 +135,7 @@ def read_measurement(condition: Path) -> tuple[Operator, Measured]:
     stem = condition.name.removesuffix(VOLUME_SUFFIX)
     record_file, file = condition.with_name(f"{stem}.json"), condition.with_name(f"{stem}.npz")
     try:
-        record = json.loads(record_file.read_text(encoding="utf-8"))
+        record = read_json(record_file)
         if record["operator"] == CONTRAST:
             raise UserError(f"{condition}: another contrast, of which nothing was measured: leave data_consistency out")
         names = {field.name for field in dataclasses.fields(OPERATORS[record["operator"]])}
@@ -163,11 +166,11 @@ def _is_done(job: Job) -> bool:
     if not is_whole_volume(job.target):
         return False
     try:
-        found = json.loads(_record_of(job.target).read_text("utf-8"))
+        found = read_json(_record_of(job.target))
     except (OSError, ValueError):
         return False
     if found != json.loads(json.dumps(job.record)):
-        raise UserError(f"{job.target}: was made with {found}, not {job.record}: name another output_dir")
+        raise UserError(f"{job.target}: was made with {shown(found)}, not {job.record}: name another output_dir")
     return True
 
 
@@ -177,7 +180,7 @@ def _make(job: Job, operator: Operator | None) -> None:
     else:
         volume = read_model_volume(job.source, (-1, 1))
         array = tensor_to_nifti(volume.data[0]).numpy()
-        rng = np.random.default_rng([job.record["seed"], zlib.crc32(job.source.name.encode())])
+        rng = np.random.default_rng([job.record["seed"], zlib.crc32(os.fsencode(job.source.name))])
         measured = operator.measure(array, volume.header.spacing_mm, rng)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **measured)

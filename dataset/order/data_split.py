@@ -19,6 +19,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import write_atomically
 from common.places import is_file
+from common.text import shown
 from dataset.order.split import Split, find_subject, is_run_record, split_dataset
 from dataset.volumes.index import (
     LATENT_SUFFIX,
@@ -194,11 +195,12 @@ def read_split(path: str | Path) -> DataSplit:
         shares = Shares(*(record[key] for key in ("subject_pattern", "validation", "held_out", "seed")))
         kinds = {"subject_pattern": str | None, "validation": float | int, "held_out": float | int, "seed": int}
         if wrong := [key for key, kind in kinds.items() if not isinstance(record[key], kind)]:
-            raise ValueError(f"{wrong[0]} is {record[wrong[0]]!r}")
-        if not isinstance(record["dataset"], str) or not Path(record["dataset"]).name:
-            raise ValueError(f"dataset is {record['dataset']!r}")
+            raise ValueError(f"{wrong[0]} is {shown(record[wrong[0]])}")
+        name = record["dataset"]
+        if not isinstance(name, str) or name in ("", ".") or Path(name).name != name:
+            raise ValueError(f"dataset is {shown(name)}, expected the name of a file beside it")
         if strange := [side for side in record["subjects"].values() if side not in SIDES]:
-            raise ValueError(f"a side {strange[0]!r}, expected {', '.join(SIDES)}")
+            raise ValueError(f"a side {shown(strange[0])}, expected {', '.join(SIDES)}")
         return DataSplit(path, shares, record["dataset"], record["files_sha256"], record["subjects"])
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(

@@ -11,6 +11,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from common.documents import read_json
 from common.errors import UserError
 from common.files import write_atomically
 from common.places import is_file
@@ -218,7 +219,7 @@ def keep_split(
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         _sides(record["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -230,7 +231,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 def is_run_record(path: Path) -> bool:
     """Whether a `split.json` is the record of a run, not the split of a data set."""
     try:
-        return "files" in json.loads(path.read_text(encoding="utf-8"))
+        return "files" in read_json(path)
     except (OSError, ValueError, TypeError):
         return False
 

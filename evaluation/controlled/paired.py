@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from yaml import YAMLError
 
 from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.model.lpips import MIN_EXTENT, TriplanarLPIPS
@@ -25,7 +23,7 @@ from common.log import get_logger
 from common.places import is_file
 from common.processes import device_name, joined
 from common.progress import tracked
-from config.loading import SAVED_CONFIG, require
+from config.loading import SAVED_CONFIG, read_config_file, require
 from dataset.degradation.degrading import read_measurement
 from dataset.order.data_split import parse_side
 from dataset.volumes.index import VOLUME_SUFFIX, read_json_object
@@ -122,8 +120,8 @@ def first_hint_of(cfg: DictConfig) -> Mapping[str, Any]:
     """What the volumes were told first, by the configuration beside them. UserError: it is not there."""
     path = Path(cfg.generated) / SAVED_CONFIG
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))["hints"][0]
-    except (OSError, OmegaConfBaseException, YAMLError, KeyError, IndexError, TypeError) as error:
+        return read_config_file(path)["hints"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path}: not the configuration of a controlled generation: name its folder") from error
 
 

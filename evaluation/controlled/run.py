@@ -1,6 +1,7 @@
 """Controlled generation: condition -> hint -> latent -> volume, brought to agree with what was measured."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from AutoEncoder.encoding import encode
 from AutoEncoder.model.autoencoder import Autoencoder
 from AutoEncoder.patches import padded_size
 from common.checkpoint_files import load_checkpoint
+from common.documents import read_json
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.log import get_logger
@@ -216,7 +218,7 @@ def read_hint(condition: Condition, hint: HintReader, grid: tuple[int, int, int]
 
 def noise_of(cfg: DictConfig, condition: Condition, sample: int, grid: tuple[int, int, int]) -> torch.Generator:
     """The source of all noise of a volume, on the CPU so that it is the same on every device."""
-    key = (cfg.seed, condition.class_id, zlib.crc32(condition.name.encode()), sample, *grid)
+    key = (cfg.seed, condition.class_id, zlib.crc32(os.fsencode(condition.name)), sample, *grid)
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
@@ -253,7 +255,7 @@ def is_done(cfg: DictConfig, job: Job, settings: dict[str, Any]) -> bool:
     if not is_whole_volume(path):
         return False
     try:
-        found = json.loads(_record_of(path).read_text(encoding="utf-8"))
+        found = read_json(_record_of(path))
     except (OSError, ValueError):
         return False
     now = record_of(job, settings)

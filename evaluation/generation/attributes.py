@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.text import shown
 from ddpm.attributes import AttributeSpec, of_volume
 
 if TYPE_CHECKING:
     from evaluation.generation.requests import Request
 
 Attributes = tuple[tuple[str, str], ...]  # names and values as they are typed, by name
+LONGEST = 70  # characters that they add to a file's name; with those of the class it may have 255 bytes
 SLACK = 1e-6  # of a range's width: spacings of headers are float32
 
 
@@ -20,12 +22,15 @@ def parse_attributes(words: Sequence[str], where: str = "") -> Attributes:
     found: dict[str, str] = {}
     for word in words:
         name, equals, value = (part.strip() for part in word.partition("="))
-        if not equals or not name or not value:
-            raise UserError(f"{where}attributes are given as age=63 sex=F, got {word!r:.60}")
+        if not equals or not (name.isidentifier() and name.isascii()) or not value:
+            raise UserError(f"{where}attributes are given as age=63 sex=F, got {shown(word)}")
         if name in found:
-            raise UserError(f"{where}attribute {name} is given twice, as {found[name]} and {value}")
+            raise UserError(f"{where}attribute {name:.60} is given twice, as {shown(found[name])} and {shown(value)}")
         found[name] = value
-    return tuple(sorted(found.items()))
+    attributes = tuple(sorted(found.items()))
+    if (length := len(file_suffix(attributes))) > LONGEST:
+        raise UserError(f"{where}attributes of {length} characters, which files are named after: at most {LONGEST}")
+    return attributes
 
 
 def file_suffix(attributes: Attributes) -> str:

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from common.documents import read_json
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.places import is_folder
 from common.processes import Distributed, device_name
+from common.text import shown
 from dataset.volumes.volume_io import is_whole_volume, read_header
 from ddpm.adapter_files import parse_adapters
 from ddpm.checkpoint import WITHOUT_SHAPE
@@ -69,8 +71,8 @@ def write_record(request: Request, settings: dict[str, Any], run: dict[str, Any]
 def read_record(volume: Path) -> dict[str, Any] | None:
     """The JSON beside a volume; None where there is none that can be read."""
     try:
-        found = json.loads(record_path(volume).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(record_path(volume))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -97,9 +99,10 @@ def is_done(request: Request, settings: dict[str, Any]) -> bool:
     different = sorted(key for key in record.keys() | found.keys() if found.get(key) != record.get(key))
     if different:
         key = different[0]
+        was, now = shown(found.get(key)), shown(record.get(key))
         raise UserError(
             f"{request.path}: this volume was made with other settings ({', '.join(different)}: {key} was "
-            f"{found.get(key)!r}, is {record.get(key)!r}): choose another output_dir or seed, or remove the volume"
+            f"{was}, is {now}): choose another output_dir or seed, or remove the volume"
         )
     return True
 

@@ -14,6 +14,7 @@ import difflib
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,17 @@ from typing import Any
 
 import yaml
 
+from common.documents import TextLoader, parse_yaml, read_text
 from common.errors import UserError
-from common.text import decode
+from common.text import shown
+from config.schema.option import LARGEST_NUMBER
 from evaluation.generation.attributes import Attributes, parse_attributes
 
 FIELDS = ("class", "seed", "num_samples", "resolution", "spacing", "attributes")
 NOTHING = ("", "~", "null")  # how YAML writes a field without value
 MOST_VOLUMES = 100_000  # of one run; more is a slip of the keyboard, or should be several runs
+MOST_BYTES = 4 * 2**20  # of a list of them
+LONGEST = 1000  # characters of a field, but of seeds
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,21 @@ def read_request_file(path: str | Path) -> list[Entry]:
     read = {".yaml": _yaml_entries, ".yml": _yaml_entries, ".csv": _csv_entries}.get(path.suffix.lower())
     if read is None:
         raise UserError(f"{path}: a list of requests has to be named *.yaml, *.yml or *.csv")
-    entries = [_entry(where, fields) for where, fields in read(path, _text(path))]
+    entries, num_volumes = [], 0
+    for where, fields in read(path, _text(path)):
+        entry = _entry(where, fields)
+        num_volumes += len(entry.seeds or (0,)) * (entry.num_samples or 1)
+        check_number(num_volumes, where)
+        entries.append(entry)
     if not entries:
         raise UserError(f"{path}: the list of requests is empty: write an entry with a class for each thing to make")
     return entries
+
+
+def check_number(num_volumes: int, where: str) -> None:
+    """UserError, which begins with `where`, for more volumes than one run may make."""
+    if num_volumes > MOST_VOLUMES:
+        raise UserError(f"{where}more than {MOST_VOLUMES:,} volumes are asked for: do it in several runs")
 
 
 def parse_seeds(text: str, where: str = "") -> tuple[int, ...]:
@@ -61,12 +77,15 @@ def parse_seeds(text: str, where: str = "") -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, flags=re.ASCII)
         if match is None:
-            raise UserError(f"{where}seeds have to be whole numbers or ranges such as 7, 0-9 or 0-3,7, got {text!r}")
+            form = "whole numbers or ranges such as 7, 0-9 or 0-3,7"
+            raise UserError(f"{where}seeds have to be {form}, got {shown(text)}")
         first, last = int(match[1]), int(match[2] or match[1])
+        if last > LARGEST_NUMBER:
+            raise UserError(f"{where}seeds are whole numbers up to {LARGEST_NUMBER:,}, got {shown(text)}")
         if last < first:
             raise UserError(f"{where}the range of seeds {part.strip()} runs backwards: write {last}-{first}")
         if last - first + len(seeds) >= MOST_VOLUMES:
-            raise UserError(f"{where}{text} are more than {MOST_VOLUMES:,} seeds: ask for fewer in a run")
+            raise UserError(f"{where}{shown(text)} are more than {MOST_VOLUMES:,} seeds: ask for fewer in a run")
         seeds += range(first, last + 1)
     return tuple(seeds)
 
@@ -76,40 +95,40 @@ def parse_seeds(text: str, where: str = "") -> tuple[int, ...]:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        return read_text(path, MOST_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such list of requests") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    try:
-        return decode(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}): save it as CSV UTF-8 or YAML in UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as a list of requests: {error}: ask for ranges of seeds") from error
 
 
 def _yaml_entries(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        items = yaml.load(text, _TextLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+        items = parse_yaml(text, _TextLoader)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     if items in (None, ""):
         return
     if not isinstance(items, list):
-        raise UserError(f"{path}: a list of entries is needed, each beginning with '- class:', got {items!r:.60}")
+        raise UserError(f"{path}: a list of entries is needed, each beginning with '- class:', got {shown(items)}")
     for number, fields in enumerate(items, start=1):
         where = f"{path}: entry {number}: "
         if not isinstance(fields, dict):
-            raise UserError(f"{where}has to be fields such as {{class: NAME, seed: 0-9}}, got {fields!r:.60}")
+            raise UserError(f"{where}has to be fields such as {{class: NAME, seed: 0-9}}, got {shown(fields)}")
         yield where, {str(name): None if value in NOTHING else value for name, value in fields.items()}
 
 
-class _TextLoader(yaml.BaseLoader):
+class _TextLoader(TextLoader):
     """Scalars stay the text they are, as in a CSV (YAML would read 010 as 8), and no field may be given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, count in names.items():
+            if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the field {name} is there twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
@@ -147,7 +166,7 @@ def _check_fields(where: str, names: list[str]) -> None:
         if name not in FIELDS:
             close = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f", did you mean {close[0]}?" if close else ";"
-            raise UserError(f"{where}unknown field {name!r}{hint} the fields are {', '.join(FIELDS)}")
+            raise UserError(f"{where}unknown field {shown(name)}{hint} the fields are {', '.join(FIELDS)}")
         if names.count(name) > 1:
             raise UserError(f"{where}the field {name} is there twice")
     if "class" not in names:
@@ -156,9 +175,12 @@ def _check_fields(where: str, names: list[str]) -> None:
 
 def _entry(where: str, fields: dict[str, Any]) -> Entry:
     given = {name: value for name, value in fields.items() if value is not None}
+    for name, value in given.items():
+        if name != "seed" and len(str(value)) > LONGEST:
+            raise UserError(f"{where}{name:.60} has more than {LONGEST:,} characters: {shown(value)}")
     _check_fields(where, [*fields] if "class" in given else [name for name in fields if name != "class"])
     if not isinstance(given["class"], str):
-        raise UserError(f"{where}class has to be a name or an id, got {given['class']!r}")
+        raise UserError(f"{where}class has to be a name or an id, got {shown(given['class'])}")
     return Entry(
         where,
         given["class"].strip(),
@@ -175,7 +197,7 @@ def _attributes(where: str, value: Any) -> Attributes:
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return parse_attributes([f"{name}={item}" for name, item in value.items()], where)
     if not isinstance(value, str):
-        raise UserError(f"{where}attributes are given as {{age: 63, sex: F}} or age=63 sex=F, got {value!r:.60}")
+        raise UserError(f"{where}attributes are given as {{age: 63, sex: F}} or age=63 sex=F, got {shown(value)}")
     return parse_attributes(re.split(r"\s+(?=\w+=)", value.strip()), where)
 
 
@@ -193,5 +215,5 @@ def _numbers(where: str, fields: dict[str, Any], name: str, count: int, is_whole
             "resolution": "three whole numbers above 0, voxels z y x, e.g. 128 256 256",
             "spacing": "three numbers above 0, mm in x y z with decimal points, e.g. 0.7 0.7 1",
         }[name]
-        raise UserError(f"{where}{name} has to be {kind}, got {value!r:.60}")
+        raise UserError(f"{where}{name} has to be {kind}, got {shown(value)}")
     return numbers

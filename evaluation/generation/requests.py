@@ -15,13 +15,14 @@ import torch
 from omegaconf import DictConfig
 
 from common.errors import UserError
+from common.text import shown
 from dataset.preparation.manifest import Intensity, common_intensity
 from dataset.volumes.geometry import LARGEST_SPACING_MM, SMALLEST_SPACING_MM, is_plausible_spacing
 from dataset.volumes.index import read_class_folders
 from dataset.volumes.intensity import MODEL_RANGE
 from ddpm.architecture import grid_multiple
 from evaluation.generation.attributes import Attributes, file_suffix, parse_attributes
-from evaluation.generation.request_file import MOST_VOLUMES, Entry, parse_seeds, read_request_file
+from evaluation.generation.request_file import Entry, check_number, parse_seeds, read_request_file
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
@@ -68,8 +69,7 @@ def list_requests(cfg: DictConfig) -> list[Request]:
     asked_by: dict[object, Entry] = {}  # path, or what the noise depends on
     for entry, row in entries:
         sizes = _sizes(cfg, entry, row)
-        if len(requests) + len(sizes) * len(entry.seeds) * entry.num_samples > MOST_VOLUMES:
-            raise UserError(f"{entry.where}more than {MOST_VOLUMES:,} volumes are asked for: do it in several runs")
+        check_number(len(requests) + len(sizes) * len(entry.seeds) * entry.num_samples, entry.where)
         for request in _requests_of(cfg, entry, row, sizes, intensities[row.id]):
             for key in (request.path, (noise_key(request), request.attributes)):
                 if key in asked_by:
@@ -120,7 +120,7 @@ def _class_row(cfg: DictConfig, entry: Entry) -> DictConfig:
     close = difflib.get_close_matches(entry.class_key.lower(), by_lower, n=1)
     hint = f", did you mean {by_lower[close[0]]}?" if close else ";"
     known = ", ".join(f"{row.name} ({row.id})" for row in cfg.classes)
-    raise UserError(f"{entry.where or 'classes: '}no class {entry.class_key!r}{hint} the config knows {known}")
+    raise UserError(f"{entry.where or 'classes: '}no class {shown(entry.class_key)}{hint} the config knows {known}")
 
 
 def _requests_of(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from AutoEncoder.decoding import decode
 from common.checkpoint_files import newest_checkpoint
+from common.documents import read_json
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
 from common.precision import configure_backend
@@ -160,7 +161,7 @@ class Study:
         if not path.exists():
             return {}
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             settings, runs = content["settings"], content["runs"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a result of this script: remove it or choose another --output-dir") from error

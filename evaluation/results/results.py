@@ -22,6 +22,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from common.documents import read_json
 from common.errors import UserError
 from common.files import write_atomically
 from common.places import is_folder
@@ -182,10 +183,10 @@ FIGURE_COLUMNS = (
 def read_results(path: Path) -> dict[str, Any]:
     """A KIND.json. UserError: missing, damaged, not of these scripts, or of a newer version of them."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: one of the evaluation scripts writes it") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: run the script that wrote it again") from error
     schemas = {f"3d-meddiffusion/evaluation/{kind}": kind for kind in KINDS}
     if not isinstance(content, dict) or content.get("schema") not in schemas:

@@ -64,7 +64,7 @@ References = Mapping[str, Sequence[Mapping[str, Measured]]]  # floor and ceiling
 
 def write_report(output: Path, cfg: DictConfig, judge: Any, results: Sequence[Result], references: References) -> None:
     """Writes everything anew. judge: that of the study, which has the pictures."""
-    write_atomically(output / "study.md", text_of(cfg, judge.names, results, references).encode())
+    write_atomically(output / "study.md", text_of(cfg, judge.names, results, references).encode(errors="replace"))
     done = [result for result in results if result.is_done]
     first = {result.variant: result for result in reversed(done)}  # of the lowest seeds that are there
     shown = {variant: output / first[variant].record["judged"] for variant in by_variant(results) if variant in first}

@@ -1,6 +1,5 @@
 """Runs the real scripts for a study: short trainings that are timed, trainings, generation."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from omegaconf import DictConfig
 
 from common.checkpoint_files import newest_checkpoint
 from common.child import LAUNCHER, ROOT, run_child
+from common.documents import json_lines
 from common.errors import UserError
 from common.files import lock_folder
 from common.log import get_logger
@@ -108,8 +108,13 @@ def steps_for(seconds: float, speeds: Sequence[float]) -> int:
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The lines of a training's metrics.jsonl; names without "train/" in front."""
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [{name.removeprefix("train/"): value for name, value in json.loads(line).items()} for line in lines]
+    try:
+        lines = [line for _, line in json_lines(path)] if path.is_file() else []
+        return [{name.removeprefix("train/"): value for name, value in line.items()} for line in lines]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not the numbers of a run ({error}): move its folder away, it is trained anew"
+        ) from error
 
 
 def logged_intervals(run: Path) -> list[tuple[int, float]]:

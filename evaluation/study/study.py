@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.child import exit_at_sigterm
+from common.documents import read_json
 from common.errors import UserError
 from common.files import file_sha256, lock_folder, write_atomically
 from common.log import get_logger
@@ -171,7 +172,7 @@ def read_study(path: Path) -> Record:
     if not exists(path):
         return {"runs": [], "speeds": {}, "references": {}}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["schema"] != SCHEMA:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:

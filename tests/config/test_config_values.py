@@ -9,10 +9,41 @@ from config.schema.autoencoder import AutoencoderConfig, LatentConfig
 from config.schema.control import ControlledGenerationConfig, ControlNetConfig
 from config.schema.data import PreprocessConfig
 from config.schema.diffusion import BiFlowNetConfig, GenerationConfig
+from config.schema.evaluation import GenerationMetricsConfig
 from config.schema.option import BEGINNING, CHANGES, EXTENDS, FREE, options_of
 
 BAD_VALUES = [
-    (AutoencoderConfig, "model.batch_size=0", "model.batch_size must be at least 1, got 0"),
+    (AutoencoderConfig, "model.batch_size=0", "model.batch_size must be at least 1 and at most 65,536, got 0"),
+    (
+        AutoencoderConfig,
+        "model.seed=4294967296",
+        "model.seed must be of whole numbers up to 4,294,967,295, got 4294967296",
+    ),
+    (
+        AutoencoderConfig,
+        "dataset.patch_size=4096",
+        r"dataset.patch_size must be .* at most 512 \(the largest volumes\)",
+    ),
+    (AutoencoderConfig, "model.disc_layers=40", "model.disc_layers must be at least 1 and at most 8 "),
+    (AutoencoderConfig, "model.num_workers=9999", "model.num_workers must be at least 0 and at most 256"),
+    (
+        AutoencoderConfig,
+        "dataset.subject_pattern=" + "(" * 5000 + ")" * 5000,
+        "dataset.subject_pattern must be a regular",
+    ),
+    (PreprocessConfig, "size=[100000,8,8]", "size must be three numbers above 0 and up to 32,767"),
+    (
+        PreprocessConfig,
+        "size=[30000,30000,30000]",
+        "size must be a size whose voxels, of 16 bytes each at work, fit into",
+    ),
+    (PreprocessConfig, "spacing=[1e-9,1,1]", "spacing must be three numbers from 0.05 to 20, x y z in mm"),
+    (GenerationConfig, "seed=18446744073709551616", "seed must be of whole numbers up to 4,294,967,295, got 184467440"),
+    (GenerationConfig, "resolution=[8,8,1" + "0" * 400 + "]", "resolution must be of whole numbers up to"),
+    (GenerationConfig, "timesteps=1e12", "timesteps must be of whole numbers up to"),
+    (GenerationConfig, "seed=" + "9" * 5000, "override 'seed=99.*: expected key=value, .*value has 5000 digits"),
+    (BiFlowNetConfig, "dim_mults=[1,1,1000,4,8]", "dim_mults must be one whole number from 1 to 64 per level"),
+    (GenerationMetricsConfig, "num_resamples=1000000000", r"num_resamples must be .* at most 10,000 \(more change no"),
     (AutoencoderConfig, "model.gpus=0", "model.gpus must be at least 1"),
     (AutoencoderConfig, "model.num_workers=-1", "model.num_workers must be at least 0"),
     (AutoencoderConfig, "model.max_steps=-2", "model.max_steps must be at least -1"),
@@ -45,7 +76,7 @@ BAD_VALUES = [
     (BiFlowNetConfig, "patch_size=3", "patch_size must be a divisor of the sub-volume edge 8"),
     (BiFlowNetConfig, "use_attn=[0,1]", "use_attn must have one entry per level"),
     (BiFlowNetConfig, "use_attn=[0,0,0,2,1]", "use_attn must be 0 or 1 per level"),
-    (BiFlowNetConfig, "dim_mults=[1,1,0,4,8]", "dim_mults must be one positive whole number per level"),
+    (BiFlowNetConfig, "dim_mults=[1,1,0,4,8]", "dim_mults must be one whole number from 1 to 64 per level"),
     (BiFlowNetConfig, "amp_dtype=fp8", "amp_dtype must be one of"),
     (BiFlowNetConfig, "label_dropout=1", "label_dropout must be at least 0 and below 1"),
     (BiFlowNetConfig, "preview_steps=2000", "preview_steps must be at most timesteps 1000"),
@@ -157,10 +188,10 @@ CONTINUABLE = [
     (
         AutoencoderConfig,
         FREE,
-        "model.num_workers model.accelerator model.checkpoint_every model.keep_checkpoints model.val_every "
-        "model.val_volumes model.log_every model.log_volume_every model.arithmetic model.channels_last model.compile "
-        "model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.set_anew dataset.imgtype "
-        "dataset.cache dataset.cache_dir dataset.cache_limit_gb",
+        "model.num_workers model.oversubscribe model.accelerator model.checkpoint_every model.keep_checkpoints "
+        "model.val_every model.val_volumes model.log_every model.log_volume_every model.arithmetic model.channels_last "
+        "model.compile model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.set_anew "
+        "dataset.imgtype dataset.cache dataset.cache_dir dataset.cache_limit_gb",
     ),
     (AutoencoderConfig, EXTENDS, "model.max_steps model.max_epochs model.gpus"),
     (AutoencoderConfig, BEGINNING, "model.resume_from_checkpoint model.continue_from"),

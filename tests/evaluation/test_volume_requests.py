@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from generation_models import CUBE, WIDE, config, row
+from user_errors import error_of
 
 from common.errors import UserError
 from config.cli import parse_command_line
@@ -144,7 +145,7 @@ def test_seeds(text, seeds):
             for text in ("", "-1", "0-", "-", "1.5", "a", "1,,2", "0-1-2", "²")
         ],
         ("9-0", "the range of seeds 9-0 runs backwards: write 0-9"),
-        ("0-1000000000", "0-1000000000 are more than 100,000 seeds"),
+        ("0-1000000000", "'0-1000000000' are more than 100,000 seeds"),
         ("0-60000,70000-130000", "more than 100,000 seeds"),
     ],
 )
@@ -276,6 +277,23 @@ def test_fields_that_are_not_given_come_from_the_options(tmp_path):
         ("a.yaml", "- {class: Head, num_samples: true}", "entry 1: num_samples has to be a whole number"),
         ("a.yaml", "- {class: Head, spacing: [1, 1, .nan]}", "entry 1: spacing has to be three numbers"),
         ("a.yaml", "- {class: Head, resolution: {a: 1}}", "entry 1: resolution has to be three whole numbers"),
+        ("a.yaml", "- {class: Head, attributes: {../x: 1}}", "entry 1: attributes are given as age=63"),
+        (
+            "a.yaml",
+            f"- {{class: Head, attributes: {{a: {'1' * 90}}}}}",
+            "entry 1: attributes of 93 characters",
+        ),
+        ("a.yaml", "- {class: Head, ? [a]: 1}", "cannot be read as YAML: .* unhashable"),
+        (
+            "a.yaml",
+            f"- {{class: Head, resolution: {'x' * 1001}}}",
+            "entry 1: resolution has more than 1,000 char",
+        ),
+        (
+            "a.yaml",
+            "- {class: Head, seed: 0-59999}\n- {class: Head, num_samples: 40001}",
+            "entry 2: more than 100,000 v",
+        ),
     ],
 )
 def test_wrong_lists(tmp_path, name, content, message):
@@ -283,6 +301,12 @@ def test_wrong_lists(tmp_path, name, content, message):
         requests_of(tmp_path, name, content)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_lists_that_explode(tmp_path):
+    doubled = "".join(f"- &b{i + 1} [*b{i}, *b{i}]\n" for i in range(40))
+    assert "more than 200,000 values" in error_of(requests_of, tmp_path, "a.yaml", "- &b0 [x]\n" + doubled)
+    assert "more than 4 MB" in error_of(requests_of, tmp_path, "a.csv", "class\n" + "Head\n" * 10**6)
 
 
 def test_lists_of_the_documentation(tmp_path):

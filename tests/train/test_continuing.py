@@ -20,7 +20,7 @@ from config.schema.diffusion import BiFlowNetConfig
 from dataset.order.draw_split import keep_or_draw
 from train.autoencoder.training import train as train_autoencoder
 from train.diffusion import run_folder
-from train.loop.continuing import changes, news_of
+from train.loop.continuing import changes, config_of_other, news_of, read_config
 from train.train_BiFlowNet_SingleRes import train
 
 
@@ -76,6 +76,15 @@ def test_changes(schema, before, now, found):
 )
 def test_what_the_log_says_of_changes(now, line):
     assert news_of(changes(BiFlowNetConfig, {}, now), now) == [line]
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[1]", b"a: [", b"a: &a [*a]", b"\0"])
+def test_a_damaged_configuration(tmp_path, content):
+    """Of the run that was named it is an error; others are passed over."""
+    assert read_config(tmp_path / "none") is None
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert "config.yaml: cannot be read as the configuration of the run" in error_of(read_config, tmp_path)
+    assert config_of_other(tmp_path) is None
 
 
 # ------------------------------------------------------------------------------------------------------- BiFlowNet

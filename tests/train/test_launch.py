@@ -1,6 +1,7 @@
 """Processes that one torchrun started: how they end, and what is said of it. Real launchers, a tiny program."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,13 @@ def start(launcher: list[str], folder: Path, what: str) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+def test_no_more_processes_than_cores_unless_asked(tmp_path):
+    words = ["--standalone", "--nproc-per-node", "9999", "program.py"]
+    done = subprocess.run([sys.executable, *OURS, *words], capture_output=True, text=True, check=False)
+    assert re.fullmatch(r"error: --nproc-per-node is 9999, but \d+ core.* say --oversubscribe first\n", done.stderr)
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(

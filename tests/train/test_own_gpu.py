@@ -144,3 +144,10 @@ def test_more_processes_than_gpus_that_lightning_is_to_start(gpus, tmp_path):
     cfg = config(tmp_path / "data.json", tmp_path, "model.accelerator=auto", "model.gpus=2")
     message = "model.gpus is 2, but 1 GPU(s) were found: start as many processes, or set model.accelerator=cpu"
     assert error_of(training._check_options, cfg, 1) == message
+
+
+def test_more_processes_than_cores_that_lightning_is_to_start(tmp_path):
+    words = ["model.accelerator=cpu", "model.gpus=9999"]
+    message = error_of(training._check_options, config(tmp_path / "data.json", tmp_path, *words), 1)
+    assert message.endswith("may be used: take as many, or set model.oversubscribe=true")
+    training._check_options(config(tmp_path / "data.json", tmp_path, *words, "model.oversubscribe=true"), 1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from user_errors import error_of
 
 from AutoEncoder.checkpoint import load_autoencoder
 from common.checkpoint_files import save_checkpoint
@@ -284,6 +285,13 @@ def test_metrics_of_lost_steps_are_dropped(tmp_path):
         '{"step": 2}',
         '{"step": 3, "loss": 0.5}',
     ]
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 1\n{"step": 2}\n', b"\xff\n{}\n", b"[1]\n", b'{"a": 1}\n'])
+def test_damaged_metrics_are_refused(tmp_path, damage):
+    (tmp_path / "metrics.jsonl").write_bytes(damage)
+    assert "metrics.jsonl: not the numbers of a run" in error_of(MetricsWriter, tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == damage
 
 
 def test_only_rank_0_writes_information(tmp_path, capfd):

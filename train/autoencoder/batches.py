@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from common.errors import UserError
+from common.parallel import num_cores
 from dataset.cache.volumes import VolumeCache
 from dataset.order.data_split import NO_SPLIT, sides_of
 from dataset.order.epochs import EpochSampler
@@ -101,7 +102,8 @@ def build_loaders(
     cfg: DictConfig, trainer: pl.Trainer, train_data: VQGANDataset, val_data: VQGANDataset
 ) -> tuple[DataLoader, DataLoader | None]:
     """This rank's batches, by an `EpochBatches`, and volumes to validate on, if there are any."""
-    workers = dict(num_workers=cfg.model.num_workers, persistent_workers=cfg.model.num_workers > 0)
+    num_workers = min(cfg.model.num_workers, num_cores())
+    workers = dict(num_workers=num_workers, persistent_workers=num_workers > 0)
     workers["worker_init_fn"] = ignore_signals
     workers["pin_memory"] = trainer.strategy.root_device.type == "cuda"
     # Starting a pass draws a number: from a generator of its own, so that a resumed epoch leaves the global one alone.

@@ -24,6 +24,7 @@ from common.compilation import compiling
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, check_still_there, lock_folder, remove_leftovers
 from common.log import close_logger, get_logger, process_rank
+from common.parallel import check_processes
 from common.places import is_file
 from common.precision import check_precision, configure_backend
 from common.processes import group_left_in_order, is_launched, own_gpu
@@ -144,6 +145,8 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
             f"model.gpus is {cfg.model.gpus}, but {torch.cuda.device_count()} GPU(s) were found: start as many "
             "processes, or set model.accelerator=cpu"
         )
+    if device.type == "cpu" and not is_launched() and not cfg.model.oversubscribe:
+        check_processes(cfg.model.gpus, "model.gpus", "set model.oversubscribe=true")
     if cfg.dataset.image_channels != 1:
         raise UserError(f"dataset.image_channels is {cfg.dataset.image_channels}, but volumes are read with 1 channel")
 

@@ -2,8 +2,8 @@
 
 import csv
 import io
-import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from common.documents import parse_json, read_text
 from common.errors import UserError
 from common.places import is_file
 from common.progress import tracked
-from common.text import decode
 from dataset.Multires_dataset import Multires_dataset
 from dataset.volumes.index import LATENT_SUFFIX, VOLUME_SUFFIX
 from dataset.volumes.volume_io import read_header
@@ -124,23 +124,23 @@ def _of_table(row: DictConfig, dataset: Multires_dataset, tables: dict) -> Looku
 def _read_table(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
     """The column that its rows are found by, and the rows by it."""
     try:
-        text = decode(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"attributes: {path}: cannot be read as a table ({error})") from error
     try:
         if path.suffix.lower() in (".jsonl", ".json"):
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = [parse_json(line) for line in text.splitlines() if line.strip()]
         else:
             lines = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True))
         if not lines or not all(isinstance(line, dict) for line in lines):
             raise ValueError("no rows with named columns")
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"attributes: {path}: no CSV with a header or JSON lines ({error})") from error
     key = next((key for key in KEYS if all(line.get(key) not in (None, "") for line in lines)), None)
     if key is None:
         raise UserError(f"attributes: {path}: has no column {' or '.join(KEYS)} that each row fills")
     names = [str(line[key]) for line in lines]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"attributes: {path}: {key} {twice} is there twice: keep one row")
     return key, dict(zip(names, lines, strict=True))

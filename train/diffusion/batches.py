@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import UserError
 from common.files import check_still_there
+from common.parallel import num_cores
 from dataset.cache.latents import LatentCache
 from dataset.Multires_dataset import Grid, Multires_dataset
 from dataset.order.buckets import TURNS, BucketOrder
@@ -158,7 +159,7 @@ def make_loader(
     return DataLoader(
         WithIndex(dataset),
         batch_sampler=sampler,
-        num_workers=num_workers,
+        num_workers=min(num_workers, num_cores()),
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_signals if num_workers else None,

@@ -118,7 +118,7 @@ def _choose_folder(schema: type, config: dict, name: str) -> tuple[Path, list[Ch
     numbered = [(int(match[1]), file) for file in results.iterdir() if (match := re.match(r"(\d{3,})-", file.name))]
     same = []
     for number, folder in numbered:
-        saved = continuing.read_config(folder) if folder.name.endswith(f"-{name}") else None
+        saved = continuing.config_of_other(folder) if folder.name.endswith(f"-{name}") else None
         found = continuing.changes(schema, saved, config) + _other_script(saved, config) if saved is not None else []
         if saved is not None and all(change.resume is EXTENDS for change in found):
             same.append((not found, number, folder, found))

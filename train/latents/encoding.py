@@ -20,6 +20,7 @@ from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.files import check_still_there, folder_locked
 from common.log import get_logger
+from common.parallel import num_cores
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import Progress, tracked
 from config.loading import require
@@ -183,6 +184,6 @@ def has_latent(index: int, dataset: Singleres_dataset, autoencoder: nn.Module) -
 def volumes_in_order(indices: list[int], dataset: Singleres_dataset, num_workers: int) -> Iterator[Tensor]:
     """Volumes (1, D, H, W) of these indices, read ahead by worker processes, one each."""
     options = {"prefetch_factor": 1} if num_workers else {}  # more would only cost memory
-    options["num_workers"] = min(num_workers, len(indices))
+    options["num_workers"] = min(num_workers, len(indices), num_cores())
     for volume, _ in DataLoader(dataset, batch_size=None, sampler=indices, **options):
         yield volume

@@ -5,18 +5,15 @@ docs/training.md has it as a table. A run is a folder with `config.yaml` and `ch
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from common.checkpoint_files import checkpoints_in, newest_checkpoint
 from common.errors import UserError
 from common.places import is_file, is_folder
-from config.loading import SAVED_CONFIG
+from config.loading import SAVED_CONFIG, read_config_file
 from config.schema.option import BEGINNING, CHANGES, FREE, IDENTITY, Resume, options_of
 
 # What some changes bring with them, by the last part of the option's name.
@@ -53,7 +50,7 @@ def changes(schema: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def changes_of_run(schema: type, folder: Path, now: Mapping[str, Any]) -> list[Change]:
-    """How the run in `folder` would change if it went on; nothing where its configuration cannot be read.
+    """How the run in `folder` would change if it went on; nothing where it has no configuration.
 
     Where it began is past: that is a change only where another file is named than its own.
     """
@@ -96,7 +93,7 @@ def news_of_others(schema: type, folder: Path, now: Mapping[str, Any]) -> list[s
     """A line for the log of a new run, where beside it lie others of the same data and networks."""
     others = []
     for config in folder.parent.glob(f"*/{SAVED_CONFIG}"):
-        run, before = config.parent, read_config(config.parent)
+        run, before = config.parent, config_of_other(config.parent)
         if before is None or run == folder or run.is_symlink() or not checkpoints_in(run / "checkpoints"):
             continue
         found = changes(schema, before, now)
@@ -135,12 +132,24 @@ def own_checkpoint(folder: Path) -> Path | None:
 
 
 def read_config(folder: Path) -> dict | None:
-    """A run's saved configuration; None where there is none or it is not one."""
+    """A run's saved configuration; None where there is none. UserError where it is damaged."""
+    path = folder / SAVED_CONFIG
     try:
-        saved = OmegaConf.to_container(OmegaConf.load(folder / SAVED_CONFIG))
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
+        return read_config_file(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return saved if isinstance(saved, dict) else None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as the configuration of the run ({error}): to go on with the run by the options "
+            "of the command, move it away; to start anew, the folder"
+        ) from error
+
+
+def config_of_other(folder: Path) -> dict | None:
+    """As `read_config`, of a run that nobody has named: None where it is damaged, too."""
+    with suppress(UserError):
+        return read_config(folder)
+    return None
 
 
 def _listed(found: Sequence[Change]) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from common.documents import json_lines
+from common.errors import UserError
 from common.files import write_atomically
 from common.progress import Progress
 from train.loop.deletion import check_not_deleted
@@ -113,18 +115,17 @@ def _shown(scalars: dict[str, float]) -> str:
 def _drop_steps_after(path: Path, step: int) -> set[str]:
     """Rewrite a JSON lines file without the steps after `step` and without a half-written last line.
 
-    Returns the names of what it holds of that step.
+    Returns the names of what it holds of that step. UserError where it is damaged.
     """
-    if not path.exists():
-        return set()
     kept, known = [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
+    try:
+        for line, record in json_lines(path):
             if record["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line)
                 known |= record.keys() if record["step"] == step else set()
-        except (ValueError, KeyError, TypeError):
-            continue
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the numbers of a run ({error}): move it away, and the run goes on") from error
     write_atomically(path, "".join(kept).encode())
     return known
