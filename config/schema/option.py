@@ -72,10 +72,16 @@ class Option:
 
 
 def key(
-    default, meaning: str, *rules: Rule, flag: str | bool = False, resume: Resume = IDENTITY, section: str | None = None
+    default,
+    meaning: str,
+    *rules: Rule | tuple[Rule, ...],
+    flag: str | bool = False,
+    resume: Resume = IDENTITY,
+    section: str | None = None,
 ) -> Any:
     """Dataclass field of an option. flag: True = `--name-with-dashes`; a string where it is published otherwise."""
-    option = Option(default, meaning, rules, flag, resume, section)
+    each = tuple(rule for given in rules for rule in (given if isinstance(given, tuple) else (given,)))
+    option = Option(default, meaning, each, flag, resume, section)
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata={"option": option})
     return field(default=default, metadata={"option": option})

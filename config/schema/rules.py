@@ -22,10 +22,10 @@ def at_least(least: int) -> Rule:
     return Rule(lambda value: value >= least, f"at least {least}")
 
 
-def between(least: int, most: int, why: str = "") -> Rule:
+def between(least: int, most: int, why: str = "") -> tuple[Rule, Rule]:
     """why: for the message, where the upper bound doesn't speak for itself."""
     reason = f" ({why})" if why else ""
-    return Rule(lambda value: least <= value <= most, f"at least {least} and at most {most:,}{reason}")
+    return at_least(least), Rule(lambda value: value <= most, f"at most {most:,}{reason}")
 
 
 def one_of(*allowed: Any) -> Rule:

@@ -124,10 +124,7 @@ def typed(value: Any, hint: Any, place: str) -> Any:
     if kind is UnionType:
         return _expect(value, args, place, "a text or a number")
     if kind is float:
-        try:
-            return float(_expect(value, (int, float), place, NAMES[float]))
-        except OverflowError as error:
-            raise UserError(f"{_end(place)} is a number beyond all bounds") from error
+        return float(_expect(value, (int, float), place, NAMES[float]))  # of at most 100 digits
     if kind in NAMES:
         return _expect(value, (kind,), place, NAMES[kind])
     if is_dataclass(kind):

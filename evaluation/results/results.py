@@ -187,7 +187,7 @@ def read_results(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: one of the evaluation scripts writes it") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: run the script that wrote it again") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error}): run the script that wrote it again") from error
     schemas = {f"3d-meddiffusion/evaluation/{kind}": kind for kind in KINDS}
     if not isinstance(content, dict) or content.get("schema") not in schemas:
         raise UserError(f"{path}: not a result of the evaluation scripts (schema {', '.join(KINDS)})")

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import check_writable
 from common.places import exists, home_expanded, is_file, is_folder, missing_folder
 from common.script import run_script
-from common.text import is_plain, printable, shown
+from common.text import LONGEST, is_plain, printable, shown
 from config.loading import load_config
 from config.schema.data import CheckConfig, PreprocessConfig
 from dataset.order.data_split import find_split
@@ -93,7 +93,7 @@ def test_class_names_that_no_folder_should_have(name):
 
 def test_what_is_quoted_is_short():
     for value in (10**5000, ["x" * 1000] * 1000, {1: "\x1b"}, "y" * 500, "a\nb"):
-        assert len(shown(value)) <= 80
+        assert len(shown(value)) <= LONGEST
         assert "\n" not in shown(value)
         assert "\x1b" not in shown(value)
     assert shown([8, 8, 8]) == "[8, 8, 8]"

@@ -13,7 +13,7 @@ from config.schema.evaluation import GenerationMetricsConfig
 from config.schema.option import BEGINNING, CHANGES, EXTENDS, FREE, options_of
 
 BAD_VALUES = [
-    (AutoencoderConfig, "model.batch_size=0", "model.batch_size must be at least 1 and at most 65,536, got 0"),
+    (AutoencoderConfig, "model.batch_size=0", "model.batch_size must be at least 1, got 0"),
     (
         AutoencoderConfig,
         "model.seed=4294967296",
@@ -22,10 +22,10 @@ BAD_VALUES = [
     (
         AutoencoderConfig,
         "dataset.patch_size=4096",
-        r"dataset.patch_size must be .* at most 512 \(the largest volumes\)",
+        r"dataset.patch_size must be at most 512 \(the largest volumes\)",
     ),
-    (AutoencoderConfig, "model.disc_layers=40", "model.disc_layers must be at least 1 and at most 8 "),
-    (AutoencoderConfig, "model.num_workers=9999", "model.num_workers must be at least 0 and at most 256"),
+    (AutoencoderConfig, "model.disc_layers=40", "model.disc_layers must be at most 8 "),
+    (AutoencoderConfig, "model.num_workers=9999", "model.num_workers must be at most 256, got 9999"),
     (
         AutoencoderConfig,
         "dataset.subject_pattern=" + "(" * 5000 + ")" * 5000,
@@ -43,7 +43,7 @@ BAD_VALUES = [
     (GenerationConfig, "timesteps=1e12", "timesteps must be of whole numbers up to"),
     (GenerationConfig, "seed=" + "9" * 5000, "override 'seed=99.*: expected key=value, .*value has 5000 digits"),
     (BiFlowNetConfig, "dim_mults=[1,1,1000,4,8]", "dim_mults must be one whole number from 1 to 64 per level"),
-    (GenerationMetricsConfig, "num_resamples=1000000000", r"num_resamples must be .* at most 10,000 \(more change no"),
+    (GenerationMetricsConfig, "num_resamples=1000000000", r"num_resamples must be at most 10,000 \(more change no"),
     (AutoencoderConfig, "model.gpus=0", "model.gpus must be at least 1"),
     (AutoencoderConfig, "model.num_workers=-1", "model.num_workers must be at least 0"),
     (AutoencoderConfig, "model.max_steps=-2", "model.max_steps must be at least -1"),

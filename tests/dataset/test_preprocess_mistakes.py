@@ -105,7 +105,7 @@ def fails(raw: Path, *options: object, output: str = "data") -> str:
         ((*CT, "--window", 0, 1, "--percentiles", 1, 99), "exclude each other"),
         ((*CT, "--window", 10, 0), "window must be two numbers, the lower one first"),
         ((*CT, "--percentiles", 1, 101), "percentiles must be between 0 and 100"),
-        ((*CT, "--spacing", 1, 1, 0), "spacing must be three numbers above 0"),
+        ((*CT, "--spacing", 1, 1, 0), "spacing must be three numbers from 0.05 to 20"),
         ((*CT, "--size", 64, 64), "size must be three numbers above 0"),
         ((*CT, "--assume-orientation", "LLS"), "assume_orientation must be three letters"),
         ((*CT, "--select", "("), "select must be a regular expression"),

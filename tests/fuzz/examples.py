@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 4))
+LEAST = 20  # examples, however slow the machine is
 SEED = os.environ.get("FUZZ_SEED", "0")
 
 numbers = st.one_of(
@@ -59,7 +60,7 @@ class TimeIsUp(BaseException):
 def look(door, examples, known=()) -> None:
     """Gives the door what it must stand, then examples of a strategy until the time is over."""
     number = random.randrange(2**32) if SEED == "random" else int(SEED)
-    print(f"FUZZ_SEED={number}")  # noqa: T201
+    print(f"FUZZ_SEED={number}")
     limited, count, has_failed, end = Limited(door), 0, False, 0.0
 
     @seed(number)
@@ -69,8 +70,9 @@ def look(door, examples, known=()) -> None:
     )  # fmt: skip
     @given(examples)
     def check(example) -> None:
-        nonlocal count, has_failed
-        if time.monotonic() > end and not has_failed:
+        nonlocal count, has_failed, end
+        end = end or time.monotonic() + SECONDS  # not while the strategies are made
+        if count >= LEAST and time.monotonic() > end and not has_failed:
             raise TimeIsUp
         count += 1
         try:
@@ -82,10 +84,8 @@ def look(door, examples, known=()) -> None:
     try:
         for example in known:
             limited(example)
-        end = time.monotonic() + SECONDS
         with contextlib.suppress(TimeIsUp):
             check()
     finally:
         limited.close()
-    print(f"{count} examples")  # noqa: T201
-    assert count
+    print(f"{count} examples")

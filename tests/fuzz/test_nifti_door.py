@@ -37,7 +37,6 @@ def field_bytes(name: str) -> st.SearchStrategy:
 changes = st.lists(st.sampled_from(sorted(FIELDS)).flatmap(field_bytes), max_size=3)
 nifti_files = st.tuples(changes, st.none() | st.integers(0, 3000), st.booleans(), st.binary(max_size=8))
 ZEROS = gzip.compress(bytes(2**24))
-NOT_YET_NIFTI = ("inflates", "inflates whole")
 
 
 def nifti_content(example) -> bytes:
@@ -76,4 +75,4 @@ def test_nifti_headers():
         "inflates": gzip.compress(base_content()) + ZEROS * 64,
         "inflates whole": gzip.compress(nifti_content((dims(2000, 2000, 2000), 352, True, b""))) + ZEROS * 64,
     }
-    look(nifti_door, nifti_files, [example for name, example in known.items() if name not in NOT_YET_NIFTI])
+    look(nifti_door, nifti_files, known.values())
