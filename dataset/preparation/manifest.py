@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.documents import parse_json
 from common.errors import UserError
 from common.files import write_atomically
 
@@ -67,7 +68,7 @@ def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if not KEYS <= entry.keys():
                 raise KeyError(min(KEYS - entry.keys()))
             Intensity(**entry["intensity"])

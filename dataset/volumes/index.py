@@ -6,13 +6,13 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from itertools import permutations
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn
 
+from common.documents import read_json
 from common.errors import UserError
 from common.places import home_expanded, is_folder, missing_folder
-from common.text import decode, is_plain, shown
+from common.text import is_plain, shown
 
 VOLUME_SUFFIX = ".nii.gz"
 LATENT_SUFFIX = "_latents"
@@ -67,7 +67,7 @@ def read_hint_folders(path: str | Path) -> tuple[dict[Path, dict[str, Path]], se
         hints = value.get("hints") if isinstance(value, dict) else None
         if not isinstance(hints, dict) or not hints:
             form = '{"images": folder, "hints": {name: folder}}'
-            raise UserError(f'{path}: "{name}" must be {form}, found {value!r:.80}')
+            raise UserError(f'{path}: "{name:.80}" must be {form}, found {shown(value)}')
         images = resolve_folders(path, name, value)
         pairs_only |= set(images) if value.get(PAIRS_ONLY) is True else set()
         for hint, folders in hints.items():
@@ -86,16 +86,26 @@ def read_class_folders(path: str | Path) -> dict[int, list[Path]]:
     """
     folders = read_dataset_folders(path)
     for name in folders:
-        if not (name.isascii() and name.isdigit() and name == str(int(name))):
-            raise UserError(f'{path}: key "{name}" is not a class id: keys are the integers 0, 1, ... as "0", "1"')
-    places = [(name, folder, Path(os.path.realpath(folder))) for name in folders for folder in folders[name]]
-    for (name, folder, place), (other_name, other, other_place) in permutations(places, 2):
-        if name != other_name and place in (other_place, *other_place.parents):
-            raise UserError(
-                f"{path}: class {other_name} has the folder {other}, which is or lies in {folder} of class {name}: "
-                "its files would be of both; give each folder one class"
-            )
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and name == str(int(name))):
+            raise UserError(f'{path}: key "{name:.80}" is not a class id: keys are the integers 0, 1, ... as "0", "1"')
+    places = {name: {Path(os.path.realpath(folder)): folder for folder in folders[name]} for name in folders}
+    owners: dict[Path, str] = {}
+    for name, of_class in places.items():
+        for place, folder in of_class.items():
+            if (first := owners.setdefault(place, name)) != name:
+                _refuse_shared(path, first, places[first][place], name, folder)
+    for place, name in owners.items():
+        for above in place.parents:
+            if (other := owners.get(above, name)) != name:
+                _refuse_shared(path, other, places[other][above], name, places[name][place])
     return {int(name): folders[name] for name in sorted(folders, key=int)}
+
+
+def _refuse_shared(path: Path, name: str, folder: Path, other_name: str, other: Path) -> NoReturn:
+    raise UserError(
+        f"{path}: class {other_name} has the folder {other}, which is or lies in {folder} of class {name}: "
+        "its files would be of both; give each folder one class"
+    )
 
 
 class FolderContent(NamedTuple):
@@ -179,7 +189,7 @@ def walk_files(folder: Path, on_error: Callable[[OSError], None] | None = None) 
 
 def _refuse_folder(error: OSError) -> NoReturn:
     raise UserError(
-        f"{error.filename}: cannot be listed or entered ({error.strerror}): its files would be missing; "
+        f"{error.filename!s:.300}: cannot be listed or entered ({error.strerror}): its files would be missing; "
         "correct its permissions or move it away"
     ) from error
 
@@ -243,28 +253,20 @@ def _list_all(folders: Sequence[Path]) -> list[Path]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a dataset JSON. UserError: no such file, no JSON object, a name twice."""
     try:
-        text = decode(path.read_bytes())
+        entries = read_json(path, unique=True)
     except FileNotFoundError as error:
         raise UserError(f'{path}: no such dataset JSON: give a file like {{"name": "folder"}}') from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a dataset JSON ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text in UTF-8 or UTF-16: save it as UTF-8") from error
-    try:
-        entries = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not a JSON file (line {error.lineno}: {error.msg})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as a dataset JSON: {error}") from error
     if not isinstance(entries, dict):
         raise UserError(f'{path}: a JSON object {{"name": "folder"}} is needed, found a {type(entries).__name__}')
     return entries
-
-
-def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f'{path}: key "{name}" occurs twice: list its folders under one key')
-    return dict(pairs)
 
 
 def resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
@@ -274,7 +276,7 @@ def resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
     value = value.get("images") if isinstance(value, dict) else value  # beside them hints
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not values or not all(isinstance(item, str) and item for item in values):
-        raise UserError(f'{path}: "{name}" must be a folder or a list of folders, found {shown(value)}')
+        raise UserError(f'{path}: "{name:.80}" must be a folder or a list of folders, found {shown(value)}')
     folders = []
     for item in values:
         try:
@@ -282,8 +284,9 @@ def resolve_folders(path: Path, name: str, value: Any) -> list[Path]:
             found = next((place for place in places if is_folder(place)), None)
             reasons = sorted({missing_folder(place) for place in places}) if found is None else []
         except UserError as error:
-            raise UserError(f'{path}: "{name}": {error}') from error
+            raise UserError(f'{path}: "{name:.80}": {error}') from error
         if found is None:
-            raise UserError(f'{path}: "{name}": {reasons[0]}: {" or ".join(map(str, places))}')
+            where = " or ".join(f"{place!s:.300}" for place in places)
+            raise UserError(f'{path}: "{name:.80}": {reasons[0]}: {where}')
         folders.append(found)
     return folders

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.documents import read_json
 from common.errors import UserError
 from common.files import remove_leftovers, write_atomically
 from common.places import is_file
@@ -24,9 +25,9 @@ def read_latent_record(folder: str | Path) -> dict[str, Any] | None:
     if not is_file(path):
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): make the latents again") from error
+        raise UserError(f"{path}: cannot be read ({error}): move the folder away and encode again") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: a JSON object is needed, found a {type(record).__name__}: make the latents again")
     return record

@@ -37,7 +37,7 @@ def test_what_is_there(tmp_path):
         (LONG, "cannot be looked at .File name too long."),
         ("~nobody-of-this-name/x", "there is no such user"),
         ("a\0b", "a character that no file name can have"),
-        ("\ud800", "a character that no file name can have"),
+        ("\ud800", "half a character in"),
         ("/", "the whole file system"),
         ("set.json", "a file, a folder is needed"),
     ],
@@ -81,7 +81,7 @@ def test_names_that_are_no_text(tmp_path, text):
     with pytest.raises(UserError, match="picture has characters that are no text"):
         load_config(CheckConfig, None, values={"json": "x.json", "picture": text})
     (tmp_path / "set.json").write_bytes(repr({text: "set"}).replace("'", '"').replace("\\x", "\\u00").encode())
-    with pytest.raises(UserError, match="key .* has characters that are no text"):
+    with pytest.raises(UserError, match="key .* has characters that are no text|half a character in"):
         read_dataset_json(tmp_path / "set.json")
 
 
