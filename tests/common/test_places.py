@@ -37,7 +37,7 @@ def test_what_is_there(tmp_path):
         (LONG, "cannot be looked at .File name too long."),
         ("~nobody-of-this-name/x", "there is no such user"),
         ("a\0b", "a character that no file name can have"),
-        ("\ud800", "half a character in"),
+        ("\ud800", "half a character in|a character that no file name can have"),
         ("/", "the whole file system"),
         ("set.json", "a file, a folder is needed"),
     ],
