@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from config.schema.diffusion import FLOW_STRATEGIES, SAMPLING_STRATEGIES
-from config.schema.option import device_flag, flag, key
+from config.schema.option import device_flag, flag, key, shard
 from config.schema.rules import Rule, at_least, interval, name_of_a, not_negative, one_of, positive, regex
 
 # Those of evaluation/comparison/networks.py
@@ -39,6 +39,7 @@ class EvaluationConfig:
     num_resamples: int = flag(200, "resamples of the bootstrap, for 95 % intervals; at least 20", at_least(20))
     num_workers: int = flag(4, "loading processes, at most one per core; 0 = load in the main process", not_negative)
     seed: int = flag(0, "seed of resamples, halvings and pairs", not_negative)
+    shard: str | None = shard()
     device: str = device_flag()
 
 
