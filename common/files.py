@@ -106,14 +106,14 @@ def lock(file: IO, on_wait: Callable[[], None] | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def folder_locked(folder: Path, doing: str) -> Iterator[None]:
+def folder_locked(folder: Path, doing: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Holds a folder, which is made if needed, as `lock_folder`, and leaves no file behind.
 
     Where none can be written the folder is not held: what can't be written can't be spoilt by another process either.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock_folder(folder, doing)
+        file = lock_folder(folder, doing, on_wait)
     except OSError:
         yield
         return
@@ -124,18 +124,18 @@ def folder_locked(folder: Path, doing: str) -> Iterator[None]:
             (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
-def lock_folder(folder: Path, doing: str) -> IO:
+def lock_folder(folder: Path, doing: str, on_wait: Callable[[], None] | None = None) -> IO:
     """Hold a folder, which exists, until the returned file is closed; the lock also ends with the process.
 
-    doing: what a process that holds it does there, for the message.
+    doing: what a process that holds it does there, for the message. on_wait: as of `lock`.
 
     Raises:
-        UserError: another process holds it, for instance one that a killed launcher left behind.
+        UserError: another process holds it, for instance one that a killed launcher left behind; not with `on_wait`.
     """
     path = folder / LOCK_NAME
     file = path.open("a+")
     try:
-        is_locked = lock(file)
+        is_locked = lock(file, on_wait)
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "unknown"
@@ -145,7 +145,7 @@ def lock_folder(folder: Path, doing: str) -> IO:
         ) from None
     if is_locked and not _is_at(file, path):  # whoever held it has just removed it
         file.close()
-        return lock_folder(folder, doing)
+        return lock_folder(folder, doing, on_wait)
     if is_locked:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")

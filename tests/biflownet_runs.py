@@ -118,6 +118,14 @@ def torchrun(arguments: list[str], num_processes: int = 2) -> list[str]:
     return [*launcher, "--nproc-per-node", str(num_processes), str(SCRIPT), *arguments]
 
 
+def two_nodes(arguments: list[str], port: int) -> list[subprocess.Popen]:
+    """Two agents on this machine, a process each, that meet as those of two nodes do (docs/slurm/train.sbatch)."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", *meeting, "--local-addr", "127.0.0.1"]
+    command = [sys.executable, str(ROOT / "train" / "launch.py"), *options, str(SCRIPT), *arguments]
+    return [start(command) for _ in range(2)]
+
+
 def logged_steps(run: Path) -> list[int]:
     """The steps in a run's metrics.jsonl."""
     path = run / "metrics.jsonl"

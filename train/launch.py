@@ -5,8 +5,9 @@
 starts any script of this project in several processes. Its exit status is theirs: 2 after a user's mistake, 128 + the
 signal after one (130: Ctrl-C); torchrun says 1. A fault of ours is still reported in full. At a signal the processes
 have ten minutes to save a checkpoint before they are killed (torchrun: 30 s), or what
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, from torch 2.12 on also --shutdown-timeout. On a node it starts at most as many
-processes as there are cores, with --oversubscribe, before all other options, as many as one says.
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, from torch 2.12 on also --shutdown-timeout. SIGUSR1 is such a signal too; torchrun
+would die of it. On a node it starts at most as many processes as there are cores, with --oversubscribe, before all
+other options, as many as one says.
 """
 
 import logging
@@ -20,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.script import INTERRUPTED, MISTAKE  # noqa: E402
 
-EXPLAINED = {MISTAKE, INTERRUPTED, 128 + signal.SIGTERM}  # exit statuses whose reason the processes have said
-ENDED_BY_US = {-signal.SIGTERM, -signal.SIGKILL}  # processes that were left over when another had ended
+# Exit statuses whose reason the processes have said, and of processes that were left over when another had ended
+EXPLAINED = {MISTAKE, INTERRUPTED, 128 + signal.SIGTERM, 128 + signal.SIGUSR1}
+ENDED_BY_US = {-signal.SIGTERM, -signal.SIGKILL}
 REPEATING_LOGS = ("multiprocessing.api", "agent.server.api")  # say that a process ended; so do we or the traceback
 SHUTDOWN_S = "600"
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in REPEATING_LOGS:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
+        options.signals_to_handle += ",SIGUSR1"
         run(options)
     except ChildFailedError as error:
         statuses = {failure.exitcode for failure in error.failures.values()} - ENDED_BY_US

@@ -16,6 +16,7 @@ from config.schema.option import (
     keep_checkpoints,
     key,
     set_anew,
+    shard,
     tuned,
 )
 from config.schema.rules import (
@@ -186,4 +187,5 @@ class LatentConfig:
         None, "lowest and highest intensity of the files; null = as recorded in the checkpoint, else -1 1", interval
     )
     arithmetic: str = arithmetic()
+    shard: str | None = shard()
     device: str = device_flag()

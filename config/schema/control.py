@@ -11,7 +11,7 @@ from config.schema.diffusion import (
     SeveralSizesConfig,
     attribute_name,
 )
-from config.schema.option import arithmetic, device_flag, flag, key, tuned
+from config.schema.option import arithmetic, device_flag, flag, key, shard, tuned
 from config.schema.rules import batch, below_one, between, not_negative, one_of, positive, share
 
 HINTS = ("image", "mask", "latent")  # those of dataset/hints.py
@@ -90,5 +90,6 @@ class ControlledGenerationConfig(DiffusionModelConfig):
     batch_size: int = flag(1, "latents sampled together", batch)
     num_pictures: int = flag(8, "conditions in contact_sheet.png", between(0, 1000))
     arithmetic: str = arithmetic()
+    shard: str | None = shard()
     device: str = device_flag()
     downsample: int = key(8, "compression of the autoencoder: 8 | 4", one_of(8, 4), section="Decoding")

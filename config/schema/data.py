@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from config.schema.option import flag, key
+from config.schema.option import flag, key, shard
 from config.schema.rules import (
     Rule,
     at_least,
@@ -132,6 +132,7 @@ class PreprocessConfig:
     held_out: float | None = flag(None, "share held out from all training; null = 0.1 if drawn", below_one)
 
     num_workers: int = flag(4, "processes, at most one per core; 0 = the main process", workers, section="Run")
+    shard: str | None = shard()
     dry_run: bool = flag(False, "list what is found, write nothing")
 
     class_table: str | None = class_table_flag()

@@ -15,6 +15,7 @@ from config.schema.option import (
     keep_checkpoints,
     key,
     set_anew,
+    shard,
     tuned,
 )
 from config.schema.rules import (
@@ -352,6 +353,7 @@ class GenerationConfig(DiffusionModelConfig):
     arithmetic: str = arithmetic()
     channels_last: bool = flag(False, "channels-last memory layout of both networks; rounding aside, no image changes")
     compile: bool = flag(False, "torch.compile of the diffusion network: minutes at first, then faster steps")
+    shard: str | None = shard()
     device: str = device_flag()
 
     downsample: int = key(8, "compression of the autoencoder: 8 | 4", one_of(8, 4), section="Decoding")

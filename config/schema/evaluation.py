@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from config.schema.diffusion import FLOW_STRATEGIES, SAMPLING_STRATEGIES
-from config.schema.option import device_flag, flag, key
+from config.schema.option import device_flag, flag, key, shard
 from config.schema.rules import (
     Rule,
     at_least,
@@ -56,6 +56,7 @@ class EvaluationConfig:
     )
     num_workers: int = flag(4, "loading processes, at most one per core; 0 = load in the main process", workers)
     seed: int = flag(0, "seed of resamples, halvings and pairs", not_negative)
+    shard: str | None = shard()
     device: str = device_flag()
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from common.text import shown
-from config.schema.rules import Rule, not_negative, one_of
+from config.schema.rules import Rule, not_negative, one_of, shard_number
 
 
 class Resume(Enum):
@@ -105,6 +105,12 @@ def arithmetic(has_flag: bool = True) -> Any:
         flag=has_flag,
         resume=FREE,
     )
+
+
+def shard() -> Any:
+    """The option `--shard` (`common/shards.py`)."""
+    meaning = "I/N: only every N-th item from the I-th on, as a job of an array; a last call without it completes"
+    return flag(None, meaning, shard_number)
 
 
 def continue_from() -> Any:

@@ -67,6 +67,11 @@ def _is_regex(value: str) -> bool:
     return True
 
 
+def _is_shard(value: str) -> bool:
+    found = re.fullmatch(r"(\d+)/(\d+)", value)
+    return found is not None and 1 <= int(found[1]) <= int(found[2])
+
+
 def _stays_inside(value: str) -> bool:
     parts = value.split("/")
     return value == "" or (parts[0] != "" and ".." not in parts and not set(parts) <= {".", ""} and "\0" not in value)
@@ -80,6 +85,7 @@ below_one = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 betas = Rule(lambda value: len(value) == 2 and all(0 <= b < 1 for b in value), "two numbers of at least 0 and below 1")
 interval = Rule(lambda value: len(value) == 2 and -inf < value[0] < value[1] < inf, "two numbers, the lower one first")
 inner_path = Rule(_stays_inside, "a path inside its folder")
+shard_number = Rule(_is_shard, "I/N with I from 1 to N, e.g. 3/8")
 regex = Rule(_is_regex, "a regular expression that Python can read")
 # More than any machine has uses for, and less than what makes it stand still.
 workers = between(0, 256)

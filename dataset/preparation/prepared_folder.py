@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.files import remove_leftovers
 from common.parallel import map_in_processes
 from common.places import exists, is_file
+from common.shards import shard_folders
 from dataset.preparation.manifest import MANIFEST_NAME, append_entry, read_manifest, write_manifest
 from dataset.preparation.measured import NotAVolume, check_is_image
 from dataset.preparation.recipe import Recipe, describe, prepare
@@ -48,10 +49,13 @@ class PreparedFolder:
     folder: Path
     input: Path  # the folder that sources are found in
     recipe: Recipe
-    entries: dict[str, dict[str, Any]] = field(init=False)  # of the manifest, by file
+    own: Path  # where the manifest lies that this call writes: `folder`, or its shard's (`common/shards.py`)
+    entries: dict[str, dict[str, Any]] = field(init=False)  # of all manifests, by file
 
     def __post_init__(self) -> None:
         self.entries = read_manifest(self.folder)
+        for shard in shard_folders(self.folder):
+            self.entries |= read_manifest(shard)
 
     def without_collisions(self, sources: Sequence[Source], num_workers: int = 0) -> tuple[list[Source], list[Outcome]]:
         """The sources whose volumes can have their names, and what to say of all others.
@@ -121,7 +125,7 @@ class PreparedFolder:
         for _, outcome in map_in_processes(job, todo, num_workers, "preparing"):
             if outcome.entry is not None:
                 self.entries[outcome.entry["file"]] = outcome.entry
-                append_entry(self.folder, outcome.entry)
+                append_entry(self.own, outcome.entry)
             elif self.entries.pop(file_name(outcome.source), None) is not None:
                 (self.folder / file_name(outcome.source)).unlink(missing_ok=True)  # `tidy` writes the manifest
             yield outcome
@@ -132,11 +136,18 @@ class PreparedFolder:
         return [file for file, e in self.entries.items() if file not in names and e["input"] == str(self.input)]
 
     def tidy(self) -> None:
-        """Sorts the manifest and takes out entries whose volume is gone, and files that a killed run left half."""
-        remove_leftovers(self.folder)
+        """Sorts the manifest and takes out entries whose volume is gone, and files that a killed run left half.
+
+        A shard does so with its own entries alone, and leaves half files, which may be being written, to the last call.
+        """
         self.entries = {file: e for file, e in self.entries.items() if is_file(self.folder / file)}
-        if self.entries or exists(self.folder / MANIFEST_NAME):
-            write_manifest(self.folder, self.entries.values())
+        written = self.entries
+        if self.own == self.folder:
+            remove_leftovers(self.folder)
+        else:
+            written = {file: self.entries[file] for file in read_manifest(self.own) if file in self.entries}
+        if written or exists(self.own / MANIFEST_NAME):
+            write_manifest(self.own, written.values())
 
     def _is_there(self, source: Source) -> bool:
         """Whether there is a volume of a source's name, whole and made with these options."""

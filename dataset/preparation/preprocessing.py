@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import UserError
-from common.files import LOCK_NAME, lock, lock_folder
+from common.files import LOCK_NAME, lock
 from common.places import exists, is_file, is_folder
+from common.shards import folder_shared_out, shard_of
 from dataset.order.data_split import SPLIT_NAME, subject_finder
 from dataset.order.draw_split import agreed_shares, check_shares, keep_or_draw, show_split, subjects_of
 from dataset.preparation.classes import AUTOENCODER_JSON, add_classes, check_place, choose_class_id
@@ -39,7 +40,7 @@ class Target:
 
 
 def preprocess(cfg: DictConfig, diffusion_multiple: int) -> bool:
-    """Prepares all volumes of an input folder that are not prepared yet. Returns whether every file could be used.
+    """Prepares all volumes of an input folder, or the shard's, that are not prepared yet. Returns whether all could be.
 
     diffusion_multiple: of voxels, that each side of a volume must be to serve a diffusion model.
 
@@ -64,17 +65,20 @@ def preprocess(cfg: DictConfig, diffusion_multiple: int) -> bool:
 
     selected, passed_over, outcomes = _find(cfg, target.modality)
     _check_split(cfg, output_dir / AUTOENCODER_JSON, folder, selected)
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder, "preparing volumes"):
-        prepared = PreparedFolder(folder, source_folder, target.recipe)
+    with folder_shared_out(folder, cfg.shard, "preparing volumes") as own:
+        prepared = PreparedFolder(folder, source_folder, target.recipe, own)
         prepared.tidy()
         fitting, refused = prepared.without_collisions(selected, cfg.num_workers)
-        todo = prepared.plan(fitting, cfg.num_workers)
+        mine = {id(source) for source in shard_of(fitting, cfg.shard)}
+        todo = [source for source in prepared.plan(fitting, cfg.num_workers) if id(source) in mine]
         say(
             console,
             f"{len(selected)} volumes in {cfg.input} -> {folder} (class {class_id}, "
-            f"{target.modality}), {len(fitting) - len(todo)} of them are there",
+            f"{target.modality}), {len(mine) - len(todo)} of "
+            f"{'them' if cfg.shard is None else f'the {len(mine)} of shard {cfg.shard}'} are there",
         )
+        if cfg.shard is not None:
+            return _prepare_shard(prepared, todo, cfg, console)
         outcomes += [*refused, *prepared.prepare(todo, cfg.num_workers)]
         prepared.tidy()
         if unwanted := prepared.unwanted(selected):
@@ -92,6 +96,16 @@ def preprocess(cfg: DictConfig, diffusion_multiple: int) -> bool:
         if prepared.entries:
             _keep_split(cfg, output_dir / AUTOENCODER_JSON, console)
     return not any(outcome.status == "failed" for outcome in outcomes)
+
+
+def _prepare_shard(prepared: PreparedFolder, todo: Sequence[Source], cfg: DictConfig, console: Console) -> bool:
+    """Prepares these alone. What failed is said here, and tried and listed again by the call without a shard."""
+    failed = [outcome for outcome in prepared.prepare(todo, cfg.num_workers) if outcome.status == "failed"]
+    for outcome in failed:
+        say(console, f"{outcome.source.label}: {outcome.reason}")
+    done = f"shard {cfg.shard}: {len(todo) - len(failed)} done, {len(failed)} failed"
+    say(console, f"{done}; after all shards the same command without --shard completes the folder")
+    return not failed
 
 
 def _hint_at_size(cfg: DictConfig, recipe: Recipe, multiple: int, console: Console) -> None:

@@ -33,10 +33,11 @@ def read_latent_record(folder: str | Path) -> dict[str, Any] | None:
     return record
 
 
-def start_folder(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes the record into a new folder of latents, or checks that of an old one. Half files of a killed run go.
+def start_folder(folder: Path, record: Mapping[str, Any], tidy: bool = True) -> None:
+    """Writes the record into a new folder of latents, or checks that of an old one.
 
     The checkpoint's file name is not compared: both training stages of an autoencoder give the same latents.
+    tidy: half files of a killed run go, so nobody else may be writing.
     Raises UserError for latents of another autoencoder, range or patch size, or of unknown origin.
     """
     found = read_latent_record(folder)
@@ -59,6 +60,7 @@ def start_folder(folder: Path, record: Mapping[str, Any]) -> None:
                     f"give the same value, {AGAIN}"
                 )
 
-    remove_leftovers(folder)
+    if tidy:
+        remove_leftovers(folder)
     if found is None:
         write_atomically(folder / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())

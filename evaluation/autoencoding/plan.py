@@ -174,7 +174,7 @@ def read_all(cfg: DictConfig, plan: Plan, place: Distributed) -> tuple[list[Grou
     volumes = [v for group in plan.groups for v in group.sets[ROLE] if v.path not in plan.refused]
     cache = ResultCache(cache_folder(cfg), "volumes", {"version": READING_VERSION})
     work = Work("reading volumes", SetVolume.key, read_range, _kept_ranges, cache)
-    _, found = do_work(work, volumes, place, cfg.num_workers)
+    _, found = do_work(work, volumes, place, cfg.num_workers, cfg.shard)
     refused = plan.refused | {volume.path: reason for volume, reason in found.items()}
     if not refused:
         return plan.groups, {}

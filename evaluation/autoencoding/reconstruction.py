@@ -29,6 +29,7 @@ VERSION = 1  # of what is kept of a volume; rises when the same settings give ot
 def evaluate(cfg: DictConfig) -> Results | None:
     """Reconstructs and measures every volume that is not done yet; rank 0 writes the results and returns them.
 
+    A shard writes none: they are of all volumes.
     Raises UserError, before anything is reconstructed, for whatever is wrong with options, checkpoints and volumes.
     """
     require(cfg, "data", "output_dir")
@@ -49,12 +50,14 @@ def evaluate(cfg: DictConfig) -> Results | None:
         for checkpoint in plan.checkpoints:
             for group in groups:
                 work = Measurement(cfg, plan, checkpoint, group, networks).work()
-                arrays, refused = do_work(work, group.sets[ROLE], place, cfg.num_workers)
+                arrays, refused = do_work(work, group.sets[ROLE], place, cfg.num_workers, cfg.shard)
                 if refused:
                     raise UserError(list_refused(refused, "volumes changed meanwhile and"))
                 measured[group.name][checkpoint.name] = arrays
 
         # Write what was found.
+        if cfg.shard is not None:
+            return None
         return place.on_main(lambda: write_results(cfg, plan, groups, excluded, measured, place.device), share=False)
 
 

@@ -46,7 +46,7 @@ def extract(
     excluded: dict[Path, str],
     place: Distributed,
 ) -> SetFeatures | None:
-    """The features of all volumes, on rank 0 (None on others). To be called on every rank.
+    """The features of all volumes, on rank 0 (None on others, and for a shard). To be called on every rank.
 
     volumes: each with `path`, `key()` and `read()`, as `SetVolume` has them. excluded: gets those that are left out.
     Raises UserError: volumes that can't be read, all in one, unless `exclude_unreadable`; or fewer than two are left.
@@ -59,11 +59,11 @@ def extract(
         cache=ResultCache(cache_folder(cfg), network.name, {**network.settings, "version": VERSION}),
         batch_size=cfg.batch_size,
     )
-    results, refused = do_work(work, volumes, place, cfg.num_workers)
+    results, refused = do_work(work, volumes, place, cfg.num_workers, cfg.shard)
     reasons = {volume.path: reason for volume, reason in refused.items()}
     check_refused(reasons, len(volumes), label, cfg.exclude_unreadable)
     excluded.update(reasons)
-    if not place.is_main:
+    if not place.is_main or cfg.shard is not None:
         return None
     kept = [(volume, result) for volume, result in zip(volumes, results, strict=True) if result is not None]
     planes = {}

@@ -41,7 +41,7 @@ KIND = "generation"
 MEMORISATION_FILE = "memorisation.csv"
 WITHOUT_INTERVAL = " without interval: there are too few subjects or pairs to resample"
 CLOSEST = 8  # pairs of generated and training volumes in the picture and table
-Sets = dict[str, SetFeatures | None]  # by role; None on ranks other than 0
+Sets = dict[str, SetFeatures | None]  # by role; None on ranks other than 0 and for a shard
 MEMORISATION_COLUMNS = ("class", "network", "generated", "nearest_training", "distance", "median_held_out_distance")
 
 
@@ -49,7 +49,7 @@ def measure(cfg: DictConfig) -> None:
     require(cfg, "real", "generated", "output_dir")
     with joined(cfg.device, PATIENCE, "exact") as place:
         results = evaluate(cfg, place)
-        if place.is_main:
+        if results is not None:
             path = results.write(Path(cfg.output_dir))
             logger = get_logger()
             for warning in results.warnings:
@@ -58,8 +58,9 @@ def measure(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
-    """All figures of a config, on rank 0; None on other ranks. Pictures and memorisation.csv are written on the way.
+    """All figures of a config, on rank 0; None on other ranks and for a shard.
 
+    Pictures and memorisation.csv are written on the way.
     Raises UserError for whatever is wrong with options, sets or weight files before anything is computed, and for files
     that turn out damaged after the sound ones have been computed (and kept).
     """
@@ -73,7 +74,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
         for network in networks
     }
     pairs = {group.name: pairs_of(cfg, group, excluded, place) for group in groups}
-    if not place.is_main:
+    if not place.is_main or cfg.shard is not None:
         return None
 
     settings = {**OmegaConf.to_container(cfg, resolve=True), **describe_networks(networks, place.device)}

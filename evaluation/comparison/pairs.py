@@ -44,7 +44,7 @@ class Pair:
 @dataclass(frozen=True)
 class PairScores:
     """pairs: (P, 2), indices into the volumes of `units`, each of two subjects. scores: (P,) float64, empty on ranks
-    other than 0.
+    other than 0 and for a shard.
     """
 
     pairs: Tensor
@@ -83,10 +83,10 @@ def pair_scores(
         compute=partial(_compare_pairs, place.device),
         cache=ResultCache(cache_folder(cfg), "ms_ssim", {"version": VERSION}),
     )
-    found, refused = do_work(work, items, place, cfg.num_workers)
-    if refused:  # they could be read for their features
+    found, refused = do_work(work, items, place, cfg.num_workers, cfg.shard)
+    if refused and cfg.shard is None:  # they could be read for their features
         raise UserError(list_refused({pair.path: reason for pair, reason in refused.items()}, f"pairs of {label}"))
-    scores = [float(arrays["ms_ssim"]) for arrays in found] if place.is_main else []
+    scores = [float(arrays["ms_ssim"]) for arrays in found if arrays is not None]
     return PairScores(pairs, torch.tensor(scores, dtype=torch.float64), units)
 
 

@@ -67,11 +67,11 @@ class Check:
 
 
 def measure(cfg: DictConfig) -> bool:
-    """Measure and write the results. Returns whether all checks hold, on ranks other than 0 True."""
+    """Measure and write the results. Returns whether all checks hold, on ranks other than 0 and for a shard True."""
     require(cfg, "real", "output_dir")
     with joined(cfg.device, PATIENCE, "exact") as place:
         results, checks = evaluate(cfg, place)
-        if place.is_main:
+        if place.is_main and cfg.shard is None:
             path = results.write(Path(cfg.output_dir))
             logger = get_logger()
             for check in checks:
@@ -84,7 +84,10 @@ def measure(cfg: DictConfig) -> bool:
 
 
 def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]:
-    """All distances and checks; on ranks other than 0 none. UserError: as evaluation/generation_metrics.py."""
+    """All distances and checks; on ranks other than 0 and for a shard none.
+
+    UserError: as evaluation/generation_metrics.py.
+    """
     groups, others, excluded, warnings = place.on_main(lambda: find_groups(cfg))
     networks = build_networks(cfg.networks, cfg.weights_dir, cfg.slices, place.device)
     reconstruction = None  # autoencoder, SHA-256 of its file
@@ -94,11 +97,11 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
     settings = {**OmegaConf.to_container(cfg, resolve=True), **describe_networks(networks, place.device)}
     results = Results("validity", settings, DEFINITIONS, warnings=warnings)
 
-    checks = []
+    checks, concludes = [], place.is_main and cfg.shard is None
     for group in groups:
         for network in networks:
             sets = degraded_sets(cfg, network, reconstruction, group, others.get(group.name), excluded, place)
-            if place.is_main:
+            if concludes:
                 checks += add_distances(cfg, results, group.name, network, sets)
                 if network.takes_volumes:
                     checks += memorisation_checks(cfg, group.name, network.name, sets["real"])
@@ -106,7 +109,7 @@ def evaluate(cfg: DictConfig, place: Distributed) -> tuple[Results, list[Check]]
         honest = pair_scores(cfg, real, units_of(real), f"real volumes of {group.name}", place)
         repeated = [real[0]] * len(real)  # each of another "subject", as what a generator makes
         collapsed = pair_scores(cfg, repeated, Units.own(len(real)), f"one volume of {group.name}", place)
-        if place.is_main:
+        if concludes:
             gaps = [diversity_figures(group.name, honest, one, Sampling.of(cfg))[-1] for one in (honest, collapsed)]
             lowest = gaps[1].no_interval or f"from {gaps[1].interval[0]:.3f}"
             found = f"gap {gaps[1].value:.3f} ({lowest}), of real volumes {gaps[0].value:.3f}"

@@ -23,6 +23,7 @@ from common.files import file_sha256, write_atomically
 from common.log import get_logger
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import tracked
+from common.shards import shard_of
 from config.loading import load_config, require, save_config
 from config.schema.control import ControlledGenerationConfig
 from dataset.hints import HintReader, hints_of
@@ -49,7 +50,7 @@ Job = tuple[Condition, int]  # and the number of the sample
 
 
 def generate(cfg: DictConfig) -> list[Path]:
-    """Generates what is not there yet; returns the files of all volumes. Under torchrun they are shared out.
+    """Generates what is not there yet; returns the files of all volumes, or the shard's. Torchrun shares them out too.
 
     Raises:
         UserError: before anything is sampled, for whatever is wrong with options, checkpoints or conditions.
@@ -65,12 +66,14 @@ def generate(cfg: DictConfig) -> list[Path]:
         check_conditions(cfg, conditions, model, autoencoder, place)
         settings = place.on_main(lambda: settings_of(cfg))
         jobs = [(condition, sample) for condition in conditions for sample in range(cfg.num_samples)]
-        planned = [(path_of(cfg, *job), job[0]) for job in jobs]
+        planned = [(path_of(cfg, *job), job[0]) for job in jobs]  # of all shards
         cases = place.on_main(lambda: plan_nnunet(cfg.nnunet, hints, planned, cfg.output_dir) if cfg.nnunet else None)
+        jobs = shard_of(jobs, cfg.shard)
         todo = place.on_main(lambda: [job for job in jobs if not is_done(cfg, job, settings)])
         place.on_main(lambda: check_hints([job[0] for job in todo], hints, autoencoder), share=False)
         logger.info("%d volumes of %d conditions -> %s", len(jobs), len(conditions), cfg.output_dir)
-        place.on_main(lambda: save_config(cfg, cfg.output_dir), share=False)
+        same = OmegaConf.merge(cfg, {"shard": None})  # in all shards
+        place.on_main(lambda: save_config(same, cfg.output_dir), share=False)
         batches = batches_of_one_shape(todo, [grid_of(job[0], autoencoder) for job in todo], cfg.batch_size)
         for batch in tracked(batches[place.rank :: place.world_size], "generating", "batch"):
             for job, volume in zip(
@@ -80,10 +83,11 @@ def generate(cfg: DictConfig) -> list[Path]:
                 write_atomically(_record_of(path), (json.dumps(record_of(job, settings), indent=2) + "\n").encode())
                 write_volume(path, volume, job[0].header.affine)
         place.barrier()
-        place.on_main(lambda: summarise(cfg, conditions), share=False)
-        if cases is not None:
-            place.on_main(lambda: write_nnunet(cfg.nnunet, hints, cases), share=False)
-        return [path for path, _ in planned]
+        if cfg.shard is None:
+            place.on_main(lambda: summarise(cfg, conditions), share=False)
+            if cases is not None:
+                place.on_main(lambda: write_nnunet(cfg.nnunet, hints, cases), share=False)
+        return [path_of(cfg, *job) for job in jobs]
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
@@ -31,6 +31,7 @@ from common.places import exists, is_folder
 from common.precision import autocast, check_precision, clock
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import Progress, tracked
+from common.shards import shard_of
 from config.loading import require, save_config
 from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.geometry import centred_affine
@@ -51,14 +52,14 @@ SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or no
 
 
 def generate(cfg: DictConfig) -> list[Path]:
-    """Generates every volume of the config that is not there yet. Returns the files of all of them.
+    """Generates every volume of the config, or of its shard, that is not there yet. Returns the files of all of these.
 
     Under torchrun the volumes are shared out to the processes.
     Raises UserError, before anything is sampled, for whatever is wrong with options, requests, checkpoints or volumes
     that are already there; for wrong options and requests before a checkpoint is read.
     """
     require(cfg, "AE_ckpt", "model_ckpt", "output_dir")
-    requests = list_requests(cfg)
+    requests = shard_of(list_requests(cfg), cfg.shard)
     if cfg.decoding != "exact" and cfg.tile % cfg.downsample:
         raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
     folders = list(dict.fromkeys(seed_folder(cfg, request.seed) for request in requests))
@@ -81,14 +82,15 @@ def generate(cfg: DictConfig) -> list[Path]:
             for request in {request.grid: request for request in todo}.values():
                 limits = (request.tile, place.device, _max_bytes(cfg), cfg.precision)
                 check_memory(autoencoder, request.grid, *limits, f"{request.path}: ")
-            place.on_main(lambda: [save_config(cfg, folder) for folder in folders], share=False)
+            same = OmegaConf.merge(cfg, {"shard": None})  # in all shards
+            place.on_main(lambda: [save_config(same, folder) for folder in folders], share=False)
             batches = batches_of_one_shape(todo, [request.grid for request in todo], cfg.batch_size)
             mine = batches[place.rank :: place.world_size]
             _generate_batches(cfg, model, process, autoencoder, mine, settings, made, place)
             place.barrier()
 
         # Show what is there.
-        if place.is_main:
+        if place.is_main and cfg.shard is None:
             for folder in folders:
                 update_contact_sheet(folder, made)
         return [request.path for request in requests]

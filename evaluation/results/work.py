@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.files import write_atomically
 from common.parallel import map_in_processes
 from common.processes import Distributed
+from common.shards import shard_of
 
 Arrays = dict[str, np.ndarray]
 DIGEST_BYTES = 32  # SHA-256 of the rest of a file, so that a damaged one is never taken for whole
@@ -78,17 +79,21 @@ class Work:
     batch_size: int = 1
 
 
-def do_work(work: Work, items: Sequence, place: Distributed, num_workers: int) -> tuple[list[Arrays | None], dict]:
+def do_work(
+    work: Work, items: Sequence, place: Distributed, num_workers: int, shard: str | None = None
+) -> tuple[list[Arrays | None], dict]:
     """The results of all items, those that are there from the cache, and why the others can't be read, by item.
 
-    To be called on every rank; each does its share, and rank 0 gets the results (the others a list of None).
+    To be called on every rank; each does its share, and rank 0 gets the results (the others, and with a shard all, a
+    list of None).
     """
-    mine = range(place.rank, len(items), place.world_size)
+    mine = shard_of(range(len(items)), shard)[place.rank :: place.world_size]
     shares = place.on_all(lambda: _do_share(work, {i: items[i] for i in mine}, num_workers, place.is_main))
     keys = {i: key for of_rank, _ in shares for i, key in of_rank.items()}
     refused = {i: reason for _, of_rank in shares for i, reason in of_rank.items()}
-    results = [work.cache.get(keys[i]) if place.is_main and i in keys else None for i in range(len(items))]
-    if place.is_main and (lost := [i for i in keys if results[i] is None]):
+    concludes = place.is_main and shard is None
+    results = [work.cache.get(keys[i]) if concludes and i in keys else None for i in range(len(items))]
+    if concludes and (lost := [i for i in keys if results[i] is None]):
         raise UserError(f"{work.cache.folder}: the results of {len(lost)} volumes are gone: start again")
     return results, {items[i]: refused[i] for i in sorted(refused)}
 

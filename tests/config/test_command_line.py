@@ -159,7 +159,7 @@ def test_help_shows_every_key(schema, capsys):
 
 EVALUATION_FLAGS = (
     "output-dir cache-dir weights-dir real-range subject-pattern exclude-unreadable num-resamples num-workers seed "
-    "device "
+    "shard device "
 )
 BENCHMARK_FLAGS = "size repetitions json "
 FEATURE_FLAGS = "networks slices batch-size num-pairs num-halvings "
@@ -167,8 +167,9 @@ FEATURE_FLAGS = "networks slices batch-size num-pairs num-halvings "
 PUBLISHED_FLAGS = {
     AutoencoderConfig: "continue-from set-anew",
     PreprocessConfig: "input output-dir preset name class-id select exclude assume-orientation spacing size multiple "
-    "class-table subject-pattern validation held-out interpolation modality window percentiles num-workers dry-run",
-    LatentConfig: "data-path AE-ckpt batch-size num-workers device arithmetic sliding-window intensity-range",
+    "class-table subject-pattern validation held-out interpolation modality window percentiles num-workers dry-run "
+    "shard",
+    LatentConfig: "data-path AE-ckpt batch-size num-workers device arithmetic shard sliding-window intensity-range",
     BiFlowNetConfig: "data-path split results-dir loss-type volume-channels timesteps model-dim dim-mults use-attn "
     "patch-size num-dit enable_amp model AE-ckpt num-classes epochs global-seed num-workers batch-size resolution "
     "log-every ckpt-every ckpt vq-size max-steps run-name device arithmetic channels-last compile "
@@ -176,7 +177,7 @@ PUBLISHED_FLAGS = {
     GenerationConfig: "classes AE-ckpt model-ckpt output-dir timesteps model-dim patch-size num-dit dim-mults use-attn "
     "sampling-strategy ddim_steps num-classes loss-type volume-channels vq-size seed num-samples guidance-scale eta "
     "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
-    "arithmetic channels-last compile class-table attributes extrapolate adapter",
+    "arithmetic channels-last compile shard class-table attributes extrapolate adapter",
     MergeConfig: "model-ckpt adapter output",
     ControlNetConfig: "data-path split base-ckpt AE-ckpt ckpt results-dir run-name model control-scale hint-dropout "
     "loss-type timesteps volume-channels model-dim dim-mults use-attn patch-size num-dit vq-size num-classes "

@@ -204,7 +204,7 @@ def test_a_run_killed_twice_loses_nothing(raw):
     with (folder / MANIFEST_NAME).open("a") as file:
         file.write('{"file": "half')
     recipe = resolve_target(load_config(PreprocessConfig, None, ["name=Thorax", "modality=CT", "multiple=4"])).recipe
-    prepared = prepared_folder.PreparedFolder(folder, raw, recipe)
+    prepared = prepared_folder.PreparedFolder(folder, raw, recipe, folder)
     outcomes = prepared.prepare(prepared.plan(find_sources(raw).sources[:2]), 0)
     next(outcomes)
     outcomes.close()  # killed after the first volume

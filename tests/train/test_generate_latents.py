@@ -166,7 +166,7 @@ def test_what_is_missing_is_shared_out_evenly(dataset, checkpoint, monkeypatch):
         monkeypatch.setattr(Distributed, "on_main", lambda self, function, share=True: function())
         monkeypatch.setattr(Distributed, "barrier", lambda self: None)
         monkeypatch.setattr(encoding, "joined", lambda *_, place=place: nullcontext(place))
-        monkeypatch.setattr(encoding, "_check_still_there", lambda dataset: None)
+        monkeypatch.setattr(encoding, "_check_still_there", lambda *_: None)
         generate_latents(config(dataset, checkpoint, batch_size=1))
         assert [file.exists() for file in files[1:5:2]] == [True, rank == 1]
 

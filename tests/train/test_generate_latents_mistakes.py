@@ -170,7 +170,7 @@ def test_where_no_lock_can_be_written_whole_latents_are_enough(dataset, checkpoi
     assert generate_latents(config(dataset, checkpoint)) == expected
 
 
-def _read_only(folder: Path, doing: str):
+def _read_only(*_):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 

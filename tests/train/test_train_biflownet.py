@@ -45,17 +45,20 @@ STATEFUL = {"lr_schedule": "cosine", "lr_warmup": 3, "label_dropout": 0.5, "ema_
 
 
 def test_two_processes_train_as_one_with_twice_the_batch_and_stop_together(data, tmp_path):
-    """SIGTERM to one of two stops both; the same command under torchrun goes on and ends as a single process does."""
-    results = tmp_path / "two"
-    command = runs.arguments(data, results, "max_steps=8", "label_dropout=0.5")
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getpid() % 1000)}
-    pair = [runs.start(runs.lone(command), RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
+    """SIGUSR1 to one of two nodes stops both; the same command on one goes on and ends as a single process does, and
+    exactly as two nodes that nothing stops.
+    """
+    results, port = tmp_path / "two", 29600 + os.getpid() % 1000
+    options = ("max_steps=8", "label_dropout=0.5")
+    command = runs.arguments(data, results, *options)
+    pair = runs.two_nodes(command, port)
     run = results / "000-BiFlowNet"
     wait_for(lambda: runs.logged_steps(run)[-1:] >= [1], pair)
-    pair[1].send_signal(signal.SIGTERM)
+    pair[1].send_signal(signal.SIGUSR1)
     outputs = [process.communicate(timeout=TIME_LIMIT_S)[0] for process in pair]
-    assert [process.returncode for process in pair] == [143, 143], outputs
-    assert outputs[0].count("SIGTERM: stopped after step") == 1
+    assert [process.returncode for process in pair] == [138, 138], outputs
+    assert "".join(outputs).count("SIGUSR1: stopped after step") == 1
+    assert "Traceback" not in "".join(outputs)
     stopped_at = run_folder.step_of(run_folder.list_checkpoints(run)[-1])
     assert 1 <= stopped_at < 8
 
@@ -65,6 +68,11 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_stop_together(data,
     assert f"step {stopped_at}" in output
     assert [folder.name for folder in results.iterdir()] == ["000-BiFlowNet"]
     assert runs.logged_steps(run) == list(range(1, 9))
+
+    pair = runs.two_nodes(runs.arguments(data, tmp_path / "never", *options), port + 1)
+    outputs = [process.communicate(timeout=TIME_LIMIT_S)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert_same_training(checkpoint(tmp_path / "never" / "000-BiFlowNet", 8), checkpoint(run, 8))
 
     one = train(runs.config(data, tmp_path / "one", batch_size=4, max_steps=8, label_dropout=0.5))
     ours, theirs = checkpoint(one["folder"], 8), checkpoint(run, 8)

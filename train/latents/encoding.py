@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from logging import Logger
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from AutoEncoder.encoding import encode
 from AutoEncoder.latents import codebook_range
 from AutoEncoder.patches import padded_size
 from common.errors import UserError
-from common.files import check_still_there, folder_locked
+from common.files import check_still_there
 from common.log import get_logger
 from common.parallel import num_cores
 from common.processes import PATIENCE, Distributed, joined
 from common.progress import Progress, tracked
+from common.shards import folder_shared_out, shard_of
 from config.loading import require
 from dataset.order.batches import batches_of_one_shape
 from dataset.order.data_split import SIDES, class_name_of, find_split
@@ -33,7 +35,7 @@ from dataset.volumes.volume_io import read_latent, write_latent
 
 
 def generate_latents(cfg: DictConfig) -> list[Path]:
-    """Encodes all volumes that have no whole latent yet. Returns the latent files of all volumes.
+    """Encodes all volumes of the shard that have no whole latent yet. Returns the latent files of all of these.
 
     Raises UserError, before anything is encoded, for whatever is wrong with options, data set, headers, checkpoint or
     latents that are already there, and where another process is encoding into the same folder; later only for a volume
@@ -52,26 +54,29 @@ def generate_latents(cfg: DictConfig) -> list[Path]:
         folders = latent_folders(dataset)
         distributed.on_main(lambda: dataset.check_sample(logger), share=False)
         record = make_record(autoencoder, cfg.AE_ckpt, intensity_range)
-        distributed.on_main(lambda: [_take_folder(folder, record, closing) for folder in folders])
+        distributed.on_main(lambda: [_take_folder(folder, record, cfg.shard, closing) for folder in folders])
         distributed.on_main(lambda: copy_split(cfg.data_path, dataset, logger), share=False)
         _log_plan(logger, dataset, folders, autoencoder.patch_size)
 
-        missing = _missing(dataset, autoencoder, distributed)
-        _encode_missing(cfg, autoencoder, dataset, missing, distributed)
+        batches = shard_of(batches_of_one_shape(range(len(dataset)), dataset.shapes, cfg.batch_size), cfg.shard)
+        wanted = sorted(index for batch in batches for index in batch)
+        missing = _missing(wanted, dataset, autoencoder, distributed)
+        _encode_missing(cfg, autoencoder, dataset, batches, missing, distributed)
         distributed.barrier()
-        distributed.on_main(lambda: _check_still_there(dataset))
-        return dataset.latent_paths
+        latents = [dataset.latent_paths[index] for index in wanted]
+        distributed.on_main(lambda: _check_still_there(dataset, latents))
+        return latents
 
 
-def _take_folder(folder: Path, record: dict[str, Any], closing: ExitStack) -> None:
-    """As `start_folder`, with the folder held against other processes until `closing` closes."""
-    closing.enter_context(folder_locked(folder, "encoding volumes"))
-    start_folder(folder, record)
+def _take_folder(folder: Path, record: dict[str, Any], shard: str | None, closing: ExitStack) -> None:
+    """As `start_folder`, with the folder held against others than further shards until `closing` closes."""
+    begin = partial(start_folder, folder, record, tidy=shard is None)
+    closing.enter_context(folder_shared_out(folder, shard, "encoding volumes", begin))
 
 
-def _check_still_there(dataset: Singleres_dataset) -> None:
+def _check_still_there(dataset: Singleres_dataset, latents: Sequence[Path]) -> None:
     check_still_there(dataset.files, "volumes", "start again with the data set as it is to be")
-    check_still_there(dataset.latent_paths, "latents", "start again to make them anew")
+    check_still_there(latents, "latents", "start again to make them anew")
 
 
 def copy_split(data_path: str, dataset: Singleres_dataset, logger: Logger) -> None:
@@ -122,22 +127,26 @@ def _log_plan(logger: Logger, dataset: Singleres_dataset, folders: Sequence[Path
         )
 
 
-def _missing(dataset: Singleres_dataset, autoencoder: nn.Module, place: Distributed) -> set[int]:
-    """The volumes without a whole latent, on every rank; each rank looks at its share."""
-    mine = range(place.rank, len(dataset), place.world_size)
+def _missing(wanted: Sequence[int], dataset: Singleres_dataset, autoencoder: nn.Module, place: Distributed) -> set[int]:
+    """Which of these volumes have no whole latent, on every rank; each rank looks at its share."""
+    mine = wanted[place.rank :: place.world_size]
     checked = tracked(mine, "checking", "latent", transient=True)
     found = place.on_all(lambda: [index for index in checked if not has_latent(index, dataset, autoencoder)])
     return {index for part in found for index in part}
 
 
 def _encode_missing(
-    cfg: DictConfig, autoencoder: nn.Module, dataset: Singleres_dataset, missing: set[int], place: Distributed
+    cfg: DictConfig,
+    autoencoder: nn.Module,
+    dataset: Singleres_dataset,
+    batches: Sequence[Sequence[int]],
+    missing: set[int],
+    place: Distributed,
 ) -> None:
-    """Encodes this rank's share of what is missing."""
-    batches = batches_of_one_shape(range(len(dataset)), dataset.shapes, cfg.batch_size)
+    """Encodes this rank's share of the batches of which something is missing."""
     # A batch of which a part is there is encoded as a whole, so that its rounding is that of an uninterrupted run.
     todo = [batch for batch in batches if not missing.isdisjoint(batch)]
-    there = len(dataset) - sum(map(len, todo))
+    there = sum(map(len, batches)) - sum(map(len, todo))
     mine = todo[place.rank :: place.world_size]
     volumes = volumes_in_order([index for batch in mine for index in batch], dataset, cfg.num_workers)
     share = there // place.world_size  # of what is there, so that the bar shows the whole

@@ -1,4 +1,4 @@
-"""Signals (SIGTERM, SIGINT): a request to stop between two steps, and loading processes that outlive one."""
+"""Signals (SIGTERM, SIGINT, SIGUSR1): a request to stop between two steps, and loading processes that outlive one."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ from common.script import SAME_ORDER_S
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT instead of dying of them, within a `with` block, and says so on rank 0.
+    """Notes these signals instead of dying of them, within a `with` block, and says so on rank 0.
 
     `received` is 0 or the signal's number; the process should then end with exit status 128 + that number. A second
     signal ends it at once, by SystemExit with that status, and a third acts as usual. Only a program's main thread may
     handle signals: in another one nothing is changed.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last one as Slurm's --signal sends it
 
     def __init__(self) -> None:
         self.received = 0
