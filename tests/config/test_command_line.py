@@ -185,7 +185,7 @@ PUBLISHED_FLAGS = {
     "channels-last compile gradient-checkpointing continue-from set-anew",
     DegradeConfig: "data-path output-dir operator classes seed num-workers views arc photons window acceleration mask "
     "noise factor axis others pattern box",
-    ControlledGenerationConfig: "data AE-ckpt base-ckpt model-ckpt output-dir nnunet control-scale guidance-scale "
+    ControlledGenerationConfig: "shard data AE-ckpt base-ckpt model-ckpt output-dir nnunet control-scale guidance-scale "
     "data-consistency consistency-steps sampling-strategy ddim_steps eta seed num-samples batch-size num-pictures "
     "arithmetic device timesteps model-dim patch-size num-dit dim-mults use-attn num-classes volume-channels vq-size",
     PairedMetricsConfig: "data generated AE-ckpt output-dir lpips weights-dir num-resamples seed device",
