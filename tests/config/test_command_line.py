@@ -185,9 +185,10 @@ PUBLISHED_FLAGS = {
     "channels-last compile gradient-checkpointing continue-from set-anew",
     DegradeConfig: "data-path output-dir operator classes seed num-workers views arc photons window acceleration mask "
     "noise factor axis others pattern box",
-    ControlledGenerationConfig: "shard data AE-ckpt base-ckpt model-ckpt output-dir nnunet control-scale guidance-scale "
+    ControlledGenerationConfig: "data AE-ckpt base-ckpt model-ckpt output-dir nnunet control-scale guidance-scale "
     "data-consistency consistency-steps sampling-strategy ddim_steps eta seed num-samples batch-size num-pictures "
-    "arithmetic device timesteps model-dim patch-size num-dit dim-mults use-attn num-classes volume-channels vq-size",
+    "arithmetic shard device timesteps model-dim patch-size num-dit dim-mults use-attn num-classes volume-channels "
+    "vq-size",
     PairedMetricsConfig: "data generated AE-ckpt output-dir lpips weights-dir num-resamples seed device",
     ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
     GenerationMetricsConfig: EVALUATION_FLAGS
