@@ -18,7 +18,6 @@ def write_report(cfg: DictConfig) -> None:
     folder = Path(cfg.input_dir)
     output = folder / REPORT_NAME if cfg.output is None else Path(cfg.output)
     parts = read_parts(folder)
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    text = page(parts, title=cfg.title, made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", style=style)
-    write_atomically(output, text.encode(errors="replace"))  # JSON and command lines can hold halves of characters
+    text = page(parts, title=cfg.title, made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+    write_atomically(output, text.encode(errors="replace"))  # a command line can hold halves of characters
     get_logger().info("wrote %s", output)

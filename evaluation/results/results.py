@@ -18,9 +18,10 @@ from dataclasses import asdict, astuple, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BeforeValidator
 
 from common.errors import UserError
 from common.files import write_atomically
@@ -29,6 +30,9 @@ KINDS = ("reconstruction", "generation", "paired", "validity")
 SCHEMA_VERSION = 1  # rises when a key changes its meaning or goes; new keys don't raise it
 PACKAGES = ("torch", "torchvision", "torchmetrics", "monai", "numpy", "nibabel")
 PICTURES_FOLDER = "pictures"
+
+# null in JSON, which has no other word for what is not finite
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Floor:
     itself at `num` volumes a set. A distance depends on the number of volumes, so compare these two with each other.
     """
 
-    value: float
-    comparable: float
+    value: Number
+    comparable: Number
     num: int
 
 
@@ -58,8 +62,8 @@ class Figure:
 
     group: str
     metric: str
-    value: float
-    interval: tuple[float, float] | None
+    value: Number
+    interval: tuple[Number, Number] | None
     num: Mapping[str, int]
     better: str
     unit: str = ""
@@ -84,10 +88,10 @@ class Series:
     """One line of a plot; low and high bound a band around it."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    x: Sequence[Number]
+    y: Sequence[Number]
+    low: Sequence[Number] = ()
+    high: Sequence[Number] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class TextTable:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | float | int]]
+    rows: Sequence[Sequence[str | int | Number]]
 
 
 class Warned(str):

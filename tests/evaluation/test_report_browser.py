@@ -11,7 +11,6 @@ import pytest
 from report_results import EVIL, write_all
 
 from evaluation import report
-from evaluation.report_page.tables import RANDOM
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NARROW = 400  # pixels
@@ -35,7 +34,7 @@ window.onload = () => {{
     values: seen(".value").map((e) => e.innerText), intervals: seen(".interval").map((e) => e.innerText),
     headings: seen("h1, h2, h3").map((e) => e.innerText), warnings: seen(".warnings li").map((e) => e.innerText),
     random: seen(".random").map((e) => e.innerText), images: list("img").map((e) => [e.naturalWidth, e.clientWidth]),
-    plots: seen(".plot > svg").map((e) => e.clientWidth), bold: list("b").map((e) => e.innerText),
+    plots: seen(".plot img").map((e) => e.clientWidth), bold: list("b").map((e) => e.innerText),
     viewport: root.clientWidth, width: root.scrollWidth,
     scrolling: list(".scroll").filter((e) => e.scrollWidth > e.clientWidth).length,
     requests: frame.contentWindow.performance.getEntriesByType("resource")
@@ -71,9 +70,9 @@ def test_a_browser_shows_all_of_it(folder, tmp_path, width):
     assert found["headings"][0] == f"Title {EVIL}"
     assert found["headings"].count(EVIL) == 1
     assert found["warnings"] == [f"Reconstruction: A warning {EVIL}", "Generation: Few volumes"]
-    assert found["random"] == [RANDOM]
+    assert found["random"] == ["random features"]
     assert found["bold"] == ["Reconstruction:", "Generation:"]
-    assert len(found["images"]) == 2
+    assert len(found["images"]) == 4
     for natural, shown in found["images"]:
         assert natural > 100
         assert 100 < shown < width
