@@ -30,6 +30,7 @@ KINDS = ("reconstruction", "generation", "paired", "validity")
 SCHEMA_VERSION = 1  # rises when a key changes its meaning or goes; new keys don't raise it
 PACKAGES = ("torch", "torchvision", "torchmetrics", "monai", "numpy", "nibabel")
 PICTURES_FOLDER = "pictures"
+VOLUMES_FOLDER = "volumes"
 
 # null in JSON, which has no other word for what is not finite
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -81,6 +82,26 @@ class Picture:
 
     file: str
     caption: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A volume to look at: what it is, e.g. "real"; its file, absolute or from the results' folder on.
+
+    value_range: shown black and white; None: its lowest and highest value.
+    """
+
+    role: str
+    file: str
+    value_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Volumes to look at beside each other."""
+
+    name: str
+    volumes: Sequence[Panel]
 
 
 @dataclass(frozen=True)
@@ -155,6 +176,7 @@ class Results:
     pictures: list[Picture] = field(default_factory=list)
     curves: list[Curves] = field(default_factory=list)
     tables: list[TextTable] = field(default_factory=list)
+    volumes: list[Beside] = field(default_factory=list)
 
     def write(self, folder: Path) -> Path:
         """Writes OUT/KIND.json and OUT/KIND.csv (one line per figure); returns the JSON's path.
@@ -196,7 +218,7 @@ def read_results(path: Path) -> dict[str, Any]:
     found = content.get("schema_version")
     if found != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version is {found}, this code reads {SCHEMA_VERSION}: run the script again")
-    if missing := {item.name for item in fields(Results)} - content.keys():
+    if missing := {item.name for item in fields(Results)} - {"volumes"} - content.keys():  # older ones have no volumes
         raise UserError(f"{path}: {', '.join(sorted(missing))} missing: run the script that wrote it again")
     return content
 

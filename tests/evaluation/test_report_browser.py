@@ -1,19 +1,12 @@
 """What a browser makes of the report: everything shown, nothing fetched, no sideways scrolling."""
 
-import json
-import re
-import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
 
 import pytest
+from browser import BROWSER, NARROW, seen_by_browser
 from report_results import EVIL, write_all
 
 from evaluation import report
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-NARROW = 400  # pixels
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +42,7 @@ def render(folder: Path, profile: Path, width: int) -> dict:
     """What a browser shows of the report in a frame `width` pixels wide."""
     wrapper = folder / f"wrapper_{width}.html"
     wrapper.write_text(WRAPPER.format(width=width))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
-    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    options += ["--allow-file-access-from-files", f"--user-data-dir={profile}", "--dump-dom"]
-    done = subprocess.run(
-        [BROWSER, *options, wrapper.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    return json.loads(unescape(re.search("<pre>(.+)</pre>", done.stdout)[1]))
+    return seen_by_browser(wrapper, profile, "--disable-gpu")[0]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
