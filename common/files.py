@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from common.places import exists
 
 LONG_NAME = 100  # bytes; file systems stop at 255, encrypted ones at 143
 LOCK_NAME = ".lock"
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of file systems
 LEFTOVERS = ".*.tmp"  # what `replacing` names its files
 RUN_LEFTOVERS = ".*.tmp*"  # in runs of earlier versions the process stood at the end
 
@@ -88,21 +88,54 @@ def remove_leftovers(folder: Path, pattern: str = LEFTOVERS) -> None:
         file.unlink(missing_ok=True)
 
 
-def lock(file: IO, on_wait: Callable[[], None] | None = None) -> bool:
-    """Hold an open file until it is closed or the process ends. False on a file system without locks.
+def lock(path: Path, on_wait: Callable[[], None] | None = None) -> contextlib.AbstractContextManager | None:
+    """Holds a file, which is made if needed, until what is returned is left; the lock also ends with the process.
 
-    on_wait: called before waiting for a process that holds it; without, BlockingIOError is raised at once.
+    None on a file system without locks: nothing is held there. The file says who holds it.
+
+    on_wait: called before waiting for a process that holds it; without, `filelock.Timeout` is raised at once.
+    Raises OSError where the file cannot be written.
     """
+    from filelock import FileLock, Timeout  # here, since importing it takes a tenth of a second
+
+    # No fallback to the existence of a file, which outlives a killed process.
+    held = FileLock(path, fallback_to_soft=False, thread_local=False, on_acquired=_sign)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        return held.acquire(timeout=0)
+    except Timeout:
         if on_wait is None:
-            raise BlockingIOError from None
+            raise
         on_wait()
-        fcntl.lockf(file, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+        return held.acquire(poll_interval=0.2)
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        return None
+
+
+def _sign(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+
+
+def lock_folder(
+    folder: Path, doing: str, on_wait: Callable[[], None] | None = None
+) -> contextlib.AbstractContextManager:
+    """Hold a folder, which exists, as `lock` does its file.
+
+    doing: what a process that holds it does there, for the message. on_wait: as of `lock`.
+    UserError: another process holds it, for instance one that a killed launcher left behind; not with `on_wait`.
+    """
+    from filelock import Timeout
+
+    path = folder / LOCK_NAME
+    try:
+        return lock(path, on_wait) or contextlib.nullcontext()
+    except Timeout:
+        owner = path.read_text(errors="replace").strip() or "unknown"
+        raise UserError(
+            f"{folder}: another process ({owner}) is {doing} in this folder; wait for it or end it"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -113,51 +146,15 @@ def folder_locked(folder: Path, doing: str, on_wait: Callable[[], None] | None =
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock_folder(folder, doing, on_wait)
+        held = lock_folder(folder, doing, on_wait)
     except OSError:
         yield
         return
-    with file:
+    with held:
         try:
             yield
         finally:
             (folder / LOCK_NAME).unlink(missing_ok=True)
-
-
-def lock_folder(folder: Path, doing: str, on_wait: Callable[[], None] | None = None) -> IO:
-    """Hold a folder, which exists, until the returned file is closed; the lock also ends with the process.
-
-    doing: what a process that holds it does there, for the message. on_wait: as of `lock`.
-
-    Raises:
-        UserError: another process holds it, for instance one that a killed launcher left behind; not with `on_wait`.
-    """
-    path = folder / LOCK_NAME
-    file = path.open("a+")
-    try:
-        is_locked = lock(file, on_wait)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise UserError(
-            f"{folder}: another process ({owner}) is {doing} in this folder; wait for it or end it"
-        ) from None
-    if is_locked and not _is_at(file, path):  # whoever held it has just removed it
-        file.close()
-        return lock_folder(folder, doing, on_wait)
-    if is_locked:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-    return file
-
-
-def _is_at(file: IO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def file_sha256(path: str | Path) -> str:

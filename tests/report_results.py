@@ -1,12 +1,21 @@
 """Made-up results of all three kinds, with names that are no markup, for the tests of the report."""
 
+import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
 from dataset.volumes.pictures import save_slice_grid
 from evaluation.results.results import Curves, Figure, Floor, Picture, Results, Series, TextTable
+
+
+def shown_in(folder: Path) -> list[dict]:
+    """What can be chosen in a folder's view.html."""
+    text = (folder / "view.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="entries">(.*?)</script>', text)[1])
+
 
 EVIL = "<b>$x</b> & \"quoted\" 'class'"
 

@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,11 +222,11 @@ def _lock(home: Path, ways_out: str, log: logging.Logger) -> Iterator[bool]:
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
-        file = (home / LOCK_NAME).open("a")
+        held = lock(home / LOCK_NAME, lambda: log.info("cache: waiting for another process that builds in %s", home))
     except OSError as error:
         raise UserError(f"{home}: the cache cannot be written ({error.strerror or error}): {ways_out}") from error
-    with file:
-        yield lock(file, lambda: log.info("cache: waiting for another process that builds in %s", home))
+    with held or nullcontext():
+        yield held is not None
 
 
 def _gb(size: int) -> str:

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +89,7 @@ def preprocess(cfg: DictConfig, diffusion_multiple: int) -> bool:
                 f"leaves out or no longer finds, e.g. {unwanted[0]}: they stay, delete them if they are not wanted",
             )
     run = Run(size, source_folder, selected, passed_over, outcomes)
-    with (output_dir / LOCK_NAME).open("a") as file:  # another size or class may be ready at the same time
-        lock(file, on_wait=lambda: None)
+    with lock(output_dir / LOCK_NAME, on_wait=lambda: None) or nullcontext():  # another size may be ready as well
         if prepared.entries:
             add_classes(output_dir, {choose_class_id(output_dir, target.name, target.class_id): place})
         report(console, class_folder, prepared, run, other_sizes)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,12 +17,14 @@ from common.errors import UserError
 from common.log import get_logger
 from common.processes import PATIENCE, joined
 from config.loading import require
+from dataset.volumes.index import VOLUME_SUFFIX
 from dataset.volumes.pictures import central_slices
+from dataset.volumes.volume_io import read_header, write_volume
 from evaluation.autoencoding.measures import COUNTS, measure, reconstruct
 from evaluation.autoencoding.plan import ROLE, Checkpoint, Plan, load_lpips, make_plan, max_bytes, read_all, too_little
 from evaluation.autoencoding.tables import Measured, write_results
 from evaluation.comparison.sets import Group, SetVolume, list_refused
-from evaluation.results.results import Results, cache_folder, make_folders
+from evaluation.results.results import VOLUMES_FOLDER, Results, cache_folder, file_names, make_folders
 from evaluation.results.work import Arrays, ResultCache, Work, do_work
 
 VERSION = 1  # of what is kept of a volume; rises when the same settings give other numbers
@@ -47,18 +51,22 @@ def evaluate(cfg: DictConfig) -> Results | None:
         # Reconstruct and measure, one autoencoder after the other.
         networks = Networks(cfg, place.device)
         measured: Measured = {group.name: {} for group in groups}
+        shown: dict[tuple[str, Path], str] = {}  # file of the reconstruction, by checkpoint and original
         for checkpoint in plan.checkpoints:
             for group in groups:
-                work = Measurement(cfg, plan, checkpoint, group, networks).work()
-                arrays, refused = do_work(work, group.sets[ROLE], place, cfg.num_workers, cfg.shard)
+                measurement = Measurement(cfg, plan, checkpoint, group, networks)
+                arrays, refused = do_work(measurement.work(), group.sets[ROLE], place, cfg.num_workers, cfg.shard)
                 if refused:
                     raise UserError(list_refused(refused, "volumes changed meanwhile and"))
                 measured[group.name][checkpoint.name] = arrays
+                if place.is_main:
+                    shown |= measurement.keep_shown()
 
         # Write what was found.
         if cfg.shard is not None:
             return None
-        return place.on_main(lambda: write_results(cfg, plan, groups, excluded, measured, place.device), share=False)
+        found = groups, excluded, measured, shown
+        return place.on_main(lambda: write_results(cfg, plan, *found, place.device), share=False)
 
 
 class Networks:
@@ -109,7 +117,25 @@ class Measurement:
         """(B, 1, D, H, W) in [-1, 1] -> of each its metrics, the counts of its codes, slices of its reconstruction."""
         return [self._of_volume(volume.to(self.networks.device)) for volume in volumes]
 
-    def _of_volume(self, volume: Tensor) -> Arrays:
+    def keep_shown(self) -> dict[tuple[str, Path], str]:
+        """Writes the reconstructions of the volumes that pictures show, where they are not there; their files.
+
+        Names hold what they depend on, so that another checkpoint's or volume's is not taken for them.
+        """
+        files = {}
+        for volume in self.group.sets[ROLE][: self.cfg.num_pictures]:
+            digest = sha256(f"{self.checkpoint.sha256} {volume.key()}".encode()).hexdigest()[:8]
+            stem = f"{volume.path.name.removesuffix(VOLUME_SUFFIX)}_{file_names([self.checkpoint.name])[0]}"
+            file = f"{VOLUMES_FOLDER}/{stem}_{digest}{VOLUME_SUFFIX}"
+            path = Path(self.cfg.output_dir) / file
+            if not path.is_file():
+                found, _ = self._reconstructed(volume.read().to(self.networks.device))
+                write_volume(path, found, read_header(volume.path).affine)
+            files[self.checkpoint.name, volume.path] = file
+        return files
+
+    def _reconstructed(self, volume: Tensor) -> tuple[Tensor, Tensor]:
+        """As `reconstruct`."""
         checkpoint = self.checkpoint
         autoencoder = self.networks.autoencoder(checkpoint.path)
         try:
@@ -118,6 +144,11 @@ class Measurement:
             raise too_little(checkpoint.path, error) from error
         if not found.isfinite().all():
             raise UserError(f"{checkpoint.path}: gives NaN: its training diverged, take an earlier checkpoint")
+        return found, codes
+
+    def _of_volume(self, volume: Tensor) -> Arrays:
+        checkpoint = self.checkpoint
+        found, codes = self._reconstructed(volume)
         counts = torch.bincount(codes.flatten(), minlength=checkpoint.n_codes).cpu()
         lpips = None if self._lpips_hashes is None else self.networks.lpips
         num_scales = self.plan.num_scales(self.group)

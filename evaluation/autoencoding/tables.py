@@ -11,13 +11,26 @@ from omegaconf import DictConfig, OmegaConf
 from AutoEncoder.model.lpips import MIN_EXTENT
 from common.log import get_logger
 from common.processes import device_name
+from dataset.volumes.intensity import MODEL_RANGE
 from dataset.volumes.pictures import PLANES, Coloured, central_slices, save_slice_grid, with_square_pixels
 from evaluation.autoencoding.measures import METRICS, VOLUME_METRICS, summarise
 from evaluation.autoencoding.plan import ROLE, Plan
+from evaluation.comparison.pictures import panel
 from evaluation.comparison.sets import ALL, Group, units_of
 from evaluation.metrics.intervals import FEWEST
 from evaluation.metrics.reconstruction import WINDOW_EDGE
-from evaluation.results.results import PICTURES_FOLDER, Picture, Results, TextTable, Warned, file_names, write_csv
+from evaluation.report_page.view import VIEW_NAME, write_view
+from evaluation.results.results import (
+    PICTURES_FOLDER,
+    Beside,
+    Panel,
+    Picture,
+    Results,
+    TextTable,
+    Warned,
+    file_names,
+    write_csv,
+)
 from evaluation.results.work import Arrays
 
 FEW_SUBJECTS = 10
@@ -32,9 +45,10 @@ def write_results(
     groups: Sequence[Group],
     excluded: Mapping[Path, str],
     measured: Measured,
+    shown: Mapping[tuple[str, Path], str],
     device: torch.device,
 ) -> Results:
-    """Writes everything into the output folder. device: what it was measured on."""
+    """Writes everything into the output folder. shown: reconstructions by checkpoint and original. device: of these."""
     scales = {group.name: plan.num_scales(group) for group in groups}
     settings = OmegaConf.to_container(cfg, resolve=True)
     settings["checkpoints"] = [asdict(checkpoint) for checkpoint in plan.checkpoints]
@@ -59,6 +73,18 @@ def write_results(
     write_volumes(folder / "reconstruction_volumes.csv", groups, measured)
     if cfg.num_pictures:
         results.pictures = draw(folder, plan, groups, measured, cfg.num_pictures)
+        results.volumes = [
+            Beside(
+                f"{group.name}: {volume.path.name}",
+                [
+                    panel(volume, "original"),
+                    *(Panel(c.name, shown[c.name, volume.path], MODEL_RANGE) for c in plan.checkpoints),
+                ],
+            )
+            for group in groups
+            for volume in group.sets[ROLE][: cfg.num_pictures]
+        ]
+        write_view(folder / VIEW_NAME, results.volumes, "Reconstruction")
     path = results.write(folder)
     for warning in results.warnings:
         get_logger().warning(warning)

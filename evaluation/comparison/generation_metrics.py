@@ -24,7 +24,7 @@ from evaluation.comparison.figures import (
 )
 from evaluation.comparison.networks import VOLUME, FeatureNetwork, build_networks, describe_networks
 from evaluation.comparison.pairs import PairScores, pair_scores
-from evaluation.comparison.pictures import nearest_picture, side_by_side
+from evaluation.comparison.pictures import nearest_picture, panel, side_by_side
 from evaluation.comparison.ranges import check_ranges, sample_ranges
 from evaluation.comparison.sets import ALL, Group, group_volumes, on_one_grid, read_groups, units_of
 from evaluation.comparison.warnings import (
@@ -35,7 +35,7 @@ from evaluation.comparison.warnings import (
     noise_warning,
 )
 from evaluation.metrics.reconstruction import num_scales_of
-from evaluation.results.results import Results, TextTable, Warned, file_names, make_folders, write_csv
+from evaluation.results.results import Beside, Results, TextTable, Warned, file_names, make_folders, write_csv
 
 KIND = "generation"
 MEMORISATION_FILE = "memorisation.csv"
@@ -102,7 +102,10 @@ def evaluate(cfg: DictConfig, place: Distributed) -> Results | None:
         (Path(cfg.output_dir) / MEMORISATION_FILE).unlink(missing_ok=True)  # of an earlier run
     if cfg.num_pictures:
         for (name, sets), stem in zip(of_first.items(), file_names(list(of_first)), strict=True):
-            results.pictures.append(side_by_side(cfg, name, stem, sets["real"].volumes, sets["generated"].volumes))
+            real, generated = (sets[role].volumes[: cfg.num_pictures] for role in ("real", "generated"))
+            results.pictures.append(side_by_side(cfg, name, stem, real, generated))
+            for number, (one, other) in enumerate(zip(real, generated, strict=False), start=1):
+                results.volumes.append(Beside(f"{name} {number}", [panel(one, "real"), panel(other, "generated")]))
     return results
 
 

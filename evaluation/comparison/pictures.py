@@ -11,7 +11,12 @@ from dataset.volumes.volume_io import read_header
 from evaluation.comparison.features import SetFeatures
 from evaluation.comparison.figures import Memorisation, median
 from evaluation.comparison.sets import SetVolume
-from evaluation.results.results import PICTURES_FOLDER, Picture
+from evaluation.results.results import PICTURES_FOLDER, Panel, Picture
+
+
+def panel(volume: SetVolume, role: str) -> Panel:
+    """The file as it is, for view.html."""
+    return Panel(role, str(volume.path.absolute()), volume.intensity_range)
 
 
 def side_by_side(

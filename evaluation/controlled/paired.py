@@ -34,10 +34,11 @@ from evaluation.autoencoding.plan import find_lpips, load_lpips
 from evaluation.controlled.conditions import Condition, list_conditions
 from evaluation.metrics.reconstruction import WINDOW_EDGE, l1, ms_ssim, num_scales_of, psnr, ssim
 from evaluation.metrics.units import Units
-from evaluation.results.results import Results, Warned, write_csv
+from evaluation.results.results import Beside, Panel, Results, Warned, write_csv
 from evaluation.results.scales import make_figure
 
 KIND = "paired"
+SHOWN = 4  # volumes of each class in view.html
 NAMES = ("psnr", "l1", "ssim", "ms_ssim", "lpips")
 BASELINE, AGREEING, GENERATED, CEILING = "condition", "condition, agreeing", "generated", "autoencoder"
 RESIDUAL, IDENTIFIED = "residual of the measurements", "own truth is the nearest"
@@ -87,6 +88,11 @@ def measure(cfg: DictConfig) -> Results:
                 for kind, value in residuals_of(condition, {"truth": truth, **kinds}).items():
                     residuals.setdefault(kind, []).append(value)
                 volumes.append((truth, made))
+                if len(volumes) <= SHOWN:
+                    files = {"truth": condition.truth, "generated": generated[condition.name]}
+                    files |= {"condition": condition.first} if is_image else {}
+                    panels = [Panel(role, str(file.absolute()), MODEL_RANGE) for role, file in files.items()]
+                    results.volumes.append(Beside(f"{group}: {condition.name}", panels))
             models = {kind: values for kind, values in found.items() if len(values) == len(of_class)}
             units = Units.own(len(of_class))
             figures, notes = volume_figures(group, models, units, cfg.num_resamples, cfg.seed, NAMES)

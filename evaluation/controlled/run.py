@@ -44,6 +44,8 @@ from ddpm.process import build_process, take_process
 from evaluation.controlled.conditions import Condition, list_conditions
 from evaluation.controlled.consistency import agreeing, agreeing_latents, decoded, measurement_of
 from evaluation.controlled.nnunet import plan_nnunet, write_nnunet
+from evaluation.report_page.view import VIEW_NAME, write_view
+from evaluation.results.results import Beside, Panel
 
 MOST_CHANNELS = 4096  # of all hints
 Job = tuple[Condition, int]  # and the number of the sample
@@ -272,7 +274,7 @@ def is_done(cfg: DictConfig, job: Job, settings: dict[str, Any]) -> bool:
 
 
 def summarise(cfg: DictConfig, conditions: list[Condition]) -> None:
-    """Mean and standard deviation of several samples, and the contact sheet."""
+    """Mean and standard deviation of several samples, the contact sheet and view.html."""
     if cfg.num_samples > 1:
         for condition in conditions:
             samples = torch.stack([read_volume(path_of(cfg, condition, i)).data for i in range(cfg.num_samples)])
@@ -287,3 +289,19 @@ def summarise(cfg: DictConfig, conditions: list[Condition]) -> None:
                 rows.append((f"{condition.name}\n{what}", list(slices.values())))
     if rows:
         save_slice_grid(Path(cfg.output_dir) / "contact_sheet.png", rows, columns=PLANES)
+    write_view(Path(cfg.output_dir) / VIEW_NAME, [beside(cfg, condition) for condition in conditions], "Controlled")
+
+
+def beside(cfg: DictConfig, condition: Condition) -> Beside:
+    """What view.html has of a condition: all hints that are volumes, what was generated, the truth."""
+    output = Path(cfg.output_dir)
+    panels = []
+    for hint in hints_of(cfg.hints, cfg.volume_channels):
+        if hint.is_image or isinstance(hint, MaskHint):
+            file = condition.hints[hint.name].absolute()
+            panels.append(Panel(f"condition: {hint.name}", str(file), MODEL_RANGE if hint.is_image else None))
+    for sample in range(cfg.num_samples):
+        generated = path_of(cfg, condition, sample).relative_to(output).as_posix()
+        panels.append(Panel("generated", generated, MODEL_RANGE))
+    truth = [] if condition.truth is None else [Panel("truth", str(condition.truth.absolute()), MODEL_RANGE)]
+    return Beside(f"{condition.class_id}/{condition.name}", [*panels, *truth])

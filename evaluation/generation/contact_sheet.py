@@ -1,7 +1,8 @@
-"""A picture of what a folder of generated volumes holds: OUT/seed_S/contact_sheet.png, one row for each volume.
+"""What shows a folder of generated volumes: OUT/seed_S/contact_sheet.png, one row for each volume, and view.html.
 
 Central axial, coronal and sagittal slices, at most 8 volumes of each class and size. Grey values cover the range of the
-class (its window in HU, [0, 1] or [-1, 1]) and voxels have their size in mm, so that sheets can be compared.
+class (its window in HU, [0, 1] or [-1, 1]) and voxels have their size in mm, so that sheets can be compared. The page
+(`evaluation/report_page/view.py`) has the first volume of each class and size first, then the second ones.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from dataset.volumes.pictures import PLANES, central_slices, save_slice_grid, wi
 from dataset.volumes.volume_io import int16_read_back, read_volume
 from evaluation.generation.record import read_record
 from evaluation.generation.requests import Request
+from evaluation.report_page.view import VIEW_NAME, write_view
+from evaluation.results.results import Beside, Panel
 
 SHEET_NAME = "contact_sheet.png"
 MOST_OF_A_KIND = 8  # rows of a class and size
@@ -56,6 +59,18 @@ def keep_slices(made: Slices, request: Request, values: Tensor, dtype: str) -> N
     made[request.path] = list(with_square_pixels(slices, spacing_mm).values())
 
 
+def update_view(folder: Path) -> None:
+    """Makes the page of a folder with volumes unless it is newer than all of them."""
+    volumes = _volumes(folder)
+    if not volumes or _is_newer(folder / VIEW_NAME, volumes):
+        return
+    entries = []
+    for shown in sorted(volumes, key=lambda shown: (shown.sample, shown.kind, shown.path)):
+        name = shown.path.name.removesuffix(".nii.gz")
+        entries.append(Beside(name, [Panel("generated", shown.path.name, shown.value_range)]))
+    write_view(folder / VIEW_NAME, entries, folder.name)
+
+
 def update_contact_sheet(folder: Path, made: Slices) -> Path | None:
     """Draws the sheet of a folder unless it is newer than every volume; None for a folder without volumes.
 
@@ -64,10 +79,10 @@ def update_contact_sheet(folder: Path, made: Slices) -> Path | None:
     warning: they are not of this program's making.
     """
     sheet = folder / SHEET_NAME
-    volumes = [shown for path in folder.glob("*.nii.gz") if (shown := _described(path))]
+    volumes = _volumes(folder)
     if not volumes:
         return None
-    if sheet.is_file() and sheet.stat().st_mtime_ns > max(shown.path.stat().st_mtime_ns for shown in volumes):
+    if _is_newer(sheet, volumes):
         return sheet
     volumes.sort(key=lambda shown: (shown.kind, shown.sample, shown.path))
     chosen: list[tuple[Shown, str]] = []
@@ -82,6 +97,14 @@ def update_contact_sheet(folder: Path, made: Slices) -> Path | None:
         return None
     save_slice_grid(sheet, rows, columns=PLANES, title=f"{folder.name}: {len(rows)} of {len(volumes)} volumes")
     return sheet
+
+
+def _volumes(folder: Path) -> list[Shown]:
+    return [shown for path in folder.glob("*.nii.gz") if (shown := _described(path))]
+
+
+def _is_newer(file: Path, volumes: list[Shown]) -> bool:
+    return file.is_file() and file.stat().st_mtime_ns > max(shown.path.stat().st_mtime_ns for shown in volumes)
 
 
 def _described(path: Path) -> Shown | None:

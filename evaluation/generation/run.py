@@ -4,6 +4,7 @@
                                     voxels in NIfTI order, affine from the spacing, the middle at the origin
     OUT/seed_S/NAME_XxYxZ.json      what the volume depends on, and how it was made (evaluation/generation/record.py)
     OUT/seed_S/contact_sheet.png    central slices of the folder's volumes (evaluation/generation/contact_sheet.py)
+    OUT/seed_S/view.html            the same volumes, to be sliced and turned in a browser
     OUT/seed_S/config.yaml          the resolved configuration
 
 With `num_samples` above 1 the names are NAME_XxYxZ_I, I = 0, 1, ... The noise of a volume depends on (seed, class,
@@ -44,7 +45,7 @@ from ddpm.latent_process import LatentProcess
 from ddpm.process import build_process, take_process
 from ddpm.schedule import Progress as StepsDone
 from evaluation.generation.attributes import encoded_attributes
-from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet
+from evaluation.generation.contact_sheet import Slices, keep_slices, update_contact_sheet, update_view
 from evaluation.generation.record import describe_run, image_settings, is_done, write_record
 from evaluation.generation.requests import Request, list_requests, noise_generator, seed_folder
 
@@ -93,6 +94,7 @@ def generate(cfg: DictConfig) -> list[Path]:
         if place.is_main and cfg.shard is None:
             for folder in folders:
                 update_contact_sheet(folder, made)
+                update_view(folder)
         return [request.path for request in requests]
 
 

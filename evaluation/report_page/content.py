@@ -1,21 +1,21 @@
 """What a report shows, read from OUT/KIND.json and checked: a fault is one line that names the file and the place."""
 
-import math
-import struct
-import zlib
+import io
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
+
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from common.errors import UserError
 from common.places import exists
+from common.text import printable
 from evaluation.results.results import KINDS, Picture, Results, read_results
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 BETTER = ("lower", "higher", "real")
-NAMES = {str: "a text", int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def read_parts(folder: Path) -> list[Part]:
 
 def _read_part(path: Path) -> Part:
     content = read_results(path)
-    making = typed(content, Making, f"{path}: ")
-    results = typed(content, Results, f"{path}: ")
+    making = typed(content, Making, path)
+    results = typed(content, Results, path)
     if results.kind != path.stem:
         raise UserError(f"{path}: kind is {results.kind!r}, the name says {path.stem!r}: rename the file")
     for i, figure in enumerate(results.figures):
@@ -86,76 +86,29 @@ def _read_picture(path: Path, picture: Picture) -> Png:
         data = file.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: picture {picture.file!r} cannot be read: run its script again") from error
-    if (size := png_size(data)) is None:
+    if (size := read_png(data)) is None:
         raise UserError(f"{file}: no PNG, or a damaged one: run the script that wrote it again")
     return Png(picture.caption, data, *size)
 
 
-def png_size(data: bytes) -> tuple[int, int] | None:
+def read_png(data: bytes) -> tuple[int, int] | None:
     """Width and height of a PNG whose chunks are all there with the right checksums, None for anything else."""
-    start, size, names = len(PNG_SIGNATURE), (0, 0), []
-    if not data.startswith(PNG_SIGNATURE):
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.verify()
+            return image.size
+    except (OSError, SyntaxError, ValueError):  # SyntaxError: how Pillow says that a checksum is wrong
         return None
-    while start < len(data):
-        length, name = struct.unpack(">I4s", data[start : start + 8].ljust(8, b"\0"))
-        end = start + 8 + length
-        if end + 4 > len(data) or zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4]):
-            return None
-        if name == b"IHDR" and length == 13:
-            size = struct.unpack(">II", data[start + 8 : start + 16])
-        names.append(name)
-        start = end + 4
-    return size if min(size) > 0 and b"IDAT" in names and names[-1] == b"IEND" else None
 
 
-def typed(value: Any, hint: Any, place: str) -> Any:
-    """A value of JSON as a type hint says it, dataclasses included; UserError: `place` and what is wrong there.
-
-    null is NaN where a number belongs: JSON has no other word for what is not finite. Further keys are passed over.
-    """
-    args = get_args(hint)
-    kind = get_origin(hint) or hint
-    if kind is Any:
-        return value
-    if kind is UnionType and NoneType in args:
-        return None if value is None else typed(value, args[0], place)
-    if kind in (float, UnionType) and value is None:
-        return math.nan
-    if kind is UnionType:
-        return _expect(value, args, place, "a text or a number")
-    if kind is float:
-        return float(_expect(value, (int, float), place, NAMES[float]))  # of at most 100 digits
-    if kind in NAMES:
-        return _expect(value, (kind,), place, NAMES[kind])
-    if is_dataclass(kind):
-        return _as_dataclass(_expect(value, (dict,), place, "an object"), kind, place)
-    if issubclass(kind, Mapping):
-        entries = _expect(value, (dict,), place, "an object").items()
-        return {key: typed(item, args[1], f"{place}.{key}") for key, item in entries}
-    items = _expect(value, (list,), place, "a list")
-    if kind is tuple:
-        if len(items) != len(args):
-            raise UserError(f"{_end(place)} has {len(items)} values, {len(args)} are needed")
-        return tuple(typed(item, arg, f"{place}[{i}]") for i, (item, arg) in enumerate(zip(items, args, strict=True)))
-    return [typed(item, args[0], f"{place}[{i}]") for i, item in enumerate(items)]
-
-
-def _as_dataclass(value: dict[str, Any], kind: type, place: str) -> Any:
-    needed = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
-    if missing := [name for name in needed if name not in value]:
-        raise UserError(f"{_end(place)} lacks {', '.join(missing)}: run the script that wrote it again")
-    dot = "" if place.endswith(": ") else "."
-    hints = get_type_hints(kind)
-    return kind(**{name: typed(value[name], hints[name], f"{place}{dot}{name}") for name in hints if name in value})
-
-
-def _expect(value: Any, kinds: tuple[type, ...], place: str, name: str) -> Any:
-    """true and false are no numbers, except in a cell for reading."""
-    if not isinstance(value, kinds) or (isinstance(value, bool) and str not in kinds):
-        found = {dict: "an object", list: "a list", NoneType: "null"}.get(type(value), repr(value)[:40])
-        raise UserError(f"{_end(place)} is {found}, not {name}: run the script that wrote it again")
-    return value
-
-
-def _end(place: str) -> str:
-    return place.removesuffix(": ")
+def typed(content: Mapping[str, Any], kind: type, place: Path) -> Any:
+    """A JSON object as a dataclass says it; UserError: what is wrong where. Further keys are passed over."""
+    try:  # halves of characters, which JSON and command lines can hold, become question marks
+        return TypeAdapter(kind).validate_json(printable(json.dumps(content, ensure_ascii=False)), strict=True)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+        found = "" if error["type"] == "missing" else f", found {str(error['input'])[:40]!r}"
+        raise UserError(
+            f"{place}: {where.removeprefix('.')}: {error['msg']}{found}: run the script that wrote it again"
+        ) from errors

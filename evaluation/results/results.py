@@ -18,9 +18,10 @@ from dataclasses import asdict, astuple, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BeforeValidator
 
 from common.documents import read_json
 from common.errors import UserError
@@ -31,6 +32,10 @@ KINDS = ("reconstruction", "generation", "paired", "validity")
 SCHEMA_VERSION = 1  # rises when a key changes its meaning or goes; new keys don't raise it
 PACKAGES = ("torch", "torchvision", "torchmetrics", "monai", "numpy", "nibabel")
 PICTURES_FOLDER = "pictures"
+VOLUMES_FOLDER = "volumes"
+
+# null in JSON, which has no other word for what is not finite
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Floor:
     itself at `num` volumes a set. A distance depends on the number of volumes, so compare these two with each other.
     """
 
-    value: float
-    comparable: float
+    value: Number
+    comparable: Number
     num: int
 
 
@@ -60,8 +65,8 @@ class Figure:
 
     group: str
     metric: str
-    value: float
-    interval: tuple[float, float] | None
+    value: Number
+    interval: tuple[Number, Number] | None
     num: Mapping[str, int]
     better: str
     unit: str = ""
@@ -82,14 +87,34 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Panel:
+    """A volume to look at: what it is, e.g. "real"; its file, absolute or from the results' folder on.
+
+    value_range: shown black and white; None: its lowest and highest value.
+    """
+
+    role: str
+    file: str
+    value_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Volumes to look at beside each other."""
+
+    name: str
+    volumes: Sequence[Panel]
+
+
+@dataclass(frozen=True)
 class Series:
     """One line of a plot; low and high bound a band around it."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    x: Sequence[Number]
+    y: Sequence[Number]
+    low: Sequence[Number] = ()
+    high: Sequence[Number] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +133,7 @@ class TextTable:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | float | int]]
+    rows: Sequence[Sequence[str | int | Number]]
 
 
 class Warned(str):
@@ -153,6 +178,7 @@ class Results:
     pictures: list[Picture] = field(default_factory=list)
     curves: list[Curves] = field(default_factory=list)
     tables: list[TextTable] = field(default_factory=list)
+    volumes: list[Beside] = field(default_factory=list)
 
     def write(self, folder: Path) -> Path:
         """Writes OUT/KIND.json and OUT/KIND.csv (one line per figure); returns the JSON's path.
@@ -194,7 +220,7 @@ def read_results(path: Path) -> dict[str, Any]:
     found = content.get("schema_version")
     if found != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version is {found}, this code reads {SCHEMA_VERSION}: run the script again")
-    if missing := {item.name for item in fields(Results)} - content.keys():
+    if missing := {item.name for item in fields(Results)} - {"volumes"} - content.keys():  # older ones have no volumes
         raise UserError(f"{path}: {', '.join(sorted(missing))} missing: run the script that wrote it again")
     return content
 

@@ -32,7 +32,8 @@ def train(recipe: Recipe, cfg: DictConfig, folder: Path) -> tuple[Path, Path]:
     """
     run = recipe.put_into(cfg, folder)
     if run.is_dir():
-        lock_folder(run, "training").close()  # of a study that was killed, its training may be there still
+        with lock_folder(run, "training"):  # of a study that was killed, its training may be there still
+            pass
     folder.mkdir(parents=True, exist_ok=True)
     config = save_recipe(cfg, folder / "training.yaml")
     processes = recipe.study.processes

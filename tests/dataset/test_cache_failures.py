@@ -117,7 +117,7 @@ def test_a_file_system_without_locks_is_no_obstacle(root, monkeypatch):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr("common.files.fcntl.lockf", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     entries(root).mkdir(parents=True)
     (entries(root) / ".0.npy.1.tmp").write_bytes(b"perhaps another process is just writing this")
     built(root)

@@ -84,7 +84,7 @@ def test_another_run_that_is_writing_the_jsons_is_waited_for(raw):
     code = (
         "import pathlib, sys, time; sys.path.insert(0, sys.argv[2]); from common.files import lock\n"
         "from dataset.preparation.classes import add_classes; from dataset.preparation.manifest import read_manifest\n"
-        "data = pathlib.Path(sys.argv[1]); file = (data / '.lock').open('a'); lock(file); print('held', flush=True)\n"
+        "data = pathlib.Path(sys.argv[1]); held = lock(data / '.lock'); print('held', flush=True)\n"
         "while len(read_manifest(data / 'Thorax' / 'native')) < 3: time.sleep(0.01)\n"
         "time.sleep(0.5); add_classes(data, {0: 'Other/native'})"
     )

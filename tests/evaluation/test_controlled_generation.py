@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from reconstruction_runs import save_lpips
+from report_results import shown_in
 from user_errors import error_of
 
 from common.checkpoint_files import fingerprint, load_checkpoint, save_checkpoint
@@ -83,6 +84,8 @@ def test_volumes_lie_where_their_conditions_lie(folder, tmp_path):
     record = json.loads(paths[0].with_name(paths[0].name.replace(".nii.gz", ".json")).read_text())
     assert record["hints"]["thick"]["file"] == str(conditions[0])
     assert (tmp_path / "contact_sheet.png").is_file()
+    roles = [[panel["role"] for panel in entry["panels"]] for entry in shown_in(tmp_path)]
+    assert roles == [["condition: thick", "generated", "truth"]] * len(paths)
     # Swapped conditions give swapped volumes, of their own noise; the base alone doesn't look at them
     first = read_volume(paths[0]).data
     times = [path.stat().st_mtime_ns for path in paths]
@@ -127,7 +130,12 @@ def test_several_samples_and_what_was_measured(folder, tmp_path, monkeypatch):
     from evaluation.report_page.report import write_report
 
     write_report(load_config(ReportConfig, None, values={"input_dir": str(tmp_path)}))
-    assert "own truth is the nearest" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "own truth is the nearest" in text
+    assert 'href="view.html"' in text
+    shown = shown_in(tmp_path)[0]
+    assert shown["name"].startswith("Paired: class 0: ")
+    assert [panel["role"] for panel in shown["panels"]] == ["truth", "generated", "condition"]
 
 
 def test_lpips_of_a_pair(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from generation_models import CUBE, TIMESTEPS, WIDE, config, row, save_models, voxels
+from report_results import shown_in
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.latents import denormalise_latents
@@ -68,7 +69,10 @@ def test_files_axes_spacing_and_range(models, tmp_path):
         path.name,
         "config.yaml",
         "contact_sheet.png",
+        "view.html",
     ]
+    ((panel,),) = [entry["panels"] for entry in shown_in(path.parent)]
+    assert (panel["role"], panel["file"], panel["range"]) == ("generated", path.name, [-1, 1])
     reloaded = load_config(GenerationConfig, path.parent / "config.yaml")
     assert reloaded == cfg
 

@@ -65,6 +65,8 @@ def test_everything_is_measured(sets):
     for picture in results["pictures"]:
         assert (sets / "out" / picture["file"]).read_bytes().startswith(b"\x89PNG")
     assert len(results["pictures"]) == 2
+    assert [panel["role"] for panel in results["volumes"][0]["volumes"]] == ["real", "generated"]
+    assert all(Path(panel["file"]).is_file() for entry in results["volumes"] for panel in entry["volumes"])
     with (sets / "out" / "generation.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["value"]) for row in rows] == [f["value"] for f in results["figures"]]

@@ -25,6 +25,7 @@ from reconstruction_runs import (
     table,
     write,
 )
+from report_results import shown_in
 
 from AutoEncoder.checkpoint import load_autoencoder
 from AutoEncoder.model.autoencoder import Autoencoder
@@ -32,7 +33,7 @@ from AutoEncoder.model.lpips import TriplanarLPIPS
 from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.script import run_script
-from dataset.volumes.volume_io import read_volume
+from dataset.volumes.volume_io import read_header, read_volume
 from evaluation.autoencoding import plan as reconstruction_checks
 from evaluation.autoencoding import reconstruction
 from evaluation.autoencoding import tables as reconstruction_results
@@ -102,6 +103,12 @@ def test_pictures_show_original_reconstructions_and_differences(finished, data, 
     content = content_of(finished)
     assert [one["file"] for one in content["pictures"]] == [f"pictures/reconstruction_{name}.png" for name in SIZES]
     assert all(imread(finished / one["file"]).ndim == 3 for one in content["pictures"])
+    entries = shown_in(finished)
+    assert [entry["name"] for entry in entries] == ["Chest: scan_0.nii.gz", "Head: scan_0.nii.gz"]
+    for entry in entries:
+        assert [panel["role"] for panel in entry["panels"]] == ["original", "stage1", "stage2"]
+        shapes = {read_header(finished / panel["file"]).shape for panel in entry["panels"]}
+        assert len(shapes) == 1
     drawn = {}
     save = reconstruction_results.save_slice_grid
 

@@ -1,20 +1,12 @@
 """What a browser makes of the report: everything shown, nothing fetched, no sideways scrolling."""
 
-import json
-import re
-import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
 
 import pytest
+from browser import BROWSER, NARROW, seen_by_browser
 from report_results import EVIL, write_all
 
 from evaluation import report
-from evaluation.report_page.tables import RANDOM
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-NARROW = 400  # pixels
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +27,7 @@ window.onload = () => {{
     values: seen(".value").map((e) => e.innerText), intervals: seen(".interval").map((e) => e.innerText),
     headings: seen("h1, h2, h3").map((e) => e.innerText), warnings: seen(".warnings li").map((e) => e.innerText),
     random: seen(".random").map((e) => e.innerText), images: list("img").map((e) => [e.naturalWidth, e.clientWidth]),
-    plots: seen(".plot > svg").map((e) => e.clientWidth), bold: list("b").map((e) => e.innerText),
+    plots: seen(".plot img").map((e) => e.clientWidth), bold: list("b").map((e) => e.innerText),
     viewport: root.clientWidth, width: root.scrollWidth,
     scrolling: list(".scroll").filter((e) => e.scrollWidth > e.clientWidth).length,
     requests: frame.contentWindow.performance.getEntriesByType("resource")
@@ -50,13 +42,7 @@ def render(folder: Path, profile: Path, width: int) -> dict:
     """What a browser shows of the report in a frame `width` pixels wide."""
     wrapper = folder / f"wrapper_{width}.html"
     wrapper.write_text(WRAPPER.format(width=width))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
-    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    options += ["--allow-file-access-from-files", f"--user-data-dir={profile}", "--dump-dom"]
-    done = subprocess.run(
-        [BROWSER, *options, wrapper.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    return json.loads(unescape(re.search("<pre>(.+)</pre>", done.stdout)[1]))
+    return seen_by_browser(wrapper, profile, "--disable-gpu")[0]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
@@ -71,9 +57,9 @@ def test_a_browser_shows_all_of_it(folder, tmp_path, width):
     assert found["headings"][0] == f"Title {EVIL}"
     assert found["headings"].count(EVIL) == 1
     assert found["warnings"] == [f"Reconstruction: A warning {EVIL}", "Generation: Few volumes"]
-    assert found["random"] == [RANDOM]
+    assert found["random"] == ["random features"]
     assert found["bold"] == ["Reconstruction:", "Generation:"]
-    assert len(found["images"]) == 2
+    assert len(found["images"]) == 4
     for natural, shown in found["images"]:
         assert natural > 100
         assert 100 < shown < width

@@ -24,7 +24,9 @@ from evaluation.controlled.paired import DEFINITIONS as OF_PAIRS
 from evaluation.controlled.paired import RESIDUAL
 from evaluation.metrics.intervals import share_interval
 from evaluation.metrics.units import Units
-from evaluation.report_page.tables import figure_table
+from evaluation.report_page.content import Making, Part
+from evaluation.report_page.page import page
+from evaluation.results.results import Results
 from evaluation.results.scales import SCALES, make_figure
 
 SAMPLING = Sampling(num_resamples=40, num_halvings=2, seed=0)
@@ -184,10 +186,15 @@ def test_both_sides_of_a_diversity_gap_are_warned_of(shift, words):
     assert all(word in text for word, text in zip(words, found, strict=True))
 
 
+def page_of(*figure) -> str:
+    results = Results("generation", {}, {}, [make_figure("CT", *figure)])
+    return page([Part(Making("", "", {}), results, [])], title="", made="")
+
+
 def test_the_page_says_what_like_real_means_and_why_there_is_no_interval():
     for (metric, meaning), interval in product(TWO_SIDED.items(), ("n too small", (0.25, 0.75))):
-        text = figure_table([make_figure("CT", metric, 0.5, interval, {"real": 2})])
+        text = page_of(metric, 0.5, interval, {"real": 2})
         assert f'≈ like real<span class="like-real">{meaning}</span>' in text
         assert "both less and more are worse" in text
         assert (">n too small<" in text) == (interval == "n too small") == ("so few subjects or pairs" in text)
-    assert "like real" not in figure_table([make_figure("CT", "PSNR", 30.0, (29, 31), {"volumes": 9})]).lower()
+    assert "like real" not in page_of("PSNR", 30.0, (29, 31), {"volumes": 9}).lower()

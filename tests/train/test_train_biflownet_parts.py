@@ -103,7 +103,8 @@ def test_locked_folder_is_refused_until_its_process_ends(tmp_path):
         lock_folder(tmp_path, "training")
     holder.kill()
     holder.communicate()
-    lock_folder(tmp_path, "training").close()
+    with lock_folder(tmp_path, "training"):
+        pass
 
 
 @pytest.mark.parametrize(
