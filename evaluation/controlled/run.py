@@ -26,7 +26,7 @@ from common.progress import tracked
 from common.shards import shard_of
 from config.loading import load_config, require, save_config
 from config.schema.control import ControlledGenerationConfig
-from dataset.hints import HintReader, hints_of
+from dataset.hints import HintReader, MaskHint, hints_of
 from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.index import VOLUME_SUFFIX
 from dataset.volumes.intensity import MODEL_RANGE
