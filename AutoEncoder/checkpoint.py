@@ -22,14 +22,14 @@ def load_autoencoder(
     """Builds the autoencoder that a checkpoint describes, with its weights, frozen and in eval mode.
 
     Args:
-        path: Lightning checkpoint, ours or official; weights of discriminator and perceptual network are left aside.
+        path: Lightning checkpoint or one that was exported, ours or official; weights of discriminator and perceptual
+            network are left aside.
         device: where the model goes.
         downsample: compression that is needed (8 or 4); None accepts any.
 
     Raises:
         UserError: unreadable file, a BiFlowNet checkpoint, another compression, or weights that do not fit the config.
     """
-    path = Path(path)
     checkpoint = load_checkpoint(path)
     state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL, DISCRIMINATOR))
     cfg = _autoencoder_config(path, checkpoint)
@@ -59,14 +59,15 @@ def load_autoencoder_weights(model: Autoencoder, path: str | Path) -> dict[str, 
     Raises:
         UserError: unreadable file, another kind of checkpoint, or weights that do not fit.
     """
-    path = Path(path)
     checkpoint = load_checkpoint(path)
     state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL,))
     load_weights(model, state, path, f"the configured autoencoder ({_times(list(model.cfg.model.downsample))})")
     return checkpoint
 
 
-def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _autoencoder_state(
+    path: str | Path, checkpoint: Mapping[str, Any], without: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping) or "codebook.embeddings" not in state:
         if {"model", "ema"} & set(checkpoint):
@@ -79,7 +80,7 @@ def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any], without: tuple
     return {name: value for name, value in state.items() if not name.startswith(without)}
 
 
-def _autoencoder_config(path: Path, checkpoint: Mapping[str, Any]) -> DictConfig:
+def _autoencoder_config(path: str | Path, checkpoint: Mapping[str, Any]) -> DictConfig:
     """The config in `hyper_parameters`: itself, or under `cfg`."""
     stored = checkpoint.get("hyper_parameters")
     if isinstance(stored, (Mapping, DictConfig)) and "cfg" in stored:
@@ -94,7 +95,7 @@ def _autoencoder_config(path: Path, checkpoint: Mapping[str, Any]) -> DictConfig
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: str | Path, error: Exception) -> UserError:
     return UserError(f"{path}: the stored autoencoder config is damaged: {' '.join(str(error).split())}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import UserError
+from common.hub import local_file
 
 LONG_NAME = 100  # bytes; file systems stop at 255, encrypted ones at 143
 LOCK_NAME = ".lock"
@@ -160,9 +161,9 @@ def _is_at(file: IO, path: Path) -> bool:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content. UserError where it cannot be read."""
+    """SHA-256 of a file's content, which may lie on the hub. UserError where it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        with local_file(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error

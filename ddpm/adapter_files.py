@@ -4,11 +4,9 @@ base          fingerprint of the BiFlowNet's averaged weights that it was traine
 rank, alpha, blocks, num_classes, class_map    as of the training
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
@@ -16,11 +14,12 @@ from torch import Tensor
 from common.checkpoint_files import load_weights
 from common.errors import UserError
 from common.files import write_atomically
+from common.hub import PREFIX
+from common.tensor_files import ADAPTER, SUFFIX, read_tensor_file, tensor_file
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.lora import Adapter
 
-ADAPTER_NAME = "adapter.safetensors"  # in a run's folder
-KIND = "3D MedDiffusion adapter"
+ADAPTER_NAME = f"adapter{SUFFIX}"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -38,31 +37,17 @@ class AdapterFile:
 
 def write_adapter(path: str | Path, weights: Mapping[str, Tensor], cfg: DictConfig, base: str) -> None:
     """cfg: of the training; base: fingerprint of what it trained on. UserError where it can't be written."""
-    from safetensors.torch import save  # models do without
-
     described = AdapterFile(
         base, cfg.lora_rank, cfg.lora_alpha, tuple(cfg.lora_blocks), cfg.num_classes, tuple(cfg.class_map), {}
     )
     about = {name: value for name, value in asdict(described).items() if name != "weights"}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    write_atomically(path, save(tensors, metadata={"kind": KIND, "about": json.dumps(about)}))
+    write_atomically(path, tensor_file(weights, ADAPTER, about))
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
     """UserError: no such file, or none of an adapter of this project."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such adapter file")
+    weights, about = read_tensor_file(path, ADAPTER)
     try:
-        with safe_open(path, framework="pt") as file:
-            found, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable adapter file, expected safetensors ({error})") from error
-    if found.get("kind") != KIND:
-        raise UserError(f"{path}: not an adapter of this project: give the {ADAPTER_NAME} of a run")
-    try:
-        about: dict[str, Any] = json.loads(found["about"])
         return AdapterFile(
             str(about["base"]),
             int(about["rank"]),
@@ -72,7 +57,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
             tuple(map(str, about["class_map"])),
             weights,
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its description is damaged: copy it again") from error
 
 
@@ -81,7 +66,7 @@ def parse_adapters(words: Sequence[str]) -> list[tuple[str, float]]:
     found = []
     for word in words:
         path, colon, weight = word.rpartition(":")
-        if not colon or Path(word).exists():
+        if not colon or f"{path}://" == PREFIX or Path(word).exists():
             path, weight = word, "1"
         try:
             found.append((path, float(weight)))

@@ -4,11 +4,13 @@ Stage 1 trains on patches, each decoded alone. Stage 2 freezes encoder and codeb
 of a whole volume and trains the decoder to decode them in one pass: that is what removes the seams.
 """
 
+import io
 import pickle
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import BaseFinetuning
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.MedicalNetPerceptual import MedicalNetPerceptual
 from AutoEncoder.model.networks import ResBlock
 from common.checkpoint_files import check_sums, load_checkpoint, only_safe_types
+from common.hub import local_file
+from common.tensor_files import SUFFIX
 
 
 class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the public name
@@ -60,14 +64,19 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
     def load_from_checkpoint(cls, checkpoint_path, *args, **options) -> "patchvolumeAE":
         """As in Lightning, which by itself refuses the config in a file or, with `weights_only=False`, runs code.
 
+        Also of exported files, and of those on the hub.
+
         Raises:
             UserError: a file that can't be read, is damaged, or would run code.
         """
         try:
-            if not hasattr(checkpoint_path, "read"):
-                check_sums(checkpoint_path)
+            source = checkpoint_path
+            if not hasattr(source, "read"):
+                check_sums(source)
+                source = local_file(source)
+                source = _pickled(checkpoint_path) if source.suffix == SUFFIX else source
             with only_safe_types():
-                return super().load_from_checkpoint(checkpoint_path, *args, **options)
+                return super().load_from_checkpoint(source, *args, **options)
         except (OSError, RuntimeError, pickle.UnpicklingError):
             load_checkpoint(checkpoint_path)  # says what is wrong with it; torch advises to let it run code
             raise
@@ -144,6 +153,16 @@ def build_perceptual(perceptual_3d: bool, weights_dir: str | None = None) -> nn.
         ValueError: a weight file is missing and can't be fetched, is unreadable, or is another network's.
     """
     return MedicalNetPerceptual(weights_dir) if perceptual_3d else TriplanarLPIPS(weights_dir)
+
+
+def _pickled(path: str | Path) -> io.BytesIO:
+    """An exported checkpoint as Lightning reads one."""
+    checkpoint = load_checkpoint(path)
+    stored = {name: OmegaConf.create(value) for name, value in checkpoint.get("hyper_parameters", {}).items()}
+    content = io.BytesIO()
+    torch.save({**checkpoint, "hyper_parameters": stored}, content)
+    content.seek(0)
+    return content
 
 
 class AE_finetuning(BaseFinetuning):  # noqa: N801 - the public name

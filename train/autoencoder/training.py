@@ -23,6 +23,7 @@ from common.checkpoint_files import copy_checkpoint
 from common.compilation import compiling
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, check_still_there, lock_folder, remove_leftovers
+from common.hub import local_file
 from common.log import close_logger, get_logger, process_rank
 from common.precision import check_precision, configure_backend
 from common.processes import group_left_in_order, is_launched, own_gpu
@@ -132,7 +133,7 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
     is_new = not has_begun(Path(cfg.model.default_root_dir)) and cfg.model.continue_from is None
     if stage == 2 and is_new:
         require(cfg, "model.resume_from_checkpoint")
-    if source is not None and is_new and not Path(source).is_file():
+    if source is not None and is_new and not local_file(source).is_file():
         raise UserError(f"model.resume_from_checkpoint: {source}: no such checkpoint file")
     if cfg.model.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("model.accelerator is gpu, but no CUDA device was found: set model.accelerator=cpu or auto")

@@ -1,6 +1,5 @@
 """A BiFlowNet and adapters as one checkpoint."""
 
-from argparse import Namespace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,10 +8,12 @@ from common.checkpoint_files import load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.files import check_writable
 from common.log import get_logger
+from common.tensor_files import SUFFIX
 from config.loading import require
 from config.schema.diffusion import BiFlowNetConfig
 from ddpm.adapter_files import parse_adapters, read_adapter
 from ddpm.adapting import load_adapted
+from ddpm.checkpoint import averaged_checkpoint, trained_options
 
 
 def merge_adapters(cfg: DictConfig) -> Path:
@@ -28,12 +29,11 @@ def merge_adapters(cfg: DictConfig) -> Path:
     check_writable(output)
     adapters = parse_adapters(cfg.adapters)
     checkpoint = load_checkpoint(cfg.model_ckpt)
-    args = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), Namespace) else {}
-    about = {**OmegaConf.to_container(OmegaConf.structured(BiFlowNetConfig)), **args}  # official files lack some
+    about = {**OmegaConf.to_container(OmegaConf.structured(BiFlowNetConfig)), **trained_options(checkpoint)}
     about["num_classes"] = read_adapter(adapters[0][0]).num_classes
     model = load_adapted(OmegaConf.create(about), cfg.model_ckpt, checkpoint=checkpoint, adapters=adapters)
     weights = model.merged().state_dict()
-    kept = {name: checkpoint[name] for name in ("autoencoder", "latent_scaling", "step") if name in checkpoint}
-    save_checkpoint({"model": weights, "ema": weights, "args": Namespace(**about), **kept}, output)
+    content = averaged_checkpoint(weights, about, checkpoint)
+    save_checkpoint(content if output.suffix == SUFFIX else {"model": weights, **content}, output)
     get_logger().info("%s: %s with %s", output, cfg.model_ckpt, ", ".join(cfg.adapters))
     return output
