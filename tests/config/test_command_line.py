@@ -27,6 +27,7 @@ from config.schema.evaluation import (
     ValidityConfig,
 )
 from config.schema.option import options_of
+from config.schema.publishing import ExportConfig
 
 ROOT = Path(__file__).parents[2]
 BIFLOWNET_COMMAND = (
@@ -173,6 +174,7 @@ PUBLISHED_FLAGS = {
     "batch-size device denormalize resolution spacing seeds requests output-dtype decoding max-memory precision "
     "arithmetic channels-last compile class-table attributes extrapolate adapter",
     MergeConfig: "model-ckpt adapter output",
+    ExportConfig: "ckpt output-dir licence title data results class-table",
     ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
     GenerationMetricsConfig: EVALUATION_FLAGS
     + FEATURE_FLAGS
