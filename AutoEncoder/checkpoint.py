@@ -33,14 +33,14 @@ def load_autoencoder(
     """Builds the autoencoder that a checkpoint describes, with its weights, frozen and in eval mode.
 
     Args:
-        path: Lightning checkpoint, ours or official; weights of discriminator and perceptual network are left aside.
+        path: Lightning checkpoint or one that was exported, ours or official; weights of discriminator and perceptual
+            network are left aside.
         device: where the model goes.
         downsample: compression that is needed (8 or 4); None accepts any.
 
     Raises:
         UserError: unreadable file, a BiFlowNet checkpoint, another compression, or weights that do not fit the config.
     """
-    path = Path(path)
     checkpoint = load_checkpoint(path)
     state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL, DISCRIMINATOR))
     cfg = _autoencoder_config(path, checkpoint)
@@ -66,7 +66,6 @@ def load_autoencoder_weights(model: Autoencoder, path: str | Path) -> dict[str, 
     Raises:
         UserError: unreadable file, another kind of checkpoint, or weights that do not fit.
     """
-    path = Path(path)
     checkpoint = load_checkpoint(path)
     state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL,))
     load_weights(model, state, path, f"the configured autoencoder ({_times(list(model.cfg.model.downsample))})")
@@ -75,12 +74,11 @@ def load_autoencoder_weights(model: Autoencoder, path: str | Path) -> dict[str, 
 
 def check_autoencoder(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """UserError: a file whose config is not that of its weights, or of no autoencoder. Nothing is built."""
-    path = Path(path)
     state = _autoencoder_state(path, checkpoint, without=(PERCEPTUAL, DISCRIMINATOR))
     _check_describes(path, _autoencoder_config(path, checkpoint), state)
 
 
-def _check_describes(path: Path, cfg: DictConfig, state: Mapping[str, torch.Tensor]) -> None:
+def _check_describes(path: str | Path, cfg: DictConfig, state: Mapping[str, torch.Tensor]) -> None:
     """Compares the networks of a config with weights while they take no memory, whatever their size."""
     try:
         with torch.device("meta"):
@@ -92,7 +90,9 @@ def _check_describes(path: Path, cfg: DictConfig, state: Mapping[str, torch.Tens
     check_fits(outline, state, path, f"an autoencoder of its config ({_times(cfg.model.downsample)})")
 
 
-def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _autoencoder_state(
+    path: str | Path, checkpoint: Mapping[str, Any], without: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping) or "codebook.embeddings" not in state:
         if {"model", "ema"} & set(checkpoint):
@@ -106,7 +106,7 @@ def _autoencoder_state(path: Path, checkpoint: Mapping[str, Any], without: tuple
     return {name: value for name, value in state.items() if not name.startswith(without)}
 
 
-def _autoencoder_config(path: Path, checkpoint: Mapping[str, Any]) -> DictConfig:
+def _autoencoder_config(path: str | Path, checkpoint: Mapping[str, Any]) -> DictConfig:
     """The config in `hyper_parameters`: itself, or under `cfg`; what networks are built by and encoding reads is sound.
 
     It holds no interpolations, which `load_checkpoint` refuses.
@@ -144,7 +144,7 @@ def _is_whole(value: Any, largest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def _damaged(path: str | Path, what: str) -> UserError:
     return UserError(f"{path}: the stored autoencoder config is damaged: {what}")
 
 

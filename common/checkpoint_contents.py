@@ -21,11 +21,14 @@ INTERPOLATION = "${"  # begins what OmegaConf would replace, by a variable of th
 MOST_STEPS = 2**53  # that a training is believed to have done
 
 
-def check_archive(path: str | Path) -> None:
-    """UserError: a zip archive whose entries are larger unpacked than the file; anything else passes."""
-    state = Path(path).stat()
-    if reason := _oversized(str(path), state.st_ino, state.st_size, state.st_mtime_ns):
-        raise UserError(f"{path}: refused: {reason}, as torch.save never writes it: save it again with torch")
+def check_archive(file: Path, name: str | Path) -> None:
+    """UserError: a zip archive whose entries are larger unpacked than the file; anything else passes.
+
+    name: of the file, for messages.
+    """
+    state = file.stat()
+    if reason := _oversized(str(file), state.st_ino, state.st_size, state.st_mtime_ns):
+        raise UserError(f"{name}: refused: {reason}, as torch.save never writes it: save it again with torch")
 
 
 @lru_cache(maxsize=256)

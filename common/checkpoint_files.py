@@ -4,6 +4,9 @@ Loading executes no code: files are unpickled with `weights_only=True` and an al
 published checkpoints hold (an OmegaConf config in Lightning's `hyper_parameters`, `argparse.Namespace` in BiFlowNet's
 `args`). No damaged byte passes for a weight: checksums are compared. Saving never leaves half a file: a temporary file
 beside the target takes its place only once it is whole.
+
+NAME.safetensors holds the same as a pickled file: an entry's tensors as ENTRY.NAME, all other entries as JSON beside
+them. What is read may lie on the hub (`common/hub.py`).
 """
 
 import glob
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 from torch import nn
@@ -30,7 +33,9 @@ from torch import nn
 from common.checkpoint_contents import check_archive, check_contents
 from common.errors import UserError
 from common.files import replacing
+from common.hub import local_file
 from common.places import is_file, is_folder
+from common.tensor_files import CHECKPOINT, SUFFIX, read_tensor_file, tensor_file
 
 # What a pickled DictConfig of plain values consists of, and argparse's Namespace; nothing here can run code.
 OF_OMEGACONF = (DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata)
@@ -43,7 +48,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU without executing any code from it.
 
     Args:
-        path: file written by `save_checkpoint`, Lightning or the official release.
+        path: file, or one on the hub, written by `save_checkpoint`, Lightning or the official release.
         mmap: map tensors instead of reading them, for a look at small entries.
 
     Raises:
@@ -51,35 +56,69 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
             that is larger unpacked than it is (`common/checkpoint_contents.py`), or one whose content is no longer what
             was saved.
     """
-    checkpoint = _read(Path(path), mmap)
+    checkpoint = _read(path, mmap)
     check_sums(path)
     return checkpoint
 
 
-def _read(path: Path, mmap: bool) -> dict[str, Any]:
-    """As `load_checkpoint`, but for the checksums."""
-    if not is_file(path):
-        raise UserError(f"{path}: no such checkpoint file{', it is a folder' if is_folder(path) else ''}")
-    checkpoint = load_plain(path, mmap)
+def _read(path: str | Path, mmap: bool) -> dict[str, Any]:
+    """As `load_checkpoint`, but for the checksums of pickled files."""
+    file = local_file(path)
+    if not is_file(file):
+        raise UserError(f"{path}: no such checkpoint file{', it is a folder' if is_folder(file) else ''}")
+    checkpoint = _read_tensors(path) if file.suffix == SUFFIX else load_plain(path, mmap)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: not a checkpoint: holds a {type(checkpoint).__name__}, expected a dict")
     check_contents(path, checkpoint)
     return checkpoint
 
 
-def load_plain(path: Path, mmap: bool = False) -> Any:
+def load_plain(path: str | Path, mmap: bool = False) -> Any:
     """What a file of `torch.save` holds, weights of other projects among them, on the CPU. UserError: unreadable."""
+    file = local_file(path)
     try:
-        check_archive(path)
+        check_archive(file, path)
         with only_safe_types():
-            is_mappable = mmap and zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
+            is_mappable = mmap and zipfile.is_zipfile(file)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_mappable)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged or hostile file may fail in any way
-        raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
+        raise UserError(f"{path}: {_why_unreadable(file, error)}") from error
+
+
+def _read_tensors(path: str | Path) -> dict[str, Any]:
+    tensors, about = read_tensor_file(path, CHECKPOINT)
+    if fingerprint(tensors) != about.get("fingerprint"):
+        raise UserError(f"{path}: damaged: its weights are no longer what was saved; copy or download it again")
+    checkpoint = about.get("entries", {})
+    try:
+        for name, value in tensors.items():
+            entry, _, name = name.partition(".")
+            checkpoint.setdefault(entry, {})[name] = value
+        return {**checkpoint, "args": Namespace(**checkpoint["args"])} if "args" in checkpoint else checkpoint
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its description is damaged: copy or download it again") from error
+
+
+def _as_tensors(obj: Mapping[str, Any]) -> bytes:
+    """A checkpoint as safetensors; what JSON can't hold is an error of ours."""
+    groups = {name: value for name, value in obj.items() if _holds_tensors(value)}
+    tensors = {f"{entry}.{name}": tensor for entry, group in groups.items() for name, tensor in group.items()}
+    entries = {name: _plain(value) for name, value in obj.items() if name not in groups}
+    return tensor_file(tensors, CHECKPOINT, {"fingerprint": fingerprint(tensors), "entries": entries})
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(item, torch.Tensor) for item in value.values()) and bool(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return vars(value)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def check_sums(path: str | Path) -> None:
@@ -87,8 +126,9 @@ def check_sums(path: str | Path) -> None:
 
     Older files, and those saved without, have none. UserError for a file whose content is no longer what was saved.
     """
-    state = Path(path).stat()
-    if damaged := _damaged_record(str(path), state.st_ino, state.st_size, state.st_mtime_ns):
+    file = local_file(path)
+    state = file.stat()
+    if damaged := _damaged_record(str(file), state.st_ino, state.st_size, state.st_mtime_ns):
         raise UserError(f"{path}: damaged: {damaged} is no longer what was saved; copy or download it again")
 
 
@@ -144,10 +184,13 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 def save_checkpoint(obj: Mapping[str, Any], path: str | Path) -> None:
     """Writes a checkpoint so that `path` is at any moment the old file or the whole new one.
 
+    NAME.safetensors is one of tensors and JSON, everything else pickled.
+
     Raises:
         UserError: the file could not be written, e.g. on a full disk; the old file is still there.
     """
-    _write(Path(path), lambda file: torch.save(obj, file))
+    path = Path(path)
+    _write(path, lambda file: file.write(_as_tensors(obj)) if path.suffix == SUFFIX else torch.save(obj, file))
 
 
 def copy_checkpoint(source: Path, path: Path) -> None:

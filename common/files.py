@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import UserError
+from common.hub import local_file
 from common.places import exists
 
 LONG_NAME = 100  # bytes; file systems stop at 255, encrypted ones at 143
@@ -158,9 +159,9 @@ def folder_locked(folder: Path, doing: str, on_wait: Callable[[], None] | None =
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content. UserError where it cannot be read."""
+    """SHA-256 of a file's content, which may lie on the hub. UserError where it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        with local_file(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error

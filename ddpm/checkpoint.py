@@ -1,6 +1,7 @@
 """BiFlowNets from configs and from checkpoint files, ours and official ones."""
 
 import logging
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from common.errors import UserError
 from ddpm.attributes import specs_of
 from ddpm.BiFlowNet import BiFlowNet
 from ddpm.ControlNet import ControlNet
+from ddpm.process import SCALING
 from ddpm.trained import check_trained
 
 TABLE = "cond_emb.weight"  # of the classes, and behind them the null label
 ATTRIBUTES = "attribute_emb."  # what the names of their weights begin with
 # Options of the network that no weight's shape tells: a wrong value loads, and gives other images.
 WITHOUT_SHAPE = ("vq_size", "resnet_groups", "dit_num_heads")
+# Entries beside weights and options that say what a network belongs to, and how far it was trained.
+BELONGS_TO = ("autoencoder", "base", SCALING, "step")
 SHAPE_FLAGS = ("volume_channels", "model_dim", "dim_mults", "use_attn", "patch_size", "num_dit", "num_classes")
 
 logger = logging.getLogger(__name__)
@@ -132,12 +136,28 @@ def load_part_weights(
         raise UserError(f"{path}: trained beside another BiFlowNet than the one that is given: give that")
 
 
+def trained_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network was trained with, as far as its file says: official ones lack some options, others have none."""
+    args = checkpoint.get("args")
+    return dict(vars(args)) if isinstance(args, Namespace) else {}
+
+
+def averaged_checkpoint(
+    weights: Mapping[str, torch.Tensor], options: Mapping[str, Any], checkpoint: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A checkpoint without what only training needs: averaged weights, and what `checkpoint` says of them."""
+    kept = {name: checkpoint[name] for name in BELONGS_TO if checkpoint.get(name) is not None}
+    return {"ema": weights, "args": Namespace(**options), **kept}
+
+
 def biflownet_weights(path: str | Path, checkpoint: Mapping[str, Any], use_ema: bool) -> dict[str, torch.Tensor]:
     entry = "ema" if use_ema else "model"
     weights = checkpoint.get(entry)
     if not isinstance(weights, Mapping) or TABLE not in weights:
         if "state_dict" in checkpoint:
             raise UserError(f"{path}: an autoencoder checkpoint, expected a BiFlowNet one; give it as --AE-ckpt")
+        if not use_ema and isinstance(checkpoint.get("ema"), Mapping):
+            raise UserError(f"{path}: has averaged weights alone, so no training goes on: begin one with --init-from")
         if isinstance(weights, Mapping) and any(".lora_" in str(name) for name in weights):
             raise UserError(f"{path}: an adapter, expected a BiFlowNet checkpoint: give the one that it was trained on")
         raise UserError(f"{path}: no BiFlowNet checkpoint: expected a dict whose entry {entry!r} holds its weights")

@@ -4,11 +4,13 @@ Stage 1 trains on patches, each decoded alone. Stage 2 freezes encoder and codeb
 of a whole volume and trains the decoder to decode them in one pass: that is what removes the seams.
 """
 
+import io
 import pickle
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import BaseFinetuning
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from AutoEncoder.model.lpips import TriplanarLPIPS
 from AutoEncoder.model.MedicalNetPerceptual import MedicalNetPerceptual
 from AutoEncoder.model.networks import ResBlock
 from common.checkpoint_files import load_checkpoint, only_safe_types
+from common.hub import local_file
+from common.tensor_files import SUFFIX
 
 
 class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the public name
@@ -61,16 +65,21 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
     def load_from_checkpoint(cls, checkpoint_path, *args, **options) -> "patchvolumeAE":
         """As in Lightning, which by itself refuses the config in a file or, with `weights_only=False`, runs code.
 
+        Also of exported files, and of those on the hub.
+
         Raises:
             UserError: a file that can't be read, is damaged, or would run code.
         """
         try:
-            if not hasattr(checkpoint_path, "read"):
+            source = checkpoint_path
+            if not hasattr(source, "read"):
                 checkpoint = load_checkpoint(checkpoint_path, mmap=True)
                 if checkpoint.get("hyper_parameters") and "cfg" not in options and options.get("strict") is not False:
                     check_autoencoder(checkpoint_path, checkpoint)
+                source = local_file(checkpoint_path)
+                source = _pickled(checkpoint_path) if source.suffix == SUFFIX else source
             with only_safe_types():
-                return super().load_from_checkpoint(checkpoint_path, *args, **options)
+                return super().load_from_checkpoint(source, *args, **options)
         except (OSError, RuntimeError, pickle.UnpicklingError):
             load_checkpoint(checkpoint_path)  # says what is wrong with it; torch advises to let it run code
             raise
@@ -147,6 +156,16 @@ def build_perceptual(perceptual_3d: bool, weights_dir: str | None = None) -> nn.
         ValueError: a weight file is missing and can't be fetched, is unreadable, or is another network's.
     """
     return MedicalNetPerceptual(weights_dir) if perceptual_3d else TriplanarLPIPS(weights_dir)
+
+
+def _pickled(path: str | Path) -> io.BytesIO:
+    """An exported checkpoint as Lightning reads one."""
+    checkpoint = load_checkpoint(path)
+    stored = {name: OmegaConf.create(value) for name, value in checkpoint.get("hyper_parameters", {}).items()}
+    content = io.BytesIO()
+    torch.save({**checkpoint, "hyper_parameters": stored}, content)
+    content.seek(0)
+    return content
 
 
 class AE_finetuning(BaseFinetuning):  # noqa: N801 - the public name

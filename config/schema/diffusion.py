@@ -292,8 +292,8 @@ class GenerationConfig(DiffusionModelConfig):
     process: str | None = key(None, "diffusion | flow; null = as the checkpoint was trained", one_of(*PROCESSES))
     prediction: str | None = key(None, "noise | v | x0; null = as the checkpoint was trained", one_of(*PREDICTIONS))
 
-    AE_ckpt: str | None = flag(None, "autoencoder checkpoint; required", section="Files")
-    model_ckpt: str | None = flag(None, "BiFlowNet checkpoint; required")
+    AE_ckpt: str | None = flag(None, "autoencoder: file or hf://OWNER/NAME/FILE[@REVISION]; required", section="Files")
+    model_ckpt: str | None = flag(None, "BiFlowNet: file or hf://OWNER/NAME/FILE[@REVISION]; required")
     adapters: list[str] = key(
         [], "adapters of the model, each FILE or FILE:WEIGHT, e.g. adapter.safetensors:0.7", flag="--adapter"
     )
@@ -381,4 +381,4 @@ class MergeConfig:
 
     model_ckpt: str | None = flag(None, "BiFlowNet checkpoint that the adapters were trained on; required")
     adapters: list[str] = key([], "adapters, each FILE or FILE:WEIGHT; required", flag="--adapter")
-    output: str | None = flag(None, "checkpoint to write, NAME.pt; required")
+    output: str | None = flag(None, "checkpoint to write, NAME.pt or NAME.safetensors; required")

@@ -15,6 +15,7 @@ from AutoEncoder.model.lpips_weights import HEADS_FILE, VGG_FILE, VGG_HASH, firs
 from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.files import file_sha256
+from common.hub import absolute_name, local_file
 from common.memory import free_memory
 from common.processes import Distributed
 from dataset.volumes.intensity import is_empty
@@ -74,8 +75,8 @@ def make_plan(cfg: DictConfig, device: torch.device) -> Plan:
     names = ROLE, Path(cfg.data).resolve().name
     groups, notes = groups_of_one_set(cfg.data, "data", *names, cfg.real_range, cfg.subject_pattern)
     without(groups, set())  # raises where a class has too few
-    paths = [Path(path).resolve() for path in cfg.AE_ckpt]
-    if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
+    paths, files = [absolute_name(path) for path in cfg.AE_ckpt], [local_file(path).resolve() for path in cfg.AE_ckpt]
+    if twice := [path for i, path in enumerate(paths) if files[i] in files[:i]]:
         raise UserError(f"AE_ckpt: {twice[0]} is given twice: name each checkpoint once")
     lpips, warnings = find_lpips(cfg)
     grids, refused = read_headers(groups)
@@ -101,7 +102,7 @@ def look_at(path: str, name: str, grids: dict[Path, Grid], limit: int) -> Checkp
             plan_blocks(autoencoder.decoder, (1, autoencoder.embedding_dim, *latent), torch.float32.itemsize, limit)
         except ValueError as error:
             raise too_little(volume, error) from error
-    return Checkpoint(name, str(path), file_sha256(path), factor, patch_size, autoencoder.codebook.n_codes)
+    return Checkpoint(name, path, file_sha256(path), factor, patch_size, autoencoder.codebook.n_codes)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -60,9 +60,11 @@ class Request:
 def list_requests(cfg: DictConfig) -> list[Request]:
     """All volumes that the config asks for, seed by seed, or in the order of its list of requests.
 
-    Raises UserError for an empty table, unknown classes, sizes that the network can't do, a volume asked for twice, or
-    classes whose units `denormalize` doesn't tell.
+    Raises UserError for an empty table, unknown classes, sizes that the network can't do, tiles that cut latents, a
+    volume asked for twice, or classes whose units `denormalize` doesn't tell.
     """
+    if cfg.decoding != "exact" and cfg.tile % cfg.downsample:
+        raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
     entries = [(entry, _class_row(cfg, entry)) for entry in _entries(cfg)]
     intensities = class_intensities(cfg, {row.id for _, row in entries})
     requests: list[Request] = []
@@ -89,7 +91,7 @@ def list_requests(cfg: DictConfig) -> list[Request]:
 def _entries(cfg: DictConfig) -> Iterator[Entry]:
     """What is asked for, with every field filled from the options but the sizes, which the class table may have."""
     if not cfg.classes:
-        raise UserError("classes is empty: name in the config what to generate, as config/generation_8x.yaml does")
+        raise UserError("classes is empty: give a class table (class_table=FILE), as config/classes_8x.yaml")
     if cfg.seeds is not None and cfg.seed != 0:
         raise UserError(f"seeds is {cfg.seeds} and seed is {cfg.seed}: give one of them")
     if cfg.requests is not None and cfg.class_names:

@@ -13,17 +13,20 @@ grid, I) only, so neither batches, order, processes nor the rest of the requests
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from AutoEncoder.checkpoint import latent_fingerprint, load_autoencoder
 from AutoEncoder.decoding import check_memory, decode
+from AutoEncoder.model.autoencoder import Autoencoder
 from common.checkpoint_files import load_checkpoint
 from common.compilation import CompiledDenoiser
 from common.errors import UserError
@@ -37,7 +40,7 @@ from config.loading import require, save_config
 from dataset.order.batches import batches_of_one_shape
 from dataset.volumes.geometry import centred_affine
 from dataset.volumes.intensity import from_model_range
-from dataset.volumes.volume_io import write_volume
+from dataset.volumes.volume_io import tensor_to_nifti, write_volume
 from ddpm.adapter_files import parse_adapters
 from ddpm.adapting import load_adapted
 from ddpm.checkpoint import check_options, load_biflownet
@@ -52,6 +55,25 @@ from evaluation.generation.requests import Request, list_requests, noise_generat
 SMALLEST_SHARE = 0.05  # of the voxels' bytes; compressed scans, generated or not, take several times as much
 
 
+@dataclass(frozen=True)
+class Generated:
+    """A generated volume. values: (1, D, H, W) float32 on the CPU, in the request's units. affine: (4, 4), in mm.
+
+    Seconds are its share of the batch's.
+    """
+
+    request: Request
+    values: Tensor
+    affine: np.ndarray
+    sampling_s: float
+    decoding_s: float
+
+    @property
+    def array(self) -> np.ndarray:
+        """(X, Y, Z), as the file has it."""
+        return np.ascontiguousarray(tensor_to_nifti(self.values[0]).numpy())
+
+
 def generate(cfg: DictConfig) -> list[Path]:
     """Generates every volume of the config, or of its shard, that is not there yet. Returns the files of all of these.
 
@@ -61,8 +83,6 @@ def generate(cfg: DictConfig) -> list[Path]:
     """
     require(cfg, "AE_ckpt", "model_ckpt", "output_dir")
     requests = shard_of(list_requests(cfg), cfg.shard)
-    if cfg.decoding != "exact" and cfg.tile % cfg.downsample:
-        raise UserError(f"tile is {cfg.tile}: it has to be a multiple of downsample {cfg.downsample}")
     folders = list(dict.fromkeys(seed_folder(cfg, request.seed) for request in requests))
     with joined(cfg.device, PATIENCE, cfg.arithmetic) as place:
         check_precision(place.device, "precision", cfg.precision)
@@ -78,16 +98,14 @@ def generate(cfg: DictConfig) -> list[Path]:
         if todo:
             place.on_main(lambda: _check_disk(cfg, todo))
             autoencoder, model, process = load_models(cfg, place.device)
-            for request in todo:
-                attributes_of(cfg, model, request)
-            for request in {request.grid: request for request in todo}.values():
-                limits = (request.tile, place.device, _max_bytes(cfg), cfg.precision)
-                check_memory(autoencoder, request.grid, *limits, f"{request.path}: ")
+            check_requests(cfg, todo, model, autoencoder, place.device)
             same = OmegaConf.merge(cfg, {"shard": None})  # in all shards
             place.on_main(lambda: [save_config(same, folder) for folder in folders], share=False)
-            batches = batches_of_one_shape(todo, [request.grid for request in todo], cfg.batch_size)
-            mine = batches[place.rank :: place.world_size]
-            _generate_batches(cfg, model, process, autoencoder, mine, settings, made, place)
+            batches = batches_of(cfg, todo)[place.rank :: place.world_size]
+            for volume in generated_volumes(cfg, batches, model, process, autoencoder, place.device):
+                _write(cfg, volume, settings, place)
+                if place.is_main:  # who draws the contact sheets
+                    keep_slices(made, volume.request, volume.values, cfg.output_dtype)
             place.barrier()
 
         # Show what is there.
@@ -123,17 +141,31 @@ def _check_disk(cfg: DictConfig, todo: Sequence[Request]) -> None:
         )
 
 
-def _generate_batches(
+def _write(cfg: DictConfig, volume: Generated, settings: dict[str, Any], place: Distributed) -> None:
+    """The record first: a volume is only taken for done beside the record of how it was made."""
+    request = volume.request
+    write_record(request, settings, describe_run(cfg, place, volume.sampling_s, volume.decoding_s))
+    units = (request.intensity_range, request.is_hounsfield)
+    write_volume(request.path, volume.values, volume.affine, cfg.output_dtype, *units)
+
+
+# ----------------------------------------------------------------------------------------------------------- volumes
+
+
+def batches_of(cfg: DictConfig, requests: Sequence[Request]) -> list[list[Request]]:
+    """Requests that are sampled together."""
+    return batches_of_one_shape(requests, [request.grid for request in requests], cfg.batch_size)
+
+
+def generated_volumes(
     cfg: DictConfig,
-    model,
-    process,
-    autoencoder,
-    batches: list[list[Request]],
-    settings: dict,
-    made: Slices,
-    place: Distributed,
-) -> None:
-    """Samples, decodes and writes this process's volumes; on rank 0 their slices go to `made`."""
+    batches: Sequence[Sequence[Request]],
+    model: nn.Module,
+    process: LatentProcess,
+    autoencoder: Autoencoder,
+    device: torch.device,
+) -> Iterator[Generated]:
+    """Samples and decodes, and tells how far it is. UserError: NaN."""
     # Volumes are counted, and every sampling step of a batch is a part of them.
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} volumes [{elapsed}<{remaining}{postfix}]"
     with Progress("generating", sum(map(len, batches)), "volume", layout=layout) as progress:
@@ -143,49 +175,51 @@ def _generate_batches(
             def show(step: int, num_steps: int, done: int = done, size: int = len(batch)) -> None:
                 progress.reach(done + size * step / num_steps, f"step {step}/{num_steps}")
 
-            begin = clock(place.device)
-            latents = sample_latents(cfg, model, process, batch, place.device, show)  # (B, C, d, h, w)
-            sampling_s = (clock(place.device) - begin) / len(batch)
+            begin = clock(device)
+            latents = sample_latents(cfg, model, process, batch, device, show)  # (B, C, d, h, w)
+            sampling_s = (clock(device) - begin) / len(batch)
             for request, latent in zip(batch, latents, strict=True):
-                begin = clock(place.device)
-                how = (request.decoding, request.tile, _max_bytes(cfg), cfg.precision)
+                begin = clock(device)
+                how = (request.decoding, request.tile, max_bytes(cfg), cfg.precision)
                 volume = decode(autoencoder, latent, *how)  # (1, D, H, W)
-                decoding_s = clock(place.device) - begin
+                decoding_s = clock(device) - begin
                 if not volume.isfinite().all():
                     raise UserError(
                         f"{request.path}: {cfg.model_ckpt} and {cfg.AE_ckpt} give NaN: the training of one diverged"
                         + (", or 16 bits overflow: try precision bf16 or 32" if cfg.precision == "16" else "")
                     )
-                # The record first: a volume is only taken for done beside the record of how it was made.
-                write_record(request, settings, describe_run(cfg, place, sampling_s, decoding_s))
                 values = from_model_range(volume, request.intensity_range)
-                units = (request.intensity_range, request.is_hounsfield)
                 affine = centred_affine(request.spacing_mm, values.shape[-3:])
-                write_volume(request.path, values, affine, cfg.output_dtype, *units)
-                if place.is_main:  # who draws the contact sheets
-                    keep_slices(made, request, values, cfg.output_dtype)
+                yield Generated(request, values, affine, sampling_s, decoding_s)
             done += len(batch)
 
 
-def _max_bytes(cfg: DictConfig) -> int | None:
+def max_bytes(cfg: DictConfig) -> int | None:
+    """Bytes that decoding may take; None: what is free."""
     return None if cfg.max_memory is None else int(cfg.max_memory * 1e9)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Module, LatentProcess]:
+def load_models(cfg: DictConfig, device: torch.device) -> tuple[Autoencoder, nn.Module, LatentProcess]:
     """Autoencoder, BiFlowNet (EMA weights) and its process, after the checks that they fit the config.
 
     What the config leaves to the checkpoint (null) is set in it.
     """
     autoencoder = load_autoencoder(cfg.AE_ckpt, device, downsample=cfg.downsample)
+    return autoencoder, *load_denoiser(cfg, autoencoder, load_checkpoint(cfg.model_ckpt), device)
+
+
+def load_denoiser(
+    cfg: DictConfig, autoencoder: Autoencoder, checkpoint: dict[str, Any], device: torch.device
+) -> tuple[nn.Module, LatentProcess]:
+    """BiFlowNet and its process of a checkpoint that has been read, as `load_models`."""
     if autoencoder.embedding_dim != cfg.volume_channels:
         raise UserError(
             f"{cfg.AE_ckpt}: its latents have {autoencoder.embedding_dim} channels, volume_channels is "
             f"{cfg.volume_channels}: give the autoencoder that the model was trained with, or --volume-channels"
         )
-    checkpoint = load_checkpoint(cfg.model_ckpt)
     adapters = parse_adapters(cfg.adapters)
     load = partial(load_adapted, adapters=adapters) if adapters else load_biflownet
     model = load(cfg, cfg.model_ckpt, device, checkpoint)
@@ -195,6 +229,16 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             f"{cfg.AE_ckpt}: not the autoencoder whose latents {cfg.model_ckpt} was trained on: give that one "
             "(either stage of it)"
         )
+    take_options(cfg, model, checkpoint)
+    if cfg.channels_last:
+        autoencoder.to(memory_format=torch.channels_last_3d)
+        model = model.to(memory_format=torch.channels_last_3d)
+    process = build_process(cfg, checkpoint).to(device)
+    return CompiledDenoiser(model) if cfg.compile else model, process
+
+
+def take_options(cfg: DictConfig, model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """What the config leaves to the checkpoint is set in it. UserError: what doesn't fit the checkpoint."""
     take_process(cfg, cfg.model_ckpt, checkpoint)
     check_options(cfg, cfg.model_ckpt, checkpoint)
     if cfg.guidance_scale != 1 and model.null_label is None and model.attribute_emb is None:
@@ -202,10 +246,17 @@ def load_models(cfg: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Mo
             f"guidance_scale is {cfg.guidance_scale}, but {cfg.model_ckpt} has no null label: use 1, or a model that "
             "was trained with label_dropout above 0, or with attributes"
         )
-    if cfg.channels_last:
-        autoencoder, model = (network.to(memory_format=torch.channels_last_3d) for network in (autoencoder, model))
-    process = build_process(cfg, checkpoint).to(device)
-    return autoencoder, CompiledDenoiser(model) if cfg.compile else model, process
+
+
+def check_requests(
+    cfg: DictConfig, requests: Sequence[Request], model: nn.Module, autoencoder: Autoencoder, device: torch.device
+) -> None:
+    """UserError: attributes that the model doesn't know, volumes that memory doesn't suffice for."""
+    for request in requests:
+        attributes_of(cfg, model, request)
+    for request in {request.grid: request for request in requests}.values():
+        limits = (request.tile, device, max_bytes(cfg), cfg.precision)
+        check_memory(autoencoder, request.grid, *limits, f"{request.path}: ")
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

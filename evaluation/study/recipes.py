@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
 from common.files import file_sha256, write_atomically
+from common.hub import absolute_name
 from config.loading import load_config
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.diffusion import BiFlowNetConfig, DiffusionModelConfig, GenerationConfig
@@ -48,7 +49,7 @@ class Recipe:
     def training_config(self, seed: int, steps: int, *more: str) -> DictConfig:
         """That of a run whose folder is still to be set. The variant's own steps win. UserError: a wrong override."""
         study = self.study
-        data, autoencoder = (path and str(Path(path).absolute()) for path in (study.data, study.autoencoder))
+        data, autoencoder = (path and absolute_name(path) for path in (study.data, study.autoencoder))
         prefix = "" if self.is_diffusion else "model."
         overrides = [f"{prefix}max_steps={steps}", *self.training, *(f"{prefix}{override}" for override in more)]
         if self.is_diffusion:
@@ -65,7 +66,7 @@ class Recipe:
         """That of a run's volumes, whose checkpoint and folder are still to be set. UserError: a wrong override."""
         study = self.study
         model = {option.name: training[option.name] for option in options_of(DiffusionModelConfig)}
-        values = {**model, "AE_ckpt": str(Path(study.autoencoder).absolute()), "output_dir": RUN_NAME, "seed": seed}
+        values = {**model, "AE_ckpt": absolute_name(study.autoencoder), "output_dir": RUN_NAME, "seed": seed}
         return load_config(
             GenerationConfig, study.generation, self.generation, {**values, "num_samples": study.num_samples}
         )

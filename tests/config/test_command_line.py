@@ -30,6 +30,7 @@ from config.schema.evaluation import (
     ValidityConfig,
 )
 from config.schema.option import options_of
+from config.schema.publishing import ExportConfig
 
 ROOT = Path(__file__).parents[2]
 BIFLOWNET_COMMAND = (
@@ -190,6 +191,7 @@ PUBLISHED_FLAGS = {
     "arithmetic shard device timesteps model-dim patch-size num-dit dim-mults use-attn num-classes volume-channels "
     "vq-size",
     PairedMetricsConfig: "data generated AE-ckpt output-dir lpips weights-dir num-resamples seed device",
+    ExportConfig: "ckpt output-dir licence title data results class-table",
     ReconstructionConfig: EVALUATION_FLAGS + "data AE-ckpt lpips max-memory num-pictures",
     GenerationMetricsConfig: EVALUATION_FLAGS
     + FEATURE_FLAGS

@@ -16,7 +16,7 @@ from common.checkpoint_files import save_checkpoint
 from config.loading import load_config
 from config.schema.diffusion import GenerationConfig, MergeConfig
 from dataset.volumes.volume_io import read_latent, read_volume, write_latent
-from ddpm.adapter_files import read_adapter
+from ddpm.adapter_files import read_adapter, write_adapter
 from evaluation.generation.run import generate
 from train.diffusion.merging import merge_adapters
 from train.train_BiFlowNet_SingleRes import train
@@ -201,6 +201,8 @@ def test_mistakes_end_before_work(new, base, tmp_path, values, message):
 
 
 def test_an_adapter_is_no_beginning(new, tmp_path):
+    given = OmegaConf.create({**LORA, "lora_blocks": [], "num_classes": 2, "class_map": []})
+    write_adapter(tmp_path / "adapter.safetensors", {"weight": torch.ones(1)}, given, "base")
     found = error_of(train, config(new, tmp_path, tmp_path / "adapter.safetensors"))
     assert "an adapter: give the checkpoint that it was trained on, or merge the two" in found
 

@@ -12,6 +12,7 @@ from AutoEncoder.model.PatchVolume import patchvolumeAE
 from common.checkpoint_contents import MOST_STEPS, count_in
 from common.checkpoint_files import checkpoints_in
 from common.errors import UserError
+from common.hub import local_file
 from config.schema.autoencoder import AutoencoderConfig
 from config.schema.option import BEGINNING
 from train.autoencoder.validation import Validations
@@ -63,18 +64,17 @@ def load_weights(cfg: DictConfig, model: patchvolumeAE, root: Path, logger: logg
             logger.info("%s: %s", root, line)
     if source is None:
         return Start()
-    source = Path(source)
     checkpoint = load_autoencoder_weights(model, source)
     is_resumed = cfg.model.continue_from is not None or cfg.model.stage == 1
     if is_resumed and _can_resume(model, source, checkpoint, logger):
         _tell_of_other_values(source, checkpoint, config, logger)
-        return _start(source, checkpoint, model)
+        return _start(local_file(source), checkpoint, model)
     if cfg.model.stage == 2 and not model.codebook.initialised:
         raise UserError(f"{source}: its codebook was never started from data: train stage 1 for longer")
     return Start()
 
 
-def _can_resume(model: patchvolumeAE, path: Path, checkpoint: Mapping[str, Any], logger: logging.Logger) -> bool:
+def _can_resume(model: patchvolumeAE, path: str, checkpoint: Mapping[str, Any], logger: logging.Logger) -> bool:
     """Whether a stage-1 checkpoint's optimisers fit ours; if not, training starts from its weights, with a warning."""
     problem = None
     if not {"pytorch-lightning_version", "global_step", "loops", "optimizer_states"} <= checkpoint.keys():
@@ -132,7 +132,7 @@ def _moments_fit(saved: dict, parameters: list) -> bool:
 
 
 def _tell_of_other_values(
-    path: Path, checkpoint: Mapping[str, Any], config: dict[str, Any], logger: logging.Logger
+    path: str, checkpoint: Mapping[str, Any], config: dict[str, Any], logger: logging.Logger
 ) -> None:
     """Of a checkpoint of another run."""
     stored = checkpoint.get("hyper_parameters")

@@ -23,6 +23,7 @@ from common.checkpoint_files import copy_checkpoint
 from common.compilation import compiling
 from common.errors import UserError
 from common.files import RUN_LEFTOVERS, check_still_there, lock_folder, remove_leftovers
+from common.hub import local_file
 from common.log import close_logger, get_logger, process_rank
 from common.parallel import check_processes
 from common.places import is_file
@@ -134,7 +135,7 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
     is_new = not has_begun(Path(cfg.model.default_root_dir)) and cfg.model.continue_from is None
     if stage == 2 and is_new:
         require(cfg, "model.resume_from_checkpoint")
-    if source is not None and is_new and not is_file(source):
+    if source is not None and is_new and not is_file(local_file(source)):
         raise UserError(f"model.resume_from_checkpoint: {source}: no such checkpoint file")
     if cfg.model.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("model.accelerator is gpu, but no CUDA device was found: set model.accelerator=cpu or auto")

@@ -44,11 +44,6 @@ def begin_biflownet(cfg: DictConfig, process: LatentProcess) -> tuple[nn.Module,
     torch.manual_seed(cfg.global_seed)  # the same weights on every rank
     if not cfg.init_from:
         return build_biflownet(cfg), None
-    if cfg.init_from.endswith(".safetensors"):
-        raise UserError(
-            f"init_from: {cfg.init_from}: an adapter: give the checkpoint that it was trained on, or merge the two "
-            "(train/merge_adapters.py)"
-        )
     checkpoint = load_checkpoint(cfg.init_from)
     beginning = Beginning(cfg.init_from, checkpoint, cfg.num_classes, parse_class_map(cfg.class_map))
     _check_process(cfg, cfg.init_from, checkpoint)

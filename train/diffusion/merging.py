@@ -1,6 +1,5 @@
 """A BiFlowNet and adapters as one checkpoint."""
 
-from argparse import Namespace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,11 +9,12 @@ from common.errors import UserError
 from common.files import check_writable
 from common.log import get_logger
 from common.places import exists
+from common.tensor_files import SUFFIX
 from config.loading import load_config, require
 from config.schema.diffusion import BiFlowNetConfig
 from ddpm.adapter_files import parse_adapters, read_adapter
 from ddpm.adapting import load_adapted
-from ddpm.checkpoint import SHAPE_FLAGS, WITHOUT_SHAPE
+from ddpm.checkpoint import SHAPE_FLAGS, WITHOUT_SHAPE, averaged_checkpoint, trained_options
 
 ARCHITECTURE = (*SHAPE_FLAGS, *WITHOUT_SHAPE, "attn_heads", "label_dropout")  # what the network is built by
 
@@ -32,8 +32,7 @@ def merge_adapters(cfg: DictConfig) -> Path:
     check_writable(output)
     adapters = parse_adapters(cfg.adapters)
     checkpoint = load_checkpoint(cfg.model_ckpt)
-    args = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), Namespace) else {}
-    about = {**OmegaConf.to_container(OmegaConf.structured(BiFlowNetConfig)), **args}  # official files lack some
+    about = {**OmegaConf.to_container(OmegaConf.structured(BiFlowNetConfig)), **trained_options(checkpoint)}
     about["num_classes"] = read_adapter(adapters[0][0]).num_classes
     architecture = {name: about[name] for name in ARCHITECTURE if name in about}
     try:
@@ -42,7 +41,7 @@ def merge_adapters(cfg: DictConfig) -> Path:
         raise UserError(f"{cfg.model_ckpt}: its args: {error}") from error
     model = load_adapted(described, cfg.model_ckpt, checkpoint=checkpoint, adapters=adapters)
     weights = model.merged().state_dict()
-    kept = {name: checkpoint[name] for name in ("autoencoder", "latent_scaling", "step") if name in checkpoint}
-    save_checkpoint({"model": weights, "ema": weights, "args": Namespace(**about), **kept}, output)
+    content = averaged_checkpoint(weights, about, checkpoint)
+    save_checkpoint(content if output.suffix == SUFFIX else {"model": weights, **content}, output)
     get_logger().info("%s: %s with %s", output, cfg.model_ckpt, ", ".join(cfg.adapters))
     return output

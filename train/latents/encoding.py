@@ -20,6 +20,7 @@ from AutoEncoder.latents import codebook_range
 from AutoEncoder.patches import padded_size
 from common.errors import UserError
 from common.files import check_still_there
+from common.hub import is_on_hub
 from common.log import get_logger
 from common.parallel import num_cores
 from common.processes import PATIENCE, Distributed, joined
@@ -104,7 +105,7 @@ def make_record(autoencoder: nn.Module, checkpoint: str | Path, intensity_range:
         raise UserError(f"{checkpoint}: {error}") from error
     return {
         "autoencoder": latent_fingerprint(autoencoder),
-        "checkpoint": Path(checkpoint).name,
+        "checkpoint": str(checkpoint) if is_on_hub(checkpoint) else Path(checkpoint).name,
         "downsample": autoencoder.downsample_factor,
         "embedding_dim": autoencoder.embedding_dim,
         "codebook_min": low.item(),
