@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import write_series
+from hub_cache import put_into_cache
 
 from dataset.preparation.manifest import read_manifest
+from train.export import main as export
 
 ROOT = Path(__file__).parents[1]
 TINY_AUTOENCODER = (
@@ -123,10 +125,19 @@ def tree(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_readme_runs_from_top_to_bottom(tree):
-    commands = [command for command in commands_of("README.md") if not command.startswith("make ")]
+def test_the_readme_runs_from_top_to_bottom(tree, monkeypatch):
+    published, *commands = [command for command in commands_of("README.md") if not command.startswith("make ")]
     assert len(commands) == 12
     run_all(commands, tree)
+    assert published.count("hf://OWNER/NAME/") == 2  # here what has just been trained, as a cache has it
+    trained = ["PatchVolume_8x_s2/checkpoints/last.ckpt", "000-BiFlowNet/checkpoints/BiFlowNet_0000002.pt"]
+    files = [str(tree / "results" / name) for name in trained]
+    export(["--ckpt", *files, "--output-dir", str(tree / "exported"), "--licence", "cc0-1.0"])
+    put_into_cache(tree / "hub", "OWNER/NAME", *(tree / "exported").glob("*.safetensors"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tree / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run_all([published], tree)
+    assert list((tree / "volumes").rglob("CTChestAbdomen*.nii.gz"))
     (library,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     subprocess.run([sys.executable, "-c", library], cwd=tree, check=True)
     assert (tree / "decoded.nii.gz").is_file()  # its voxels: tests/AutoEncoder/test_encoding.py
