@@ -7,6 +7,7 @@ r"""How well autoencoders reconstruct volumes that they were not trained on: PSN
                                                 several checkpoints also the differences of the later ones to the first
     OUT/reconstruction_volumes.csv              every metric of each volume
     OUT/pictures/reconstruction_CLASS.png       some volumes, their reconstructions and the differences
+    OUT/volumes/*.nii.gz, OUT/view.html         the reconstructions of these, and a page to look at them
 
 What is done is kept in OUT/cache, so the same command goes on after an interruption. Under torchrun the volumes are
 shared out to the processes.

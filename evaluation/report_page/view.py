@@ -13,7 +13,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from markupsafe import Markup
 from nibabel.affines import from_matvec
 from torch.nn import functional as F
 
@@ -52,7 +51,7 @@ def write_view(path: Path, entries: Sequence[Beside], title: str, folder: Path |
             left_out.append((first, f"a page has {MOST_BYTES / 1e6:.0f} MB at most"))
             break
         chosen.append({"name": printable(entry.name), "panels": panels})
-    text = rendered("view.html", title=title, entries=chosen, left_out=left_out, program=Markup(program))
+    text = rendered("view.html", title=title, entries=chosen, left_out=left_out, program=program)
     write_atomically(path, text.encode(errors="replace"))
     get_logger().info("wrote %s: %d of %d in it", path, len(chosen), len(entries))
 
