@@ -15,6 +15,7 @@ from config.schema.option import (
     flag,
     keep_checkpoints,
     key,
+    logger,
     set_anew,
     shard,
     tuned,
@@ -117,6 +118,7 @@ class AutoencoderModelConfig:
         32, "most volumes of a validation, always the same, of all names; null = all", at_least(1), resume=FREE
     )
     log_every: int = key(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
+    logger: str = logger()
     log_volume_every: int = key(
         1500, "batches between logged volumes (and at powers of two before); 0 = none", not_negative, resume=FREE
     )

@@ -14,6 +14,7 @@ from config.schema.option import (
     flag,
     keep_checkpoints,
     key,
+    logger,
     set_anew,
     shard,
     tuned,
@@ -206,6 +207,7 @@ class LatentTrainingConfig(DiffusionModelConfig):
     )
     device: str = device_flag(EXTENDS)
     log_every: int = flag(50, "optimiser steps between logged losses", at_least(1), resume=FREE)
+    logger: str = logger()
     ckpt_every: int = flag(500, "optimiser steps between checkpoints", at_least(1), resume=FREE)
     keep_checkpoints: int = keep_checkpoints()
     val_every: int = key(

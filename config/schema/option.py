@@ -87,6 +87,7 @@ def key(
     return field(default=default, metadata={"option": option})
 
 
+TENSORBOARD = "tensorboard"
 flag = partial(key, flag=True)
 tuned = partial(key, resume=CHANGES)  # how a run trains
 
@@ -105,6 +106,12 @@ def arithmetic(has_flag: bool = True) -> Any:
         flag=has_flag,
         resume=FREE,
     )
+
+
+def logger() -> Any:
+    """The option `logger` of a training (`train/loop/tracker.py`)."""
+    meaning = "where figures go: tensorboard (and metrics.jsonl) | wandb or mlflow, beside these"
+    return key(TENSORBOARD, meaning, one_of(TENSORBOARD, "wandb", "mlflow"), resume=FREE)
 
 
 def shard() -> Any:

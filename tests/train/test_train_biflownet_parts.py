@@ -278,7 +278,7 @@ def test_a_preview_is_given_up_when_training_stops(tmp_path, caplog):
 
 def test_metrics_of_lost_steps_are_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    writer = MetricsWriter(tmp_path, start_step=2)
+    writer = MetricsWriter(tmp_path, {"logger": "tensorboard"}, start_step=2)
     writer.write(3, {"loss": 0.5})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 
 from AutoEncoder.model.PatchVolume import AE_finetuning
 from common.processes import choose_device, is_launched
+from config.schema.option import TENSORBOARD
 from train.autoencoder.checkpoint_io import PREFIX, BackgroundCheckpointIO, RandomState
 from train.autoencoder.monitoring import JsonLinesLogger, StepProgress, TrainingMonitor
 from train.autoencoder.resume import Start
@@ -24,6 +25,7 @@ from train.autoencoder.strategy import TwoPassDDPStrategy
 from train.autoencoder.validation import Validations
 from train.callbacks import VolumeLogger
 from train.loop.background import BackgroundWork
+from train.loop.tracker import Tracker
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 EXPECTED_WARNINGS = (
@@ -67,10 +69,7 @@ def build_trainer(
             val_check_interval=1,
             num_sanity_val_steps=0,
             log_every_n_steps=cfg.model.log_every,
-            logger=[
-                JsonLinesLogger(root / "metrics.jsonl", start.step),  # first: it notices that the folder is gone
-                TensorBoardLogger(root, name="", version="logs", purge_step=start.step or None),
-            ],
+            logger=_loggers(cfg, root, start),
             callbacks=_callbacks(cfg, root, monitor, validations, work),
             plugins=plugins,
             use_distributed_sampler=False,
@@ -78,6 +77,16 @@ def build_trainer(
             enable_model_summary=False,
             default_root_dir=root,
         )
+
+
+def _loggers(cfg: DictConfig, root: Path, start: Start) -> list[Logger]:
+    loggers = [
+        JsonLinesLogger(root / "metrics.jsonl", start.step),  # first: it notices that the folder is gone
+        TensorBoardLogger(root, name="", version="logs", purge_step=start.step or None),
+    ]
+    if cfg.model.logger != TENSORBOARD:
+        loggers.append(Tracker(cfg.model.logger, root, OmegaConf.to_container(cfg)))
+    return loggers
 
 
 def _callbacks(

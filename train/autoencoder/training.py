@@ -4,7 +4,7 @@ Everything of a run lies in `model.default_root_dir`:
     config.yaml     the resolved configuration
     split.json      which files train and which validate
     checkpoints/    step-0003000.ckpt …, the last few; last.ckpt, of the end; best-…, the three best by val/recon_loss
-    logs/           TensorBoard
+    logs/           TensorBoard; beside it by `model.logger` Weights & Biases or MLflow, whose run logger.json names
     metrics.jsonl   the same numbers, one line of JSON per logged step and per validation
     volumes/        input and reconstruction of the VolumeLogger
 """
@@ -30,6 +30,7 @@ from common.places import is_file
 from common.precision import check_precision, configure_backend
 from common.processes import group_left_in_order, is_launched, own_gpu
 from config.loading import SAVED_CONFIG, require, save_config
+from config.schema.option import TENSORBOARD
 from dataset.order.split import Split, keep_split
 from train.autoencoder.batches import SPLIT_OPTIONS, EpochBatches, build_datasets, build_loaders, split_files
 from train.autoencoder.monitoring import TrainingMonitor
@@ -41,6 +42,7 @@ from train.loop.background import BackgroundWork
 from train.loop.continuing import read_config
 from train.loop.deletion import check_not_deleted, deletion_explained
 from train.loop.signals import close_loader
+from train.loop.tracker import check_installed
 
 
 def train(cfg: DictConfig, stage: int) -> dict[str, float]:
@@ -139,6 +141,8 @@ def _check_options(cfg: DictConfig, stage: int) -> None:
         raise UserError(f"model.resume_from_checkpoint: {source}: no such checkpoint file")
     if cfg.model.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("model.accelerator is gpu, but no CUDA device was found: set model.accelerator=cpu or auto")
+    if cfg.model.logger != TENSORBOARD:
+        check_installed(cfg.model.logger)
     device = own_device(cfg)
     check_precision(device, "model.precision", cfg.model.precision)
     if device.type == "cuda" and not is_launched() and cfg.model.gpus > torch.cuda.device_count():

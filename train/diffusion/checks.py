@@ -13,6 +13,7 @@ from common.places import is_file
 from common.precision import check_precision
 from common.progress import tracked
 from config.loading import require
+from config.schema.option import TENSORBOARD
 from dataset.checking.before_training import check_latents
 from dataset.Multires_dataset import Grid, Multires_dataset
 from dataset.order.data_split import NO_SPLIT, DataSplit, find_split
@@ -41,6 +42,10 @@ def check_options(cfg: DictConfig, here: Session) -> None:
         raise UserError(f"ckpt: {cfg.ckpt}: no such checkpoint file; give an existing one with --ckpt, or leave it out")
     if cfg.enable_amp:
         check_precision(here.device, "amp_dtype", cfg.amp_dtype)
+    if cfg.logger != TENSORBOARD:
+        from train.loop.tracker import check_installed  # brings Lightning
+
+        check_installed(cfg.logger)
     if here.is_main and cfg.preview and not cfg.AE_ckpt:
         here.logger.warning("preview has no effect: it needs the autoencoder, give --AE-ckpt (or say preview=false)")
 

@@ -99,7 +99,8 @@ def fit(
         folder, batches.num_samples, batches.global_batch, distributed.world_size, batches.steps_per_epoch, steps_to_do,
         device,
     )  # fmt: skip
-    run_log = here.closing.enter_context(RunLog(folder, state.step, steps_to_do, here, batches.remedy_for_waiting))
+    run_log = RunLog(folder, config, state.step, steps_to_do, here, batches.remedy_for_waiting)
+    here.closing.enter_context(run_log)
     if cfg.compile:
         logger.info("compile: %d graphs, one for each size of a pass", len(batches.pass_shapes(cfg.accumulate)))
         model.compile(dynamic=False)  # in place: names stay as they are, and the averaged weights' copy is plain

@@ -1,8 +1,10 @@
-"""Numbers of a training run: metrics.jsonl, and TensorBoard beside it."""
+"""Numbers of a training run: metrics.jsonl, TensorBoard beside it, and a tracker (`train/loop/tracker.py`)."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -11,6 +13,7 @@ from common.documents import json_lines
 from common.errors import UserError
 from common.files import write_atomically
 from common.progress import Progress
+from config.schema.option import TENSORBOARD
 from train.loop.deletion import check_not_deleted
 from train.loop.early_warnings import DataBound
 from train.loop.session import Session
@@ -44,22 +47,35 @@ class JsonLines:
 
 
 class MetricsWriter:
-    """Scalars of a run, once as JSON lines (`metrics.jsonl`) and once for TensorBoard. For rank 0 only."""
+    """Scalars of a run, as JSON lines (`metrics.jsonl`), for TensorBoard and the tracker of `config`. For rank 0 only.
 
-    def __init__(self, folder: Path, start_step: int = 0) -> None:
+    config: of the run; `logger` names its tracker.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self.lines = JsonLines(folder / "metrics.jsonl", start_step)
         self.board = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self.tracker = None
+        if config["logger"] != TENSORBOARD:
+            from train.loop.tracker import Tracker  # brings Lightning
+
+            self.tracker = Tracker(config["logger"], folder, config)
+            self.tracker.log_hyperparams()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self.lines.write(step, scalars)
         for name, value in scalars.items():
             self.board.add_scalar(f"train/{name}", value, step)
+        if self.tracker is not None:
+            self.tracker.write(step, {f"train/{name}": value for name, value in scalars.items()})
 
-    def close(self) -> None:
+    def close(self, is_failed: bool = False) -> None:
         self.lines.close()
         self.board.close()
+        if self.tracker is not None:
+            self.tracker.finalize("failed" if is_failed else "success")
 
 
 class RunLog:
@@ -69,8 +85,16 @@ class RunLog:
     On rank 0 alone; elsewhere nothing is told. To be used in a `with` block.
     """
 
-    def __init__(self, folder: Path, start_step: int, last_step: int, here: Session, remedy_for_waiting: str) -> None:
-        self._writer = MetricsWriter(folder, start_step) if here.is_main else None
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        start_step: int,
+        last_step: int,
+        here: Session,
+        remedy_for_waiting: str,
+    ) -> None:
+        self._writer = MetricsWriter(folder, config, start_step) if here.is_main else None
         self._progress = Progress("training", last_step, "step", start_step, show=here.is_main)
         self._logger = here.logger
         self._redirected = logging_redirect_tqdm([here.logger])  # lines of the log above the bar
@@ -84,7 +108,7 @@ class RunLog:
         self._progress.close()
         self._redirected.__exit__(*error)
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close(is_failed=error[0] is not None)
 
     def tick(self, step: int, loss: Tensor) -> None:
         """Optimiser step `step`, which isn't logged, is done; `loss` () is read where a line of progress is due."""
