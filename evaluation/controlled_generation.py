@@ -5,7 +5,8 @@
 
 The JSON names for each class {"hints": {NAME: FOLDER}, "images": FOLDER of the true volumes, where they are known}.
 Writes OUT/CLASS_ID/NAME.nii.gz in [-1, 1], where the condition lies in the patient, with NAME.json beside it, and
-OUT/contact_sheet.png, OUT/view.html. With `--num-samples` above 1 NAME_I.nii.gz, and of them NAME_mean.nii.gz and NAME_std.nii.gz.
+OUT/contact_sheet.png, OUT/view.html. With `--num-samples` above 1 NAME_I.nii.gz, and of them NAME_mean.nii.gz and
+NAME_std.nii.gz.
 """
 
 import sys

@@ -3,8 +3,8 @@
     python evaluation/report.py --input-dir results/evaluation
 
 reads whichever of OUT/reconstruction.json, OUT/generation.json and OUT/validity.json are there, with the pictures that
-they name, and writes OUT/report.html. The page needs no network, no other file and no script. Where results name volumes,
-OUT/view.html shows them.
+they name, and writes OUT/report.html. The page needs no network, no other file and no script. Where results
+name volumes, OUT/view.html shows them.
 """
 
 import sys
