@@ -93,13 +93,13 @@ def _read_tensors(path: str | Path) -> dict[str, Any]:
     tensors, about = read_tensor_file(path, CHECKPOINT)
     if fingerprint(tensors) != about.get("fingerprint"):
         raise UserError(f"{path}: damaged: its weights are no longer what was saved; copy or download it again")
-    checkpoint = about.get("entries", {})
     try:
+        checkpoint = {**about["entries"]}
         for name, value in tensors.items():
             entry, _, name = name.partition(".")
             checkpoint.setdefault(entry, {})[name] = value
         return {**checkpoint, "args": Namespace(**checkpoint["args"])} if "args" in checkpoint else checkpoint
-    except (TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its description is damaged: copy or download it again") from error
 
 

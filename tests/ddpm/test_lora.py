@@ -122,7 +122,11 @@ def test_an_adapter_file_says_what_it_belongs_to(tmp_path, inputs):
 
 @pytest.mark.parametrize(
     ("words", "found"),
-    [(["a.safetensors"], [("a.safetensors", 1.0)]), (["b:0.5", "c:-1"], [("b", 0.5), ("c", -1.0)])],
+    [
+        (["a.safetensors"], [("a.safetensors", 1.0)]),
+        (["b:0.5", "c:-1"], [("b", 0.5), ("c", -1.0)]),
+        (["hf://o/n/a", "hf://o/n/a@v1:0.5"], [("hf://o/n/a", 1.0), ("hf://o/n/a@v1", 0.5)]),
+    ],
 )
 def test_adapters_on_the_command_line(words, found):
     assert parse_adapters(words) == found

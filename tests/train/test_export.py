@@ -21,7 +21,7 @@ from config.schema.publishing import ExportConfig
 from dataset.hints import hints_of
 from dataset.volumes.volume_io import read_volume
 from ddpm.adapter_files import write_adapter
-from ddpm.checkpoint import build_biflownet, load_biflownet
+from ddpm.checkpoint import build_biflownet, load_biflownet, load_biflownet_weights
 from ddpm.controlled import beside_controlnet, load_controlled
 from ddpm.process import build_process
 from evaluation.generation.run import generate
@@ -165,8 +165,17 @@ def test_exported_again_and_changed_bytes(folder, tmp_path):
     content[-3] ^= 1
     again.write_bytes(content)
     assert "damaged: its weights are no longer what was saved" in error_of(load_checkpoint, again)
+    again.write_bytes(path.read_bytes().replace(b'\\"entries\\"', b'\\"entrees\\"'))
+    assert "its description is damaged" in error_of(load_checkpoint, again)
     again.write_bytes(content[:-10])
     assert "not a readable checkpoint file, expected safetensors" in error_of(load_checkpoint, again)
+
+
+def test_a_training_does_not_go_on_from_averages_alone(folder):
+    path = folder / "exported" / "biflownet.safetensors"
+    model = build_biflownet(NETWORK, null_label=False, attributes=[AGE])
+    found = error_of(lambda: load_biflownet_weights(model, path, use_ema=False))
+    assert found == f"{path}: has averaged weights alone, so no training goes on: begin one with --init-from"
 
 
 def test_mistakes(folder, tmp_path):

@@ -12,7 +12,7 @@ from generation_models import MODEL, row
 from omegaconf import OmegaConf
 from user_errors import error_of
 
-from common.checkpoint_files import save_checkpoint
+from common.checkpoint_files import fingerprint, load_checkpoint, save_checkpoint
 from config.loading import load_config
 from config.schema.diffusion import GenerationConfig, MergeConfig
 from dataset.volumes.volume_io import read_latent, read_volume, write_latent
@@ -124,6 +124,9 @@ def test_an_adapter_trains_goes_on_exactly_and_is_used(new, base, autoencoder, t
     merge_adapters(load_config(MergeConfig, None, values=options))
     torch.testing.assert_close(make("merged", model_ckpt=str(merged), num_classes=3), adapted, atol=1e-3, rtol=1e-3)
     assert "is there already" in error_of(merge_adapters, load_config(MergeConfig, None, values=options))
+    options["output"] = str(tmp_path / "merged.safetensors")
+    tensors = load_checkpoint(merge_adapters(load_config(MergeConfig, None, values=options)))
+    assert fingerprint(tensors["ema"]) == fingerprint(load_checkpoint(merged)["ema"])
 
     again = {"adapters": [str(file)], "num_classes": 2}
     assert re.search("num_classes is 2, but .* was trained with 3", error_of(lambda: make("other", **again)))
