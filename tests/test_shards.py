@@ -90,8 +90,11 @@ def test_metrics(tmp_path, monkeypatch):
 def test_reconstruction(tmp_path):
     data = reconstruction_runs.save_data(tmp_path / "data")
     (checkpoint, _) = reconstruction_runs.save_stages(tmp_path)
-    parts = [reconstruction_runs.config(data, [checkpoint], tmp_path / "out", shard=shard) for shard in SHARDED]
-    assert [evaluate(part) for part in parts] == [None] * 3
+    counts = []
+    for shard in SHARDED:
+        assert evaluate(reconstruction_runs.config(data, [checkpoint], tmp_path / "out", shard=shard)) is None
+        counts.append(len(list((tmp_path / "out" / "cache").glob("reconstruction-*/*/*.arrays"))))
+    assert counts == [2, 4, 5]  # of three chests and two heads
     assert not list((tmp_path / "out").glob("*.json"))
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cache").rglob("*.arrays")}
     evaluate(reconstruction_runs.config(data, [checkpoint], tmp_path / "out"))
