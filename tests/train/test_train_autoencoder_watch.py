@@ -82,13 +82,15 @@ def test_the_last_step_is_looked_at_too(data, tmp_path, monkeypatch, late):
 
 
 # after step 2 comes a validation, after 3 a checkpoint
-@pytest.mark.parametrize(("step", "saved_at"), [(2, 3), (3, 5), (4, 6)])
-def test_a_signal_whose_news_come_late(data, tmp_path, monkeypatch, late, step, saved_at):
+@pytest.mark.parametrize(
+    ("step", "saved_at", "number"), [(2, 3, signal.SIGTERM), (3, 5, signal.SIGUSR1), (4, 6, signal.SIGTERM)]
+)
+def test_a_signal_whose_news_come_late(data, tmp_path, monkeypatch, late, step, saved_at, number):
     with monkeypatch.context() as patch:
-        add(patch, Act(step, lambda model: os.kill(os.getpid(), signal.SIGTERM)))
+        add(patch, Act(step, lambda model: os.kill(os.getpid(), number)))
         with pytest.raises(SystemExit) as caught:
             train(config(data, tmp_path / "run", "model.max_steps=9"), stage=1)
-    assert caught.value.code == 128 + signal.SIGTERM
+    assert caught.value.code == 128 + number
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == saved_at
     train(config(data, tmp_path / "run", "model.max_steps=9"), stage=1)
     train(config(data, tmp_path / "whole", "model.max_steps=9"), stage=1)
