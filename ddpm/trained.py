@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import ListConfig
+
 from common.errors import UserError
 from common.text import shown
 from ddpm.attributes import AttributeSpec, specs_of
@@ -64,7 +66,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) <= MOST
+    return isinstance(value, list | tuple | ListConfig) and len(value) <= MOST
 
 
 def _damaged(path: str | Path, name: str, value: Any, expected: str) -> UserError:

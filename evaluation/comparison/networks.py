@@ -223,7 +223,7 @@ def _build(name: str, weights_dir: str | Path | None, num_slices: int) -> Featur
         )
     settings = {"weights_sha256": file_sha256(path)}
     if name == "medicalnet_resnet50":
-        check_archive(path)
+        check_archive(Path(path), path)
         try:
             net = torch.hub.load(str(HUB_FOLDER), name, source="local", weights_dir=path.parent)
         except ValueError as error:

@@ -122,10 +122,10 @@ def test_scaling(tmp_path, monkeypatch, loop, script):
     """
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "BiFlowNet.yaml").write_text(
-        "defaults: [/demo/BiFlowNet@_global_, _self_]\nresolution: [8, 8, 8]\nbatch_size: 1\n"
+        "defaults: [/demo/BiFlowNet, _self_]\nresolution: [8, 8, 8]\nbatch_size: 1\n"
     )
     (tmp_path / "demo" / "PatchVolume.yaml").write_text(
-        "defaults: [/demo/PatchVolume@_global_, _self_]\nmodel: {batch_size: 1, num_workers: 0, n_codes: 32}\n"
+        "defaults: [/demo/PatchVolume, _self_]\nmodel: {batch_size: 1, num_workers: 0, n_codes: 32}\n"
     )
     monkeypatch.setattr(scaling, "CONFIG_FOLDER", tmp_path)
     asked, turn = [], threading.Lock()
