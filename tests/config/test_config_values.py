@@ -174,7 +174,7 @@ CONTINUABLE = [
         FREE,
         "AE_ckpt results_dir run_name set_anew num_workers arithmetic channels_last compile gradient_checkpointing "
         "cache cache_dir cache_limit_gb log_every ckpt_every keep_checkpoints preview preview_steps accumulate "
-        "val_every val_latents",
+        "val_every val_latents logger",
     ),
     (BiFlowNetConfig, EXTENDS, "epochs max_steps device"),
     (BiFlowNetConfig, BEGINNING, "ckpt continue_from init_from class_map"),
@@ -191,7 +191,7 @@ CONTINUABLE = [
         "model.num_workers model.oversubscribe model.accelerator model.checkpoint_every model.keep_checkpoints "
         "model.val_every model.val_volumes model.log_every model.log_volume_every model.arithmetic model.channels_last "
         "model.compile model.gradient_checkpointing model.perceptual_weights model.default_root_dir model.set_anew "
-        "dataset.imgtype dataset.cache dataset.cache_dir dataset.cache_limit_gb",
+        "dataset.imgtype dataset.cache dataset.cache_dir dataset.cache_limit_gb model.logger",
     ),
     (AutoencoderConfig, EXTENDS, "model.max_steps model.max_epochs model.gpus"),
     (AutoencoderConfig, BEGINNING, "model.resume_from_checkpoint model.continue_from"),

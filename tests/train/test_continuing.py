@@ -329,7 +329,7 @@ def loaded(monkeypatch) -> list[str]:
     names, read = [], checkpoint_files._read
 
     def note(path: Path, mmap: bool) -> dict:
-        names.extend([] if mmap else [path.name])
+        names.extend([] if mmap else [Path(path).name])
         return read(path, mmap)
 
     monkeypatch.setattr(checkpoint_files, "_read", note)

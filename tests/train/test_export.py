@@ -168,7 +168,7 @@ def test_exported_again_and_changed_bytes(folder, tmp_path):
     again.write_bytes(path.read_bytes().replace(b'\\"entries\\"', b'\\"entrees\\"'))
     assert "its description is damaged" in error_of(load_checkpoint, again)
     again.write_bytes(content[:-10])
-    assert "not a readable checkpoint file, expected safetensors" in error_of(load_checkpoint, again)
+    assert "not a readable checkpoint file, expected whole safetensors" in error_of(load_checkpoint, again)
 
 
 def test_a_training_does_not_go_on_from_averages_alone(folder):

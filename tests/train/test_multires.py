@@ -279,7 +279,7 @@ def test_generation_follows_attributes_and_the_volumes_own(conditioned_run, tmp_
         ({"attributes": ["age=3"]}, "attribute age: .* has sex, spacing_x: leave it out"),
         ({"attributes": ["sex=X"]}, r"attribute sex: 'X', the model knows F \| M"),
         ({"attributes": ["sex"]}, "attributes are given as age=63 sex=F, got 'sex'"),
-        ({"attributes": ["sex=F", "sex=M"]}, "attribute sex is given twice, as F and M"),
+        ({"attributes": ["sex=F", "sex=M"]}, "attribute sex is given twice, as 'F' and 'M'"),
         ({"attributes": ["spacing_x=many"]}, "attribute spacing_x: 'many' is no number"),
         ({"spacing": [3.0, 1.0, 1.0]}, r"spacing_x: 3 \(of Chest\) lies outside 0.5 to 2, .*add --extrapolate"),
     ],
