@@ -71,11 +71,14 @@ def load_config(
         for name, value, source in given:  # they win over the table
             _merge(cfg, _nested(name, value), source)
     try:
-        plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        resolved = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path or 'config'}: {_first_line(error)}") from error
+    plain = OmegaConf.create(resolved)
     if unset := sorted(OmegaConf.missing_keys(plain)):
         raise UserError(f"{path or 'config'}: {', '.join(unset)} must be set, found ???")
+    if resolved != OmegaConf.to_container(cfg):  # what an interpolation stands for may be of another type than its key
+        _merge(OmegaConf.structured(schema), resolved, f"{path or 'config'}: interpolations")
     validate(plain, schema)
     if odd := [name for name, text in _texts(OmegaConf.to_container(plain)) if not is_plain(text)]:
         raise UserError(f"{path or 'config'}: {odd[0]} has characters that are no text, such as NUL: write it anew")
@@ -131,6 +134,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (OmegaConfBaseException, YAMLError, OSError, TypeError, AttributeError) as error:
         raise ValueError(reason(error)) from error
+    except AssertionError as error:  # what OmegaConf has for a text in quotes
+        raise ValueError("expected keys with values, found a single text") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected keys with values, found {shown(content)}")
     return content
@@ -172,7 +177,7 @@ def _find(name: str, path: Path, root: Path, known: set[str]) -> Path:
     """The file that `name` in the defaults list of `path` means."""
     folders = (root, CONFIG_FOLDER) if name.startswith("/") else (path.parent, root, CONFIG_FOLDER)
     places = [folder / f"{name.removeprefix('/').removesuffix('.yaml')}.yaml" for folder in folders]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if is_file(place)), None)
     if found is None:
         looked = " or ".join(dict.fromkeys(str(place.parent) for place in places))
         raise UserError(f"{path}: defaults: there is no {name}.yaml in {looked}")
@@ -251,7 +256,7 @@ def _merge_section(cfg: DictConfig, section: type, given: Mapping, prefix: str, 
         else:
             try:
                 cfg[name] = _whole_numbers(value, hints[name])
-            except (OmegaConfBaseException, TypeError, ValueError):
+            except (OmegaConfBaseException, TypeError, ValueError, OverflowError):
                 yield f"{dotted} must be {_describe(hints[name])}, got {shown(value)}"
 
 

@@ -68,7 +68,7 @@ def _is_regex(value: str) -> bool:
 
 
 def _is_shard(value: str) -> bool:
-    found = re.fullmatch(r"(\d+)/(\d+)", value)
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value, flags=re.ASCII)
     return found is not None and 1 <= int(found[1]) <= int(found[2])
 
 

@@ -309,6 +309,7 @@ EXPLODING = {
     "bytes": ("#" * 2**20 + "\n", "more than 1 MB"),
     "half": ('model: {imgtype: "\\ud800"}', r"half a character in '\\ud800'"),
     "interpolations": ("a: '" + "${b}" * 21 + "'", "has 21 interpolations .*, at most 20"),
+    "text": ("'0'", "expected keys with values, found a single text"),
     "keys": ("{" + ",".join(f"k{i}: 1" for i in range(9999)) + "}", "unknown key k0; .*k7; …$"),
 }
 
@@ -324,6 +325,8 @@ def test_exploding_files(tmp_path, text, message):
     ("override", "message"),
     [
         ("model.lrr=1", r"unknown key model.lrr, did you mean model.lr\?"),
+        ("model.lr=" + "9" * 400, "model.lr must be a number, got 9"),
+        ("dataset.intensity_range=${model.lr}", "interpolations: dataset.intensity_range must be a list"),
         ("model.lr=fast", r"model.lr must be a number, got 'fast'"),
         ("model.lr", r"expected key=value"),
         ("~model.lr", r"expected key=value"),

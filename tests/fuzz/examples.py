@@ -89,3 +89,4 @@ def look(door, examples, known=()) -> None:
     finally:
         limited.close()
     print(f"{count} examples")
+    assert count >= LEAST

@@ -24,7 +24,9 @@ def nested(found: dict) -> dict:
     content: dict = {}
     for name, value in found.items():
         section, _, last = name.rpartition(".")
-        (content.setdefault(section, {}) if section else content)[last] = value
+        below = content.setdefault(section, {}) if section else content
+        if isinstance(below, dict):  # else the section itself has been given a value
+            below[last] = value
     return content
 
 
