@@ -17,7 +17,7 @@ from config.schema.autoencoder import AutoencoderConfig
 from config.schema.option import BEGINNING
 from train.autoencoder.validation import Validations
 from train.loop import continuing
-from train.loop.averages import is_average
+from train.loop.averages import is_optimizer_state
 
 
 class Start(NamedTuple):
@@ -113,14 +113,7 @@ def _are_loops(loops: Any) -> bool:
 
 
 def _are_states(states: Any) -> bool:
-    """Whether they have the form that optimisers give theirs, with Adam's averages."""
-    return isinstance(states, list) and all(
-        isinstance(state, dict)
-        and isinstance(state.get("state"), dict)
-        and isinstance(state.get("param_groups"), list)
-        and all(is_average(average) for average in state["state"].values())
-        for state in states
-    )
+    return isinstance(states, list) and all(map(is_optimizer_state, states))
 
 
 def _moments_fit(saved: dict, parameters: list) -> bool:

@@ -23,7 +23,7 @@ from ddpm.process import OFFICIAL, SCALING, take_scaling
 from train.diffusion.batches import LatentBatches
 from train.diffusion.ema import EMA
 from train.diffusion.run_folder import step_of
-from train.loop.averages import is_average
+from train.loop.averages import is_optimizer_state
 from train.loop.continuing import changes, news_of
 from train.loop.rng import random_state, restore_random_state
 
@@ -197,7 +197,7 @@ class TrainingState:
         """Adam's averages, matched by name: files number parameters in the order of their model's weights."""
         own = dict(self.model.named_parameters())
         saved = checkpoint.get("opt") or {"state": {}, "param_groups": []}
-        if not _is_optimizer_state(saved):
+        if not is_optimizer_state(saved):
             raise UserError(f"{path}: its optimiser state (opt) is damaged: go on from another one, or give init_from")
         order = [name for name in checkpoint["model"] if name in own]
         indices = [i for group in saved["param_groups"] for i in group["params"]]
@@ -214,17 +214,6 @@ class TrainingState:
         state = self.optimizer.state_dict()
         state["state"] = {i: averages[name] for i, name in enumerate(own) if name in averages}
         self.optimizer.load_state_dict(state)
-
-
-def _is_optimizer_state(saved: Any) -> bool:
-    """Whether it has the form that optimisers give theirs, with Adam's averages."""
-    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
-        return False
-    groups = saved.get("param_groups")
-    are_groups = isinstance(groups, list) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    )
-    return are_groups and all(map(is_average, saved["state"].values()))
 
 
 def _warn_of_other_values(

@@ -1,4 +1,4 @@
-"""Adam's averages in checkpoints, before they are believed."""
+"""Adam's averages and states of optimisers in checkpoints, before they are believed."""
 
 from typing import Any
 
@@ -14,3 +14,14 @@ def is_average(state: Any) -> bool:
     if not are_tensors or not (first.is_floating_point() and second.is_floating_point()):
         return False
     return step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, int | float)
+
+
+def is_optimizer_state(saved: Any) -> bool:
+    """Whether it has the form that optimisers give theirs, with Adam's averages."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        return False
+    groups = saved.get("param_groups")
+    are_groups = isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+    return are_groups and all(map(is_average, saved["state"].values()))
