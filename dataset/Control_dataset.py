@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import UserError
+from common.places import is_file
 from dataset.cache.latents import LatentCache
 from dataset.hints import Grid, HintReader
 from dataset.Multires_dataset import Multires_dataset
@@ -37,7 +38,7 @@ class Control_dataset(Multires_dataset):
     def __init__(self, root_dir: str | Path, *, hints: Sequence[HintReader], **options: Any) -> None:
         self.hints = list(hints)
         super().__init__(root_dir, **options)
-        places, _ = read_hint_folders(root_dir)
+        places = self._hint_places
         self._hint_files: dict[str, list[Path]] = {}
         self._hint_folders: dict[str, dict[Path, Path]] = {}
         for hint in self.hints:
@@ -54,11 +55,11 @@ class Control_dataset(Multires_dataset):
 
     def _list_files(self, root_dir: str | Path, split: DataSplit | None, side: str = TRAINING) -> None:
         super()._list_files(root_dir, split, side)
-        places, pairs_only = read_hint_folders(root_dir)
+        self._hint_places, pairs_only = read_hint_folders(root_dir)
         kept = []
         for path, label in zip(self.files, self.labels, strict=True):
             folder, names = self.class_folders[path], self._name_below(path)
-            if folder not in pairs_only or all((place / names).is_file() for place in places[folder].values()):
+            if folder not in pairs_only or all(is_file(place / names) for place in self._hint_places[folder].values()):
                 kept.append((path, label))
         if self.files and not kept:
             raise UserError(f"{root_dir}: no latent has its hints beside it: encode both, or name the folders of pairs")
@@ -108,7 +109,7 @@ class Control_dataset(Multires_dataset):
                 )
 
     def _check(self, hint: HintReader, files: Sequence[Path]) -> None:
-        missing = [file for file in files if not file.is_file()]
+        missing = [file for file in files if not is_file(file)]
         if missing:
             example = self.files[files.index(missing[0])]
             raise UserError(

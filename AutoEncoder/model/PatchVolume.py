@@ -6,8 +6,9 @@ of a whole volume and trains the decoder to decode them in one pass: that is wha
 
 import io
 import pickle
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -77,7 +78,7 @@ class patchvolumeAE(Autoencoder, AdversarialTraining):  # noqa: N801 - the publi
                 if checkpoint.get("hyper_parameters") and "cfg" not in options and options.get("strict") is not False:
                     check_autoencoder(checkpoint_path, checkpoint)
                 source = local_file(checkpoint_path)
-                source = _pickled(checkpoint_path) if source.suffix == SUFFIX else source
+                source = _pickled(checkpoint) if source.suffix == SUFFIX else source
             with only_safe_types():
                 return super().load_from_checkpoint(source, *args, **options)
         except (OSError, RuntimeError, pickle.UnpicklingError):
@@ -158,9 +159,8 @@ def build_perceptual(perceptual_3d: bool, weights_dir: str | None = None) -> nn.
     return MedicalNetPerceptual(weights_dir) if perceptual_3d else TriplanarLPIPS(weights_dir)
 
 
-def _pickled(path: str | Path) -> io.BytesIO:
+def _pickled(checkpoint: Mapping[str, Any]) -> io.BytesIO:
     """An exported checkpoint as Lightning reads one."""
-    checkpoint = load_checkpoint(path)
     stored = {name: OmegaConf.create(value) for name, value in checkpoint.get("hyper_parameters", {}).items()}
     content = io.BytesIO()
     torch.save({**checkpoint, "hyper_parameters": stored}, content)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 from config.schema.diffusion import FLOW_STRATEGIES, SAMPLING_STRATEGIES
 from config.schema.option import device_flag, flag, key, shard
@@ -31,7 +32,13 @@ some_samplers = Rule(
 )
 some_seeds = Rule(lambda value: value and min(value) >= 0, "one or more, each at least 0")
 LPIPS_CHOICE = "auto (where VGG-16's weight file is there) | on | off"
+enough_resamples = between(20, 10_000, "more change no interval")
 different = Rule(lambda value: len(set(value)) == len(value), "all different")
+
+
+def num_resamples() -> Any:
+    """The option `--num-resamples` of what has intervals."""
+    return flag(200, "resamples of the bootstrap, for 95 % intervals; at least 20", enough_resamples)
 
 
 @dataclass
@@ -49,11 +56,7 @@ class EvaluationConfig:
         regex,
     )
     exclude_unreadable: bool = flag(False, "true: files that can't be read are left out and listed; false: an error")
-    num_resamples: int = flag(
-        200,
-        "resamples of the bootstrap, for 95 % intervals; at least 20",
-        between(20, 10_000, "more change no interval"),
-    )
+    num_resamples: int = num_resamples()
     num_workers: int = flag(4, "loading processes, at most one per core; 0 = load in the main process", workers)
     seed: int = flag(0, "seed of resamples, halvings and pairs", not_negative)
     shard: str | None = shard()
@@ -126,11 +129,7 @@ class PairedMetricsConfig:
     output_dir: str | None = flag(None, "folder that gets the results; required")
     lpips: str = flag("auto", LPIPS_CHOICE, one_of("auto", "on", "off"))
     weights_dir: str | None = flag(None, "folder with LPIPS' weight files; null = torch hub's cache")
-    num_resamples: int = flag(
-        200,
-        "resamples of the bootstrap, for 95 % intervals; at least 20",
-        between(20, 10_000, "more change no interval"),
-    )
+    num_resamples: int = num_resamples()
     seed: int = flag(0, "seed of resamples", not_negative)
     device: str = device_flag()
 
@@ -228,9 +227,7 @@ class RecipeStudyConfig:
     num_pairs: int = key(
         100, "pairs of volumes of each set for MS-SSIM; all where there are fewer", between(1, 100_000)
     )
-    num_resamples: int = key(
-        100, "resamples of the volumes, for the intervals", between(20, 10_000, "more change no interval")
-    )
+    num_resamples: int = key(100, "resamples of the volumes, for the intervals", enough_resamples)
     lpips: str = key(
         "auto", "autoencoder: auto (where VGG-16's weights are there) | on | off", one_of("auto", "on", "off")
     )

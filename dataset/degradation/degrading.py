@@ -26,7 +26,7 @@ from dataset.degradation.operators import OPERATORS, Measured, Operator
 from dataset.order.data_split import class_name_of, find_split
 from dataset.volumes.index import (
     PAIRS_ONLY,
-    VOLUME_SUFFIX,
+    beside,
     class_folder,
     is_size_folder,
     latent_folder,
@@ -132,8 +132,7 @@ def read_measurement(condition: Path) -> tuple[Operator, Measured]:
     Raises:
         UserError: there are none, or they are damaged.
     """
-    stem = condition.name.removesuffix(VOLUME_SUFFIX)
-    record_file, file = condition.with_name(f"{stem}.json"), condition.with_name(f"{stem}.npz")
+    record_file, file = beside(condition, ".json"), beside(condition, ".npz")
     try:
         record = read_json(record_file)
         if record["operator"] == CONTRAST:
@@ -158,15 +157,11 @@ def _place_of(folder: Path) -> Path:
     return name / folder.name if is_size_folder(folder.name) else name
 
 
-def _record_of(target: Path) -> Path:
-    return target.with_name(target.name.removesuffix(VOLUME_SUFFIX) + ".json")
-
-
 def _is_done(job: Job) -> bool:
     if not is_whole_volume(job.target):
         return False
     try:
-        found = read_json(_record_of(job.target))
+        found = read_json(beside(job.target, ".json"))
     except (OSError, ValueError):
         return False
     if found != json.loads(json.dumps(job.record)):
@@ -184,7 +179,7 @@ def _make(job: Job, operator: Operator | None) -> None:
         measured = operator.measure(array, volume.header.spacing_mm, rng)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **measured)
-        write_atomically(_record_of(job.target).with_suffix(".npz"), buffer.getvalue())
+        write_atomically(beside(job.target, ".npz"), buffer.getvalue())
         condition = operator.reconstruct(measured)
-    write_atomically(_record_of(job.target), (json.dumps(job.record, indent=2) + "\n").encode())
+    write_atomically(beside(job.target, ".json"), (json.dumps(job.record, indent=2) + "\n").encode())
     write_volume(job.target, nifti_to_tensor(torch.from_numpy(condition))[None].contiguous(), volume)

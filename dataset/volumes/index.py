@@ -208,6 +208,11 @@ def class_folder(folder: PurePath) -> PurePath:
     return folder.parent if is_size_folder(folder.name) and folder.parent.name else folder
 
 
+def beside(volume: Path, ending: str) -> Path:
+    """The file of a volume's name with another ending, as NAME.json of NAME.nii.gz."""
+    return volume.with_name(volume.name.removesuffix(VOLUME_SUFFIX) + ending)
+
+
 def latent_folder(folder: str | Path) -> Path:
     """The folder of the latents of a class folder: `X_latents` beside `X`."""
     return _folder_beside(folder, LATENT_SUFFIX)
@@ -231,8 +236,7 @@ def cache_folder(folder: str | Path, cache_dir: str | Path | None = None) -> Pat
 
 def cache_path(volume: str | Path, folder: str | Path, settings: str, cache_dir: str | Path | None = None) -> Path:
     """The cached voxels of `volume`, a file below the class folder `folder`: `X_cache/SETTINGS/NAME.npy`."""
-    name = _name_below(volume, folder)
-    return cache_folder(folder, cache_dir) / settings / name.with_name(name.name.removesuffix(VOLUME_SUFFIX) + ".npy")
+    return cache_folder(folder, cache_dir) / settings / beside(_name_below(volume, folder), ".npy")
 
 
 def _folder_beside(folder: str | Path, suffix: str) -> Path:

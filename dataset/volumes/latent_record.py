@@ -27,7 +27,7 @@ def read_latent_record(folder: str | Path) -> dict[str, Any] | None:
     try:
         record = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): move the folder away and encode again") from error
+        raise UserError(f"{path}: cannot be read ({error}): move the folder away and make the latents again") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: a JSON object is needed, found a {type(record).__name__}: make the latents again")
     return record

@@ -59,7 +59,7 @@ def evaluate(cfg: DictConfig) -> Results | None:
                 if refused:
                     raise UserError(list_refused(refused, "volumes changed meanwhile and"))
                 measured[group.name][checkpoint.name] = arrays
-                if place.is_main:
+                if place.is_main and cfg.shard is None:
                     shown |= measurement.keep_shown()
 
         # Write what was found.

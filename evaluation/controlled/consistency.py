@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.places import is_file
 from dataset.degradation.degrading import read_measurement
 from dataset.degradation.operators import Measured, Operator
-from dataset.volumes.index import VOLUME_SUFFIX
+from dataset.volumes.index import beside
 from dataset.volumes.volume_io import nifti_to_tensor, tensor_to_nifti
 from evaluation.controlled.conditions import Condition
 
@@ -24,7 +24,7 @@ Measurement = tuple[Operator, Measured]
 def measurement_of(condition: Condition) -> Measurement:
     """That of the first hint that has one. UserError: none has, or it is damaged."""
     for hint in condition.hints.values():
-        if is_file(hint.with_name(hint.name.removesuffix(VOLUME_SUFFIX) + ".npz")):
+        if is_file(beside(hint, ".npz")):
             return read_measurement(hint)
     raise UserError(
         f"{condition.first}: data_consistency needs what was measured, NAME.npz and NAME.json as dataset/degrade.py "

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -28,10 +27,11 @@ from dataset.degradation.degrading import read_measurement
 from dataset.order.data_split import parse_side
 from dataset.volumes.index import VOLUME_SUFFIX, read_json_object
 from dataset.volumes.intensity import MODEL_RANGE
-from dataset.volumes.volume_io import nifti_to_tensor, read_model_volume, tensor_to_nifti
+from dataset.volumes.volume_io import read_model_volume, tensor_to_nifti
 from evaluation.autoencoding.measures import METRICS, lpips_of, volume_figures
 from evaluation.autoencoding.plan import find_lpips, load_lpips
 from evaluation.controlled.conditions import Condition, list_conditions
+from evaluation.controlled.consistency import agreeing
 from evaluation.metrics.reconstruction import WINDOW_EDGE, l1, ms_ssim, num_scales_of, psnr, ssim
 from evaluation.metrics.units import Units
 from evaluation.results.results import Beside, Panel, Results, Warned, write_csv
@@ -135,11 +135,9 @@ def baselines_of(condition: Condition) -> dict[str, Tensor]:
     """The condition, and where something was measured what agrees with it, (1, D, H, W) each."""
     volume = read_model_volume(condition.first, MODEL_RANGE).data
     try:
-        operator, measured = read_measurement(condition.first)
+        return {BASELINE: volume, AGREEING: agreeing(volume, read_measurement(condition.first))}
     except UserError:
         return {BASELINE: volume}
-    agreeing = np.ascontiguousarray(operator.agreeing(tensor_to_nifti(volume[0]).numpy(), measured))
-    return {BASELINE: volume, AGREEING: nifti_to_tensor(torch.from_numpy(agreeing))[None].contiguous()}
 
 
 def compared(truth: Tensor, volume: Tensor, lpips: TriplanarLPIPS | None, device: torch.device) -> dict[str, float]:

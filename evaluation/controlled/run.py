@@ -44,6 +44,7 @@ from ddpm.process import build_process, take_process
 from evaluation.controlled.conditions import Condition, list_conditions
 from evaluation.controlled.consistency import agreeing, agreeing_latents, decoded, measurement_of
 from evaluation.controlled.nnunet import plan_nnunet, write_nnunet
+from evaluation.generation.record import record_path
 from evaluation.report_page.view import VIEW_NAME, write_view
 from evaluation.results.results import Beside, Panel
 
@@ -82,7 +83,7 @@ def generate(cfg: DictConfig) -> list[Path]:
                 batch, volumes_of(cfg, batch, hints, model, process, autoencoder, place), strict=True
             ):
                 path = path_of(cfg, *job)
-                write_atomically(_record_of(path), (json.dumps(record_of(job, settings), indent=2) + "\n").encode())
+                write_atomically(record_path(path), (json.dumps(record_of(job, settings), indent=2) + "\n").encode())
                 write_volume(path, volume, job[0].header.affine)
         place.barrier()
         if cfg.shard is None:
@@ -251,17 +252,13 @@ def record_of(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     return {"class_id": condition.class_id, "condition": condition.name, "sample": sample, "hints": hints, **settings}
 
 
-def _record_of(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(VOLUME_SUFFIX) + ".json")
-
-
 def is_done(cfg: DictConfig, job: Job, settings: dict[str, Any]) -> bool:
     """Whether the volume is there, whole and of the same settings. UserError: of others."""
     path = path_of(cfg, *job)
     if not is_whole_volume(path):
         return False
     try:
-        found = read_json(_record_of(path))
+        found = read_json(record_path(path))
     except (OSError, ValueError):
         return False
     now = record_of(job, settings)

@@ -26,6 +26,7 @@ from common.files import file_sha256, write_atomically
 from common.places import is_folder
 from common.processes import Distributed, device_name
 from common.text import shown
+from dataset.volumes.index import beside
 from dataset.volumes.volume_io import is_whole_volume, read_header
 from ddpm.adapter_files import parse_adapters
 from ddpm.checkpoint import WITHOUT_SHAPE
@@ -51,7 +52,7 @@ def image_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def record_path(volume: Path) -> Path:
-    return volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
+    return beside(volume, ".json")
 
 
 def make_record(request: Request, settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from common.documents import read_json
 from common.errors import UserError
 from common.files import write_atomically
 from common.log import LOGGER_NAME
@@ -59,7 +60,7 @@ class Tracker(Logger):
         """
         path = self._folder / RECORD
         try:
-            known = json.loads(path.read_text(encoding="utf-8")).get(self._name) if path.exists() else None
+            known = read_json(path).get(self._name) if path.exists() else None
             made = self._make(known)
             if known is None:  # MLflow allows no changes
                 made.log_hyperparams(self._config)
